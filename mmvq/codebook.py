@@ -1,0 +1,292 @@
+"""The codebook: its state, and how it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmvq import functional as F
+from mmvq.checks import check_choice, check_number, check_positive_int, message
+from mmvq.distributed import all_reduce_, gather_rows, world_size
+
+ResetRule = Literal["all", "any"]
+Init = Literal["kmeans", "samples", "uniform"]
+
+
+class EMACodebook(nn.Module):
+    r"""L codes kept by a moving average of the vectors that choose them (Eq. 7).
+
+    $$N \leftarrow \gamma N + (1 - \gamma) n \qquad o \leftarrow \gamma o + (1 - \gamma) s \qquad
+      e = o / \tilde N$$
+
+    with n and s the counts and sums of a step and $\tilde N$ the Laplace-smoothed N. The state is
+    separate from any wiring: search, accumulate any number of times, then apply once. It knows
+    groups of vectors (for a multi-modal quantizer, one for each modality), not what they are.
+
+    State (buffers, float32 or float64 whatever the module is cast to): `codes` e `[L, D]`, `sums`
+    o `[L, D]`, `counts` N `[L]`, `ages` int64 `[G, L]` (batches since a group chose a code, -1 for
+    a group never seen), `usage` int64 `[G, L]` (choices since the last `reset_usage`), `steps`,
+    `initialized`.
+
+    Args:
+        dim: D.
+        size: L.
+        decay: gamma in [0, 1].
+        eps: Laplace smoothing, used in the division only.
+        groups: G.
+        update_from: the groups whose vectors enter N and o, and which vote on resets (None: all).
+        reset_after: batches after which an unchosen code is reset; None never resets.
+        reset_rule: `"all"`: a code survives only if every group chose it within `reset_after`
+            batches; `"any"`: if any group did.
+        init: `"uniform"` in (-1/L, 1/L), or `"kmeans"` or `"samples"` of the first data.
+        process_group: the ranks that share the codebook; None is the default group.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: Eq. 7 and Sec. 4.3. The released code starts from N = 0, writes smoothing back into N,
+    and updates after each modality; see `mmvq.compat.cmg`.
+    """
+
+    codes: Tensor
+    sums: Tensor
+    counts: Tensor
+    ages: Tensor
+    usage: Tensor
+    steps: Tensor
+    initialized: Tensor
+    voters: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        size: int,
+        *,
+        decay: float = 0.99,
+        eps: float = 1e-5,
+        groups: int = 1,
+        update_from: Sequence[int] | None = None,
+        reset_after: int | None = None,
+        reset_rule: ResetRule = "all",
+        init: Init = "uniform",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int("EMACodebook", dim=dim, size=size, groups=groups)
+        check_number("EMACodebook", 0, 1, decay=decay, eps=eps)
+        check_choice("EMACodebook", ("all", "any"), reset_rule=reset_rule)
+        check_choice("EMACodebook", ("kmeans", "samples", "uniform"), init=init)
+        if reset_after is not None:
+            check_positive_int("EMACodebook", reset_after=reset_after)
+        self.dim, self.size, self.groups = dim, size, groups
+        self.decay, self.eps = decay, eps
+        self.reset_after, self.reset_rule, self.init = reset_after, reset_rule, init
+        self.process_group = process_group
+        self._ready = init == "uniform"
+        self._pending: Tensor | None = None
+
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        codes = torch.empty(size, dim, dtype=dtype).uniform_(-1 / size, 1 / size)
+        voters = torch.zeros(groups, dtype=torch.bool)
+        voters[list(range(groups) if update_from is None else update_from)] = True
+        self.register_buffer("codes", codes)
+        self.register_buffer("sums", codes.clone())
+        self.register_buffer("counts", torch.ones(size, dtype=dtype))
+        self.register_buffer("ages", torch.full((groups, size), F.UNSEEN))
+        self.register_buffer("usage", torch.zeros(groups, size, dtype=torch.long))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("initialized", torch.tensor(self._ready))
+        self.register_buffer("voters", voters, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes e, `[L, D]`: the live buffer. Clone it to keep it across an update."""
+        return self.codes
+
+    def search(self, x: Tensor) -> Tensor:
+        """Index of the nearest code (Eq. 2): `[..., D]` -> int64 `[...]`."""
+        if x.shape[-1] != self.dim:
+            raise ValueError(
+                message(
+                    "EMACodebook.search",
+                    f"x must be [..., {self.dim}]",
+                    hint=f"project the last dimension to {self.dim}",
+                    x=x,
+                )
+            )
+        return F.nearest_code(x, self.codes)
+
+    @torch.no_grad()
+    def initialize(
+        self, values: Tensor, groups: Tensor | None = None, usable: Tensor | None = None
+    ) -> None:
+        """Take the first codes from data, unless the codes hold data already.
+
+        The rows of all ranks take part; when there is none, nothing happens. A float64 `values`
+        makes the state float64.
+
+        Args:
+            values: `[N, D]`.
+            groups: int64 `[N]`; rows of groups outside `update_from` are left out.
+            usable: bool `[N]`; False leaves a row out.
+        """
+        if self._ready:
+            return
+        keep = torch.ones_like(values[:, 0], dtype=torch.bool) if usable is None else usable
+        if groups is not None:
+            keep = keep & self.voters[groups]
+        rows = gather_rows(values.detach()[keep], self.process_group)
+        if rows.shape[0] == 0:
+            return
+        codes = (F.kmeans if self.init == "kmeans" else F.sample_rows)(rows, self.size)
+        self.match_dtype(codes.dtype)
+        self.codes.copy_(codes)
+        self.sums.copy_(codes)
+        self.counts.fill_(1)
+        self.initialized.fill_(True)
+        self._ready = True
+
+    def match_dtype(self, dtype: torch.dtype) -> None:
+        """Make the state float64 if `dtype` is; the state never gets narrower by itself."""
+        if dtype == torch.float64 and self.codes.dtype != torch.float64:
+            self.double()
+
+    @torch.no_grad()
+    def accumulate(self, values: Tensor, indices: Tensor, groups: Tensor | None = None) -> None:
+        """Add rows to the step that the next `apply` will make.
+
+        Args:
+            values: the vectors to average, `[N, D]`.
+            indices: int64 `[N]`, the code each goes to; -1 leaves the row out.
+            groups: int64 `[N]`, the group of each row; None: all of group 0.
+        """
+        if groups is None:
+            groups = torch.zeros_like(indices)
+        # A group outside update_from is counted, but adds nothing to the sums.
+        voting = self.voters.index_select(0, groups)[:, None]
+        counts, sums = F.code_statistics(
+            torch.where(voting, values.to(self.codes.dtype), 0),
+            indices,
+            self.size,
+            groups=groups,
+            num_groups=self.groups,
+        )
+        flat = torch.cat([counts.flatten(), sums.flatten()])
+        self._pending = flat if self._pending is None else self._pending + flat
+
+    @torch.no_grad()
+    def apply(self, fn: Callable[[nn.Module], None] | None = None) -> EMACodebook:
+        """One step of Eq. 7 with all that was accumulated, over all ranks; reset included.
+
+        Given a function, this is `nn.Module.apply(fn)`.
+        """
+        if fn is not None:
+            return super().apply(fn)
+        statistics = self.take_pending()
+        if statistics is not None:
+            all_reduce_(statistics, self.process_group)
+            self.update_(statistics)
+        return self
+
+    def take_pending(self) -> Tensor | None:
+        """The accumulated statistics as one flat buffer `[G L + L D]`, taken out of the module.
+
+        None if there are none, except with several ranks, where every rank must bring something.
+        """
+        flat, self._pending = self._pending, None
+        if flat is None and world_size(self.process_group) > 1:
+            flat = self.codes.new_zeros((self.groups + self.dim) * self.size)
+        return flat
+
+    @torch.no_grad()
+    def update_(self, statistics: Tensor) -> None:
+        """Move the state by reduced statistics: ages, reset, moving average (Eq. 7)."""
+        G, L, D = self.groups, self.size, self.dim
+        counts, sums = statistics.split([G * L, L * D])
+        counts = rearrange(counts, "(g l) -> g l", g=G)
+        sums = rearrange(sums, "(l d) -> l d", d=D)
+        batch_counts = (counts * self.voters[:, None]).sum(0)  # [L]
+
+        self.usage.add_(counts.long())
+        self.ages.copy_(F.advance_ages(self.ages, counts))
+        dead = replacement = None
+        if self.reset_after is not None:
+            votes = torch.where(self.voters[:, None], self.ages, F.UNSEEN)
+            idle = F.inactive_codes(votes, self.reset_after, self.reset_rule)
+            dead = idle & (batch_counts.sum() > 0)
+            replacement = F.replacement_codes(self.codes, dead, sums, batch_counts, self.steps)
+            self.ages.masked_fill_(dead & (self.ages >= 0), 0)
+        F.ema_update_(
+            self.codes,
+            self.sums,
+            self.counts,
+            sums,
+            batch_counts,
+            decay=self.decay,
+            eps=self.eps,
+            dead=dead,
+            replacement=replacement,
+        )
+        self.steps.add_(1)
+
+    def reset_usage(self) -> None:
+        """Start counting `usage` anew."""
+        self.usage.zero_()
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(codebook)` shows them."""
+        return (
+            f"dim={self.dim}, size={self.size}, decay={self.decay}, eps={self.eps}, "
+            f"reset_after={self.reset_after}, reset_rule={self.reset_rule!r}, init={self.init!r}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMACodebook:
+        # The state follows .to(device) and .double(), never a cast below float32.
+        def keep_precision(t: Tensor) -> Tensor:
+            out = fn(t)
+            narrow = out.is_floating_point() and out.dtype.itemsize < 4
+            return t.to(out.device) if narrow else out
+
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        if self._pending is not None:
+            self._pending = keep_precision(self._pending)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        codes = state_dict.get(f"{prefix}codes")
+        if isinstance(codes, Tensor):
+            self.match_dtype(codes.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        initialized = state_dict.get(f"{prefix}initialized")
+        if isinstance(initialized, Tensor):
+            self._ready = bool(initialized)
+
+
+def update_codebooks(modules: Iterable[nn.Module]) -> None:
+    """Apply what every codebook inside `modules` accumulated, with one all-reduce for each group.
+
+    Args:
+        modules: quantizers, codebooks, or anything that holds them.
+    """
+    books = dict.fromkeys(
+        book for module in modules for book in module.modules() if isinstance(book, EMACodebook)
+    )
+    groups: dict[Any, list[tuple[EMACodebook, Tensor]]] = {}
+    for book in books:
+        statistics = book.take_pending()
+        if statistics is not None:
+            key = book.process_group, statistics.dtype, statistics.device
+            groups.setdefault(key, []).append((book, statistics))
+    for (process_group, _, _), members in groups.items():
+        joint = torch.cat([statistics for _, statistics in members])
+        all_reduce_(joint, process_group)
+        parts = joint.split([len(statistics) for _, statistics in members])
+        for (book, _), part in zip(members, parts, strict=True):
+            book.update_(part)

@@ -1,0 +1,232 @@
+"""Cross-CPC: each modality predicts the future of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+
+from mmvq import functional as F
+from mmvq.checks import (
+    check_choice,
+    check_features,
+    check_finite,
+    check_modalities,
+    check_number,
+    check_positive_int,
+    check_same_length,
+    message,
+)
+
+
+class CPCOutput(NamedTuple):
+    """What `CrossCPC` returns.
+
+    Attributes:
+        loss: scalar in nats.
+        accuracy: (source, target) -> scalar, how often the true future scores highest.
+    """
+
+    loss: Tensor
+    accuracy: dict[tuple[str, str], Tensor]
+
+
+class CrossCPC(nn.Module):
+    r"""Cross-modal contrastive predictive coding (Eq. 6).
+
+    $$L^{a2b} = -\frac{1}{K} \sum_{k=1}^K \ln \frac{\exp(z^b_{t+k} W^a_k c^a_t)}
+      {\sum_{z_j \in Z_b} \exp(z_j W^a_k c^a_t)}, \qquad c^a_t = \mathrm{LSTM}^a(z^a_{\le t})$$
+
+    averaged over clips, starts and ordered pairs (a, b). The negatives Z_b are the other clips of
+    the batch at the same segment.
+
+    Args:
+        dim: D, the width of the features.
+        modalities: the names; each has its own LSTM, and its own W_k for every target.
+        context_dim: width of c; None: D.
+        num_layers: layers of each LSTM.
+        num_steps: K, how many segments to predict.
+        first_step: the nearest of them: 1 is the next segment (the paper), 0 the one last observed.
+        min_context: the fewest segments to observe before predicting.
+        self_weight: weight of the mean over a = b, added to that over a != b.
+        normalize_over: `"targets"`: for each context, which future is its own (Eq. 6);
+            `"contexts"`: for each future, which context is its own (the released code); `"both"`:
+            the mean of the two.
+        temperature: divides the scores; 1 in the paper.
+        normalize: score by the cosine instead of the dot product.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: van den Oord et al. 2018; Sec. 4.2, Eq. 6. The released code normalises over contexts,
+    reports the accuracy of the other axis, sums over directions and adds self-prediction at 0.1.
+
+    Example:
+        >>> cpc = CrossCPC(16, ("audio", "video"))
+        >>> z = {"audio": torch.randn(8, 10, 16), "video": torch.randn(8, 10, 16)}
+        >>> loss, accuracy = cpc(z, start="all")
+        >>> sorted(accuracy)
+        [('audio', 'video'), ('video', 'audio')]
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        modalities: Sequence[str] = ("audio", "video"),
+        *,
+        context_dim: int | None = None,
+        num_layers: int = 1,
+        num_steps: int = 1,
+        first_step: int = 1,
+        min_context: int = 1,
+        self_weight: float = 0.0,
+        normalize_over: Literal["targets", "contexts", "both"] = "targets",
+        temperature: float = 1.0,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        context_dim = dim if context_dim is None else context_dim
+        check_positive_int(
+            "CrossCPC",
+            dim=dim,
+            context_dim=context_dim,
+            num_layers=num_layers,
+            num_steps=num_steps,
+            min_context=min_context,
+        )
+        check_number("CrossCPC", 0, float("inf"), self_weight=self_weight, first_step=first_step)
+        check_number("CrossCPC", 1e-6, 1e6, temperature=temperature)
+        check_choice("CrossCPC", ("targets", "contexts", "both"), normalize_over=normalize_over)
+        self.modalities = check_modalities("CrossCPC", modalities)
+        self.dim, self.min_context = dim, min_context
+        self.num_steps, self.first_step = num_steps, first_step
+        self.self_weight, self.normalize_over = self_weight, normalize_over
+        self.temperature, self.normalize = temperature, normalize
+        self.contexts = nn.ModuleDict(
+            {
+                name: nn.LSTM(dim, context_dim, num_layers, batch_first=True)
+                for name in self.modalities
+            }
+        )
+        bound = context_dim**-0.5
+        self.predictors = nn.ParameterDict(  # W_k
+            {
+                name: nn.Parameter(torch.empty(num_steps, dim, context_dim).uniform_(-bound, bound))
+                for name in self.modalities
+            }
+        )
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        start: int | Literal["all"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> CPCOutput:
+        """The loss of a batch.
+
+        Args:
+            features: name -> z before quantization, `[B, T, D]`, the same T for all; any of the
+                modalities may be missing.
+            masks: name -> bool `[B, T]`, True = valid. A prediction counts where the last observed
+                segment and the predicted one are valid.
+            start: t, how many segments to observe, in [min_context, T - K] (for `first_step` 1);
+                `"all"`: every one of them; None: one drawn at random, as in the paper.
+            generator: draws `start` (a CPU generator).
+
+        Returns:
+            `CPCOutput(loss, accuracy)`; the loss is 0 when there is nothing to predict, ln B when
+            all futures look alike.
+
+        Raises:
+            ValueError: shapes, names or a start that do not fit.
+            TypeError: features that are not floating point.
+        """
+        z, valid = check_features(
+            "CrossCPC", features, masks, dim=self.dim, modalities=self.modalities
+        )
+        check_same_length("CrossCPC", z)
+        check_finite("CrossCPC", **z)
+        names = list(z)
+        K, T = self.num_steps, next(iter(z.values())).shape[1]
+        first, last = self._starts(T, start, generator)
+        seen = slice(first - 1, last)  # the last observed segment of each start
+        context = torch.stack([self.contexts[m](z[m][:, :last])[0][:, seen] for m in names])
+        weight = torch.stack([self.predictors[m] for m in names])
+        prediction = einsum(weight, context, "m k d c, m b s c -> m k s b d")  # W_k c
+        steps = self.first_step + torch.arange(K, device=context.device)
+        starts = torch.arange(first, last + 1, device=context.device)
+        ahead = starts - 1 + steps[:, None]  # [K, S], the segments to predict
+        future = torch.stack([z[m][:, ahead].permute(1, 2, 0, 3) for m in names])
+        observed = torch.stack([valid[m][:, seen].T for m in names])[:, None]  # [M, 1, S, B]
+        arrived = torch.stack([valid[m][:, ahead].permute(1, 2, 0) for m in names])
+
+        pairs = [(a, b) for a in range(len(names)) for b in range(len(names))]
+        if self.self_weight == 0:
+            pairs = [(a, b) for a, b in pairs if a != b]
+        if not pairs:
+            return CPCOutput(context.sum() * 0, {})
+        source, target = torch.tensor(pairs, device=context.device).T
+        query, key = prediction[source], future[target]  # [P, K, S, B, D]
+        mask = observed[source] & arrived[target]  # [P, K, S, B]
+        if self.normalize_over == "contexts":
+            query, key = key, query
+        score: dict[str, Any] = {"temperature": self.temperature, "normalize": self.normalize}
+        nce = F.info_nce(
+            query,
+            key,
+            mask=mask,
+            symmetric=self.normalize_over == "both",
+            reduction="none",
+            **score,
+        )
+        losses = _mean(nce, mask)  # [P]
+        own = source == target
+        some = mask.flatten(1).any(1)
+        loss = (losses * ~own).sum() / (some & ~own).sum().clamp(min=1)
+        if self.self_weight:
+            loss = loss + self.self_weight * (losses * own).sum() / (some & own).sum().clamp(min=1)
+        with torch.no_grad():
+            hits = _mean(F.matched(query, key, mask=mask, **score), mask)
+        accuracy = {(names[a], names[b]): hit for (a, b), hit in zip(pairs, hits, strict=True)}
+        return CPCOutput(loss, accuracy)
+
+    def _starts(
+        self, T: int, start: int | Literal["all"] | None, generator: torch.Generator | None
+    ) -> tuple[int, int]:
+        first, last = self.min_context, T - self.num_steps - self.first_step + 1
+        if first > last:
+            raise ValueError(
+                message(
+                    "CrossCPC",
+                    "T must be at least min_context + first_step + num_steps - 1",
+                    hint="pass longer clips, or predict fewer steps ahead",
+                    T=T,
+                    min_context=self.min_context,
+                    first_step=self.first_step,
+                    num_steps=self.num_steps,
+                )
+            )
+        if start == "all":
+            return first, last
+        if start is None:
+            start = int(torch.randint(first, last + 1, (), generator=generator))
+        if not first <= start <= last:
+            raise ValueError(
+                message(
+                    "CrossCPC",
+                    f'start must lie in [{first}, {last}], or be "all" or None',
+                    hint="it counts the observed segments",
+                    start=start,
+                )
+            )
+        return start, start
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Over the valid entries of all but the first dimension."""
+    return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)

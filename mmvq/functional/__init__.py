@@ -1,0 +1,61 @@
+"""The paper as pure functions, about one equation a file, with slow `*_ref` twins to read."""
+
+from mmvq.functional.attention import aligned_partner, cross_attend, cross_attend_ref
+from mmvq.functional.club import (
+    club,
+    club_ref,
+    club_shuffled,
+    gaussian_log_likelihood,
+)
+from mmvq.functional.commitment import commitment, commitment_ref
+from mmvq.functional.contrastive import info_nce, info_nce_ref, matched, similarities
+from mmvq.functional.ema import ema_update_, ema_update_ref, laplace_smoothing
+from mmvq.functional.initial import kmeans, sample_rows
+from mmvq.functional.matching import (
+    code_log_probabilities,
+    code_matching,
+    code_matching_ref,
+    code_probabilities,
+)
+from mmvq.functional.nearest import nearest_code, nearest_code_ref
+from mmvq.functional.reset import UNSEEN, advance_ages, inactive_codes, replacement_codes
+from mmvq.functional.statistics import code_statistics, code_statistics_ref
+from mmvq.functional.straight_through import rotate, straight_through
+from mmvq.functional.usage import CodeUsage, code_usage
+
+__all__ = [
+    "UNSEEN",
+    "CodeUsage",
+    "advance_ages",
+    "aligned_partner",
+    "club",
+    "club_ref",
+    "club_shuffled",
+    "code_log_probabilities",
+    "code_matching",
+    "code_matching_ref",
+    "code_probabilities",
+    "code_statistics",
+    "code_statistics_ref",
+    "code_usage",
+    "commitment",
+    "commitment_ref",
+    "cross_attend",
+    "cross_attend_ref",
+    "ema_update_",
+    "ema_update_ref",
+    "gaussian_log_likelihood",
+    "inactive_codes",
+    "info_nce",
+    "info_nce_ref",
+    "kmeans",
+    "laplace_smoothing",
+    "matched",
+    "nearest_code",
+    "nearest_code_ref",
+    "replacement_codes",
+    "rotate",
+    "sample_rows",
+    "similarities",
+    "straight_through",
+]

@@ -1,0 +1,94 @@
+"""CLUB, an upper bound of mutual information (Eq. 4, 5)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def gaussian_log_likelihood(
+    mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    r"""Mean over the valid rows of $\ln \mathcal N(y; \mu, e^{\mathrm{logvar}})$, in nats.
+
+    Args:
+        mu: `[..., D]`.
+        logvar: `[..., D]`.
+        y: `[..., D]`.
+        mask: bool `[...]`, True = valid.
+    """
+    y = _zero_masked(y, mask)
+    log_q = -((mu - y).square() * (-logvar).exp() + logvar + math.log(2 * math.pi)).sum(-1) / 2
+    return _mean(log_q, mask)
+
+
+def club(mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""VCLUB over all pairs of a batch, time-aligned, in closed form (Eq. 5).
+
+    $$\hat I = \frac{1}{BT} \sum_{i,t} \sum_d \frac{
+      \frac{1}{B} \sum_j (\mu_{itd} - y_{jtd})^2 - (\mu_{itd} - y_{itd})^2}{2 \sigma^2_{itd}}$$
+
+    As $\frac{1}{B} \sum_j (\mu - y_j)^2 = (\mu - \bar y)^2 + \mathrm{var}\, y$, one batch mean and
+    variance of y for each t replace the sum over j: O(B T D), and no `[B, B, ...]` tensor. The pair
+    i = j is among the negatives, as in Eq. 5, so that the value is (1 - 1/B) of that without it.
+
+    Args:
+        mu: mean of q(y | x) for each x, `[B, T, D]` (or `[B, D]`).
+        logvar: its log-variance, shaped as mu.
+        y: the samples, shaped as mu.
+        mask: bool `[B, T]` (or `[B]`), True = valid, as sample and as negative.
+
+    Returns:
+        A scalar in nats; 0 when nothing is valid.
+
+    Source: Cheng et al. 2020; Eq. 4, 5. The released code draws one random permutation instead of
+    all pairs, and averages squared error and log-variance over time separately.
+    """
+    y = _zero_masked(y, mask)
+    weight = torch.ones_like(y[..., :1]) if mask is None else mask[..., None].to(y.dtype)
+    count = weight.sum(0).clamp(min=1)  # [T, 1]
+    mean = (weight * y).sum(0) / count  # [T, D]
+    y, mu = y - mean, mu - mean
+    variance = (weight * y.square()).sum(0) / count
+    excess = variance - y.square() + 2 * mu * y  # mean_j (mu - y_j)^2 - (mu - y)^2
+    return _mean((excess * (-logvar).exp()).sum(-1) / 2, mask)
+
+
+def club_ref(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
+    """Eq. 5 as it stands, a loop over i and j; `[B, T, D]` each."""
+    B, T, _ = y.shape
+    total = y.new_zeros(())
+    for i in range(B):
+        log_q = [
+            -((mu[i] - y[j]).square() / logvar[i].exp() + logvar[i]).sum() / 2 for j in range(B)
+        ]
+        total = total + log_q[i] / T - torch.stack(log_q).sum() / (B * T)
+    return total / B
+
+
+def club_shuffled(
+    mu: Tensor, logvar: Tensor, y: Tensor, permutation: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """VCLUB with one negative for each sample, `y[permutation]`: noisy, but as unbiased as `club`.
+
+    Arguments as for `club`; `permutation` is int64 `[B]`.
+
+    Source: the sampled variant of Cheng et al. 2020, App. A.
+    """
+    y = _zero_masked(y, mask)
+    negative = y[permutation]
+    both = None if mask is None else mask & mask[permutation]
+    excess = (mu - negative).square() - (mu - y).square()
+    return _mean((excess * (-logvar).exp()).sum(-1) / 2, both)
+
+
+def _zero_masked(y: Tensor, mask: Tensor | None) -> Tensor:
+    return y if mask is None else torch.where(mask[..., None], y, 0)
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.mean()
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)

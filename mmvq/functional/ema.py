@@ -1,0 +1,34 @@
+"""The multi-modal moving average of the codebook (Eq. 7)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mmvq_kernels import ema_update_
+
+__all__ = ["ema_update_", "ema_update_ref", "laplace_smoothing"]
+
+
+def laplace_smoothing(counts: Tensor, eps: float) -> Tensor:
+    r"""$\tilde N_i = \frac{N_i + \epsilon}{\sum_j N_j + L \epsilon} \sum_j N_j$, `[L]`.
+
+    The total stays, no entry is zero. Source: van den Oord et al. 2017, App. A.1, as commonly
+    implemented. The paper has none; the released code writes the result back into N at each step.
+    """
+    total = counts.sum()
+    return (counts + eps) / (total + counts.numel() * eps) * total
+
+
+def ema_update_ref(
+    sums: Tensor,
+    counts: Tensor,
+    batch_sums: Tensor,
+    batch_counts: Tensor,
+    *,
+    decay: float,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of Eq. 7 without reset, out of place: the new `(codes, sums, counts)`."""
+    counts = decay * counts + (1 - decay) * batch_counts
+    sums = decay * sums + (1 - decay) * batch_sums
+    return sums / laplace_smoothing(counts, eps)[:, None], sums, counts

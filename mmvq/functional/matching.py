@@ -1,0 +1,105 @@
+"""The cross-modal code matching loss, L_cmcm: clips of a pair should use the same codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from mmvq.functional.contrastive import matched_cross_entropy
+
+
+def code_log_probabilities(x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The logarithm of `code_probabilities`, finite everywhere."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    mean = codebook.detach().mean(0).to(dtype)
+    x, codebook = x.to(dtype) - mean, codebook.to(dtype) - mean
+    valid = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask  # [B, T]
+    x = torch.where(valid[..., None], x, 0)
+    squared = x.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * x @ codebook.T
+    distance = squared.clamp(min=torch.finfo(dtype).eps).sqrt()  # [B, T, L]; d/dx = 0 at a code
+    log_p = (-distance).log_softmax(-1)
+    some = valid.any(1)[:, None]  # [B, 1]
+    weights = torch.where(valid | ~some, 0.0, -torch.inf).to(dtype)  # [B, T]
+    log_sum = (log_p + weights[..., None]).logsumexp(1)
+    return log_sum - weights.exp().sum(1, keepdim=True).log()
+
+
+def code_probabilities(x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""How likely a clip is to use each code.
+
+    $$P(l) = \frac{1}{T} \sum_t \mathrm{softmax}_l(-\lVert z_t - e_l \rVert_2)$$
+
+    Args:
+        x: features of B clips, `[B, T, D]`.
+        codebook: codes, `[L, D]`.
+        mask: bool `[B, T]`, True = valid; the mean is over valid segments.
+
+    Returns:
+        `[B, L]`, rows sum to 1; in at least float32. Gradients are finite even where x equals a
+        code (there the gradient of that distance is 0).
+
+    Source: Liu et al. 2021, "Cross-Modal Discrete Representation Learning", Sec. 3.3. The released
+    code takes the root of a difference that can be 0, which makes its gradient NaN.
+    """
+    return code_log_probabilities(x, codebook, mask).exp()
+
+
+def code_matching(
+    features: Mapping[str, Tensor],
+    codebook: Tensor | Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    r"""L_cmcm: tell, from the codes alone, which clips of two modalities belong together.
+
+    $$S_{ij} = \sum_l P^a_i(l) \ln P^b_j(l) + P^b_j(l) \ln P^a_i(l), \qquad
+      L = -\frac{1}{2B} \sum_i \ln \frac{e^{S_{ii}}}{\sum_j e^{S_{ij}}}
+                           + \ln \frac{e^{S_{ii}}}{\sum_j e^{S_{ji}}}$$
+
+    averaged over the unordered pairs of modalities. A clip without a valid segment in both is
+    neither clip nor candidate for that pair.
+
+    Args:
+        features: name -> `[B, T, D]`; T may differ.
+        codebook: `[L, D]`, or one for each modality, tied by index.
+        masks: name -> bool `[B, T]`, True = valid.
+
+    Returns:
+        A scalar in nats, finite even where a feature equals a code; ln B when all clips use codes
+        alike; 0 with fewer than two modalities.
+
+    Source: Liu et al. 2021, Eq. 6-8, the "L_cmcm" of Sec. 4.4. The released code takes the softmax
+    over rows only, adds 1e-10 inside logarithms and 1e-5 to the denominator, and weighs the sum
+    over pairs by a half.
+    """
+    names = sorted(features)
+    log_p: dict[str, Tensor] = {}
+    some: dict[str, Tensor] = {}
+    for name in names:
+        mask = torch.ones_like(features[name][..., 0], dtype=torch.bool)
+        mask = mask if masks is None else masks[name]
+        codes = codebook if isinstance(codebook, Tensor) else codebook[name]
+        log_p[name] = code_log_probabilities(features[name], codes, mask)  # [B, L]
+        some[name] = mask.any(1)  # [B]
+    total = pairs = features[names[0]].new_zeros(())
+    for a, b in combinations(names, 2):
+        similarity = log_p[a].exp() @ log_p[b].T + log_p[a] @ log_p[b].exp().T  # [B, B]
+        pair = some[a] & some[b]
+        both = matched_cross_entropy(similarity, pair) + matched_cross_entropy(similarity.T, pair)
+        total = total + both.sum() / 2 / pair.sum().clamp(min=1)
+        pairs = pairs + pair.any()
+    return total / pairs.clamp(min=1)
+
+
+def code_matching_ref(features: Mapping[str, Tensor], codebook: Tensor) -> Tensor:
+    """`code_matching` of two modalities without masks, one pair of clips at a time."""
+    p, q = (
+        torch.softmax(-(z[:, :, None] - codebook).norm(dim=-1), -1).mean(1)
+        for z in features.values()
+    )
+    rows = [torch.stack([(a * b.log() + b * a.log()).sum() for b in q]) for a in p]
+    s = torch.stack(rows)  # [B, B]
+    both = s.log_softmax(0) + s.log_softmax(1)
+    return -both.diagonal().mean() / 2

@@ -1,0 +1,32 @@
+"""Nearest code (Eq. 2)."""
+
+from __future__ import annotations
+
+from einops import pack, unpack
+from torch import Tensor
+
+import mmvq_kernels
+from mmvq_kernels.nearest import nearest_code_ref
+
+__all__ = ["nearest_code", "nearest_code_ref"]
+
+
+def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
+    r"""Index of the nearest code, $l = \mathrm{argmin}_j \lVert x - e_j \rVert_2$ (Eq. 2).
+
+    Args:
+        x: vectors, `[..., D]`, any float dtype.
+        codebook: codes, `[L, D]`.
+
+    Returns:
+        int64 `[...]`; the lowest index on ties, 0 for a vector that is not finite. No gradient.
+
+    Raises:
+        ValueError: the last dimensions differ, or the codebook is empty.
+        TypeError: not floating point.
+
+    Source: Eq. 2; computed by `mmvq_kernels.nearest_code`.
+    """
+    rows, shape = pack([x], "* d")
+    (indices,) = unpack(mmvq_kernels.nearest_code(rows, codebook), shape, "*")
+    return indices

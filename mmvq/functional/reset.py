@@ -1,0 +1,70 @@
+"""Reset of inactive codes (Sec. 4.3): which have fallen idle, and what takes their place."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmvq_kernels.hashing import mix
+
+UNSEEN = -1  # the age of every code for a modality that has never had a valid vector
+_JITTER = 0.01  # of the codebook's spread: enough to part two codes that share a donor
+
+
+def advance_ages(ages: Tensor, counts: Tensor) -> Tensor:
+    """Batches since each modality last chose each code.
+
+    A modality without a valid vector in the batch does not age; one never yet seen stays at -1.
+
+    Args:
+        ages: int64 `[M, L]`.
+        counts: vectors of each modality that chose each code in this batch, `[M, L]`.
+    """
+    present = counts.sum(1, keepdim=True) > 0
+    return torch.where(present, torch.where(counts > 0, 0, ages.clamp(min=0) + 1), ages)
+
+
+def inactive_codes(ages: Tensor, reset_after: int, rule: Literal["all", "any"]) -> Tensor:
+    """Bool `[L]`: the codes to reset.
+
+    `"all"` keeps a code only if every modality chose it within the last `reset_after` batches (the
+    paper); `"any"` keeps it if any did (the released code, which also needs more than
+    `reset_after`). Modalities never yet seen do not vote.
+    """
+    idle, seen = ages >= reset_after, ages > UNSEEN
+    if rule == "all":
+        return (idle & seen).any(0)
+    return (idle | ~seen).all(0) & seen.any(0)
+
+
+def replacement_codes(
+    codes: Tensor, dead: Tensor, batch_sums: Tensor, batch_counts: Tensor, step: Tensor
+) -> Tensor:
+    """Where dead codes restart: `[L, D]`, meaningful where `dead`.
+
+    The r-th dead code takes the mean of what this batch assigned to its r-th most chosen code,
+    so that crowded regions get new codes first, plus a jitter of 1% of the codebook's spread in
+    each dimension. As that mean is over contributions `(z + r) / 2`, a replacement lies between
+    the modalities, where both can reach it. The jitter is a hash of (step, code, dimension): no
+    generator, no synchronisation, the same on every rank.
+
+    Args:
+        codes: `[L, D]`.
+        dead: bool `[L]`.
+        batch_sums: `[L, D]`, over all ranks.
+        batch_counts: `[L]`.
+        step: int64 scalar, the number of updates made so far.
+
+    Source: the paper says "re-initialized"; the released code draws a random active code plus
+    U(-1/1024, 1/1024).
+    """
+    L, D = codes.shape
+    order = batch_counts.argsort(descending=True, stable=True)
+    rank = dead.long().cumsum(0) - 1
+    donors = order[rank % (batch_counts > 0).sum().clamp(min=1)]  # [L]
+    means = batch_sums[donors] / batch_counts[donors, None].clamp(min=1)
+    cells = torch.arange(L * D, device=codes.device).view(L, D)
+    uniform = (mix(cells + mix(step)) >> 40).to(codes.dtype) / 2**23  # [-1, 1)
+    return means + _JITTER * codes.std(0, correction=0) * uniform

@@ -1,0 +1,50 @@
+"""Gradients through the choice of a code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def straight_through(z: Tensor, codes: Tensor) -> Tensor:
+    """The code in the forward pass, the identity in the backward pass.
+
+    Exactly `codes` wherever z is finite, NaN where it is not; `d out / d z = 1`.
+
+    Source: Bengio et al. 2013; van den Oord et al. 2017.
+    """
+    return codes.detach() + (z - z.detach())
+
+
+def rotate(z: Tensor, codes: Tensor) -> Tensor:
+    r"""The code in the forward pass, a rotation and rescaling of the gradient in the backward pass.
+
+    $$\tilde q = \frac{\lVert e \rVert}{\lVert z \rVert}
+      \left(I - 2 u u^\top + 2 \hat e \hat z^\top\right) z,
+      \qquad u = \frac{\hat e + \hat z}{\lVert \hat e + \hat z \rVert}$$
+
+    with everything but the last z held constant, so that the gradient keeps its angle to z as it
+    had to e. Where z or e is zero, or they are opposite, this is `straight_through`.
+
+    Args:
+        z: `[..., D]`.
+        codes: `[..., D]`, the chosen codes.
+
+    Source: Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick". Not in
+    the paper.
+    """
+    codes = codes.detach()
+    with torch.no_grad():
+        z_norm, e_norm = z.norm(dim=-1, keepdim=True), codes.norm(dim=-1, keepdim=True)
+        tiny = torch.finfo(z.dtype).tiny
+        z_hat, e_hat = z / z_norm.clamp(min=tiny), codes / e_norm.clamp(min=tiny)
+        u = z_hat + e_hat
+        u_norm = u.norm(dim=-1, keepdim=True)
+        u = u / u_norm.clamp(min=tiny)
+        scale = e_norm / z_norm.clamp(min=tiny)
+        degenerate = (z_norm <= tiny) | (e_norm <= tiny) | (u_norm <= 1e-3)
+    turned = (
+        z - 2 * u * (u * z).sum(-1, keepdim=True) + 2 * e_hat * (z_hat * z).sum(-1, keepdim=True)
+    )
+    backward = torch.where(degenerate, z, scale * turned)
+    return codes + (backward - backward.detach())

@@ -1,0 +1,160 @@
+"""The losses that tie modalities to the codebook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor, nn
+
+from mmvq import functional as F
+from mmvq.checks import (
+    check_choice,
+    check_features,
+    check_finite,
+    check_number,
+    check_same_length,
+    message,
+)
+
+
+class CrossModalCommitmentLoss(nn.Module):
+    r"""Eq. 8: commit each modality to its own codes, and to those of the others.
+
+    $$L = \sum_a \Big( \beta \lVert z^a - \mathrm{sg}[e^a] \rVert^2 + \frac{1}{M - 1}
+      \sum_{b \ne a} \rho_{ab} \beta \lVert z^a - \mathrm{sg}[e^b] \rVert^2 \Big)$$
+
+    Args:
+        beta: weight of the whole.
+        cross_ratio: rho for every pair, or a mapping: (a, b) pulls z_a towards e_b, an absent pair
+            is 0.
+        reduction: `"mean"` over the valid elements; `"sum"` sums over D, then averages over the
+            valid positions (Eq. 8 to the letter).
+
+    Raises:
+        ValueError: a negative beta or ratio, an unknown reduction.
+
+    Source: Eq. 8; see `mmvq.functional.commitment` for how it extends to masks and M > 2.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.25,
+        cross_ratio: float | Mapping[tuple[str, str], float] = 0.5,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        super().__init__()
+        check_number("CrossModalCommitmentLoss", 0, float("inf"), beta=beta)
+        pairs = cross_ratio if isinstance(cross_ratio, Mapping) else {("all", "all"): cross_ratio}
+        for (a, b), ratio in pairs.items():
+            check_number(
+                "CrossModalCommitmentLoss", 0, float("inf"), **{f"cross_ratio of ({a}, {b})": ratio}
+            )
+        check_choice("CrossModalCommitmentLoss", ("mean", "sum"), reduction=reduction)
+        self.beta, self.cross_ratio, self.reduction = beta, cross_ratio, reduction
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        codes: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            features: name -> z, `[B, T, D]` or `[B, D]`.
+            codes: name -> e, the code of each feature, same shapes; no gradient reaches them.
+            masks: name -> bool `[B, T]`, True = valid.
+
+        Returns:
+            A scalar, in at least float32.
+
+        Raises:
+            ValueError: shapes or names that do not fit.
+            TypeError: features that are not floating point.
+        """
+        where = "CrossModalCommitmentLoss"
+        z, valid = check_features(where, features, masks)
+        if self.cross_ratio != 0:
+            check_same_length(where, z)
+        if any(name not in codes or codes[name].shape != features[name].shape for name in z):
+            raise ValueError(
+                message(
+                    where,
+                    "codes must have the names and shapes of features",
+                    hint="pass the code of every feature, codebook[indices]",
+                    features={name: list(x.shape) for name, x in features.items()},
+                    codes={name: list(x.shape) for name, x in codes.items()},
+                )
+            )
+        check_finite(where, **z)
+        return F.commitment(
+            z,
+            {name: codes[name].view_as(z[name]) for name in z},
+            None if masks is None else valid,
+            beta=self.beta,
+            cross_ratio=self.cross_ratio,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"beta={self.beta}, cross_ratio={self.cross_ratio}, reduction={self.reduction!r}"
+
+
+class CrossModalCodeMatchingLoss(nn.Module):
+    r"""L_cmcm: two modalities of one clip should use the same codes (Sec. 4.4).
+
+    $$S_{ij} = \sum_l P^a_i(l) \ln P^b_j(l) + P^b_j(l) \ln P^a_i(l)$$
+
+    contrasted over the batch in both directions, averaged over pairs of modalities; P is
+    `mmvq.functional.code_probabilities`. Finite, with a finite gradient, even where z is a code.
+
+    Source: Liu et al. 2021, "Cross-Modal Discrete Representation Learning"; the L_cmcm of Sec. 4.4.
+    """
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        codebook: Tensor | Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            features: name -> `[B, T, D]` or `[B, D]`; T may differ.
+            codebook: `[L, D]`, or name -> `[L, D]`, tied by index.
+            masks: name -> bool `[B, T]`, True = valid.
+
+        Returns:
+            A scalar in nats, in at least float32; 0 with fewer than two modalities.
+
+        Raises:
+            ValueError: shapes or names that do not fit.
+            TypeError: features that are not floating point.
+        """
+        where = "CrossModalCodeMatchingLoss"
+        z, valid = check_features(where, features, masks)
+        codebooks = codebook if isinstance(codebook, Mapping) else dict.fromkeys(z, codebook)
+        for name, x in z.items():
+            if name not in codebooks or codebooks[name].shape[1:] != x.shape[-1:]:
+                raise ValueError(
+                    message(
+                        where,
+                        f"the codebook for {name!r} must be [L, {x.shape[-1]}]",
+                        hint="pass quantizer.codebook, or one codebook for each modality",
+                        features=x,
+                        codebook=codebooks.get(name),
+                    )
+                )
+        if len({codes.shape[0] for codes in codebooks.values()}) > 1:
+            raise ValueError(
+                message(
+                    where,
+                    "codebooks must have the same size, as they are tied by index",
+                    hint="build them with one size",
+                    **{name: codes for name, codes in codebooks.items()},
+                )
+            )
+        check_finite(where, **z)
+        return F.code_matching(z, codebook, None if masks is None else valid)

@@ -1,0 +1,334 @@
+"""The multi-modal quantizer: Figure 2(b) as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmvq import functional as F
+from mmvq.checks import (
+    check_choice,
+    check_features,
+    check_finite,
+    check_modalities,
+    check_number,
+    check_same_length,
+    message,
+)
+from mmvq.codebook import EMACodebook, Init, ResetRule
+from mmvq.losses import CrossModalCommitmentLoss
+
+Tensors = Mapping[str, Tensor]
+Partner = Callable[[Tensor, Tensors, Tensors], Tensor]
+Commitment = Callable[[Tensors, Tensors, Tensors | None], Tensor]
+
+_PARTNERS: dict[str, Partner] = {
+    "attention": F.cross_attend,
+    "aligned": F.aligned_partner,
+    "none": lambda z, others, masks: z,
+}
+_GRADIENTS = {"straight_through": F.straight_through, "rotation": F.rotate}
+
+
+class QuantizerOutput(NamedTuple):
+    """What a quantizer returns.
+
+    Attributes:
+        quantized: name -> codes, shaped as the features, in their dtype, with the gradient passed
+            through; zeros where masked.
+        indices: name -> int64 `[B, T]` (`[B]` for `[B, D]` features); -1 where masked.
+        loss: scalar, the commitment loss.
+    """
+
+    quantized: dict[str, Tensor]
+    indices: dict[str, Tensor]
+    loss: Tensor
+
+
+class MultiModalEMAQuantizer(nn.Module):
+    r"""One discrete codebook for several modalities, kept by a multi-modal moving average.
+
+    $$\hat z^a = e_l, \quad l = \mathrm{argmin}_j \lVert z^a - e_j \rVert_2 \quad \text{(Eq. 2)}$$
+    $$N_i \leftarrow \gamma N_i + (1 - \gamma) \sum_m n^m_i, \quad
+      o_i \leftarrow \gamma o_i + (1 - \gamma) \sum_m \sum_{j=1}^{n^m_i}
+        \big( (1 - w) z^m_{ij} + w r^m_{ij} \big), \quad e_i = o_i / \tilde N_i
+      \quad \text{(Eq. 7)}$$
+
+    All modalities search the codebook as it was when `forward` began; then one joint step moves it.
+    The partner r of a vector says what the other modalities hold where it stands. State and
+    statistics are float32 (float64 once float64 features train it), whatever the module is cast to.
+    Vectors that are not finite never enter the state. Nothing is written in eval mode.
+
+    Args:
+        dim: D.
+        codebook_size: L.
+        modalities: the names. Their order never changes a result.
+        decay: gamma in [0, 1].
+        eps: Laplace smoothing of N, in the division only.
+        partner: `"attention"` (`functional.cross_attend`), `"aligned"` (the other modalities at the
+            same segment, as in the released code), `"none"` (r = z, ordinary EMA), or a callable
+            `(z_a, others, masks) -> r` over tensors `[B, T, D]` and bool masks `[B, T]`.
+        partner_weight: w. With no partner present r = z.
+        update_from: names of the modalities whose vectors enter N and o and vote on resets (None:
+            all). Every modality searches.
+        reset_after: training batches after which an idle code is reset; None never resets.
+        reset_rule: `"all"`: a code survives only if every modality chose it within `reset_after`
+            batches (the paper); `"any"`: if any did (the released code). Only batches that hold a
+            modality count for it; a modality never yet seen does not vote.
+        init: first codes from the first training batch by `"kmeans"` or `"samples"` of the vectors
+            that enter o, or `"uniform"` in (-1/L, 1/L).
+        commitment: the loss, called with (features, codes, masks); None makes it exactly 0.
+        gradient: `"straight_through"`, or `"rotation"` (Fifty et al. 2024).
+        update: `"auto"` moves the codebook at the end of each training forward; `"manual"`
+            accumulates until `update_codebook()`: k micro-batches then equal one batch.
+        process_group: the ranks that share the codebook; None is the default group.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: Sec. 4.3 and Fig. 2(b). Departs from the released code, which updates after each
+    modality in turn, uses the aligned partner and resets by another rule; see `mmvq.compat.cmg`.
+
+    Example:
+        >>> quantizer = MultiModalEMAQuantizer(16, 32, ("audio", "video"))
+        >>> features = {"audio": torch.randn(4, 10, 16), "video": torch.randn(4, 10, 16)}
+        >>> quantized, indices, loss = quantizer(features)
+        >>> quantized["audio"].shape, indices["video"].shape
+        (torch.Size([4, 10, 16]), torch.Size([4, 10]))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        modalities: Sequence[str] = ("audio", "video"),
+        *,
+        decay: float = 0.99,
+        eps: float = 1e-5,
+        partner: Literal["attention", "aligned", "none"] | Partner = "attention",
+        partner_weight: float = 0.5,
+        update_from: Sequence[str] | None = None,
+        reset_after: int | None = 100,
+        reset_rule: ResetRule = "all",
+        init: Init = "kmeans",
+        commitment: Commitment | Literal["default"] | None = "default",
+        gradient: Literal["straight_through", "rotation"] = "straight_through",
+        update: Literal["auto", "manual"] = "auto",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        where = "MultiModalEMAQuantizer"
+        self.modalities = check_modalities(where, modalities)
+        self._sorted = tuple(sorted(self.modalities))  # the order of the state and of every sum
+        sources = self.modalities if update_from is None else tuple(update_from)
+        if not sources or not set(sources) <= set(self.modalities):
+            raise ValueError(
+                message(
+                    where,
+                    "update_from must name one or more of the modalities",
+                    hint="pass None to update from all",
+                    update_from=update_from,
+                    modalities=self.modalities,
+                )
+            )
+        if not callable(partner):
+            check_choice(where, _PARTNERS, partner=partner)
+        check_choice(where, _GRADIENTS, gradient=gradient)
+        check_choice(where, ("auto", "manual"), update=update)
+        check_number(where, 0, 1, partner_weight=partner_weight)
+        self.partner, self.partner_weight = partner, partner_weight
+        self._partner = partner if callable(partner) else _PARTNERS[partner]
+        self.gradient, self.update = gradient, update
+        self.commitment = CrossModalCommitmentLoss() if commitment == "default" else commitment
+        self.ema_codebook = EMACodebook(
+            dim,
+            codebook_size,
+            decay=decay,
+            eps=eps,
+            groups=len(self._sorted),
+            update_from=[self._sorted.index(name) for name in sources],
+            reset_after=reset_after,
+            reset_rule=reset_rule,
+            init=init,
+            process_group=process_group,
+        )
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        freeze: bool = False,
+    ) -> QuantizerOutput:
+        """Quantize a batch; in training mode, also move the codebook.
+
+        Args:
+            features: name -> `[B, T, D]` (or `[B, D]`, which is T = 1), any float dtype, for any
+                non-empty subset of the modalities. T may differ, unless the partner is `"aligned"`
+                or the commitment has a cross term.
+            masks: name -> bool `[B, T]`, True = valid. What lies under a False is never read.
+            freeze: leave the codebook as it is.
+
+        Returns:
+            `QuantizerOutput(quantized, indices, loss)`. A vector that is not finite gets index 0
+            and shows as NaN in `quantized` and in the loss.
+
+        Raises:
+            ValueError: shapes or names that do not fit.
+            TypeError: features that are not floating point.
+        """
+        where = "MultiModalEMAQuantizer"
+        book = self.ema_codebook
+        z, valid = check_features(where, features, masks, dim=book.dim, modalities=self.modalities)
+        check_finite(where, **z)
+        if self.partner == "aligned":
+            check_same_length(where, z)
+        updating = self.training and not freeze
+
+        if updating:
+            mixed, groups, usable = self._mix_partners(z, valid)  # Sec. 4.3
+            book.initialize(mixed, groups, usable)
+        index = book.search(_flat(z))  # Eq. 2
+        code = book.weight[index]
+        if updating:
+            book.accumulate(mixed, torch.where(usable, index, -1), groups)  # Eq. 7, brackets
+            if self.update == "auto":
+                book.apply()  # Eq. 7
+
+        codes = _unflat(code, z)
+        if self.commitment is None:
+            loss = code.new_zeros(())
+        else:
+            loss = self.commitment(z, codes, None if masks is None else valid)  # Eq. 8
+        gradient = _GRADIENTS[self.gradient]
+        quantized: dict[str, Tensor] = {}
+        indices: dict[str, Tensor] = {}
+        for name, chosen in _unflat(index, z).items():
+            q = gradient(z[name], codes[name].to(z[name].dtype))
+            q = torch.where(valid[name][..., None], q, 0)
+            chosen = torch.where(valid[name], chosen, -1)
+            flat = features[name].ndim == 2
+            quantized[name] = q.squeeze(1) if flat else q
+            indices[name] = chosen.squeeze(1) if flat else chosen
+        return QuantizerOutput(quantized, indices, loss)
+
+    @torch.no_grad()
+    def _mix_partners(
+        self, z: Mapping[str, Tensor], valid: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The vectors that enter o, `(1 - w) z + w r`, their groups, and which are fit to enter."""
+        book = self.ema_codebook
+        book.match_dtype(next(iter(z.values())).dtype)
+        finite = {name: valid[name] & x.isfinite().all(-1) for name, x in z.items()}
+        z = {
+            name: torch.where(finite[name][..., None], x, 0).to(book.codes.dtype)
+            for name, x in z.items()
+        }
+        mixed: dict[str, Tensor] = {}
+        with torch.autocast(book.codes.device.type, enabled=False):
+            for name, x in z.items():
+                others = {other: z[other] for other in z if other != name}
+                masks = {other: finite[other] for other in others}
+                r = self._partner(x, others, masks)
+                if r.shape != x.shape:
+                    raise ValueError(
+                        message(
+                            "MultiModalEMAQuantizer",
+                            "the partner callable must return a tensor shaped as z_a",
+                            hint="return [B, T, D], and z_a itself where there is no partner",
+                            z_a=x,
+                            r=r,
+                        )
+                    )
+                mixed[name] = torch.lerp(x, r.to(x), self.partner_weight)
+        values = _flat(mixed)
+        groups = torch.cat(
+            [
+                m.new_full((m.numel(),), self._sorted.index(name), dtype=torch.long)
+                for name, m in finite.items()
+            ]
+        )
+        usable = torch.cat([m.flatten() for m in finite.values()]) & values.isfinite().all(1)
+        return values, groups, usable
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.
+
+        Raises:
+            ValueError: the last dimension is not D.
+        """
+        return self.ema_codebook.search(x)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """The codes of indices: int64 `[...]` -> `[..., D]`; zeros for -1 (masked).
+
+        Raises:
+            TypeError: indices that are not int64.
+            IndexError: an index of L or more (on a GPU, a device assertion).
+        """
+        if indices.dtype != torch.long:
+            raise TypeError(
+                message(
+                    "MultiModalEMAQuantizer.decode",
+                    "indices must be int64",
+                    hint="pass what encode or forward returned",
+                    indices=indices,
+                )
+            )
+        codes = self.ema_codebook.weight[indices.clamp(min=0)]
+        return torch.where((indices < 0)[..., None], 0, codes)
+
+    @property
+    def codebook(self) -> Tensor:
+        """A copy of the codes, `[L, D]`: what was read stays as it was when the codebook moves."""
+        return self.ema_codebook.weight.clone()
+
+    @property
+    def out_dim(self) -> int:
+        """Width of `quantized`: D."""
+        return self.ema_codebook.dim
+
+    def usage(self, *, reset: bool = False) -> F.CodeUsage:
+        """Who used which code since the last reset of the counts, over all ranks.
+
+        Counts are kept in training only, of valid, finite vectors.
+
+        Args:
+            reset: start counting anew afterwards.
+
+        Returns:
+            `CodeUsage(counts, perplexity, shared, dead)`, see `mmvq.functional.code_usage`.
+        """
+        counts = dict(zip(self._sorted, self.ema_codebook.usage.clone(), strict=True))
+        if reset:
+            self.ema_codebook.reset_usage()
+        return F.code_usage({name: counts[name] for name in self.modalities})
+
+    def update_codebook(self) -> None:
+        """With `update="manual"`: one step of Eq. 7 with all that was accumulated."""
+        self.ema_codebook.apply()
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return (
+            f"modalities={self.modalities}, partner={self.partner!r}, "
+            f"partner_weight={self.partner_weight}, gradient={self.gradient!r}, "
+            f"update={self.update!r}"
+        )
+
+
+def _flat(z: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([rearrange(x, "b t d -> (b t) d") for x in z.values()])
+
+
+def _unflat(rows: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = rows.split([x.shape[0] * x.shape[1] for x in like.values()])
+    return {
+        name: part.unflatten(0, x.shape[:2])
+        for (name, x), part in zip(like.items(), parts, strict=True)
+    }

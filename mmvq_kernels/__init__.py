@@ -1,0 +1,19 @@
+"""Nearest-code search, code statistics and EMA updates: the speed under `mmvq`.
+
+The functions work on flat tensors, know nothing of modules or modalities, and never import `mmvq`.
+Each file reads in the same order: the obvious reference, then the path that ships.
+"""
+
+from mmvq_kernels.backends import Backend, available_backends, reason_unavailable
+from mmvq_kernels.ema import ema_update_
+from mmvq_kernels.nearest import nearest_code
+from mmvq_kernels.statistics import code_statistics
+
+__all__ = [
+    "Backend",
+    "available_backends",
+    "code_statistics",
+    "ema_update_",
+    "nearest_code",
+    "reason_unavailable",
+]

@@ -1,0 +1,108 @@
+"""The exponential moving average of a codebook (Eq. 7), written in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmvq_kernels.backends import Backend, require
+from mmvq_kernels.messages import message
+
+
+def ema_update_(
+    codes: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    batch_sums: Tensor,
+    batch_counts: Tensor,
+    *,
+    decay: float,
+    eps: float = 1e-5,
+    dead: Tensor | None = None,
+    replacement: Tensor | None = None,
+    backend: Backend = "auto",
+) -> None:
+    """One step of the moving average, reset of dead codes included, in place (Eq. 7).
+
+        N <- decay N + (1 - decay) n            o <- decay o + (1 - decay) s
+        e <- o / smoothed(N)                    smoothed(N) = (N + eps) / (sum N + L eps) * sum N
+
+    Smoothing happens in the division only; N and o keep their plain averages. A dead code takes
+    `replacement` as its `e`, the mean N of the dead codes as its N, and `o = e smoothed(N)`: the
+    total mass does not change, so that no living code moves. A batch without a single vector
+    (`batch_counts` all zero) leaves everything as it was.
+
+    Args:
+        codes: `e`, `[L, D]`, written.
+        sums: `o`, `[L, D]`, written.
+        counts: `N`, `[L]`, written.
+        batch_sums: `s`, `[L, D]`, from `code_statistics`.
+        batch_counts: `n`, `[L]`.
+        decay: gamma in [0, 1].
+        eps: Laplace smoothing.
+        dead: bool `[L]`, the codes to replace.
+        replacement: `[L, D]`, read where `dead`.
+        backend: `"auto"`, `"torch"` or `"triton"`.
+
+    Raises:
+        ValueError: shapes that do not fit, or only one of `dead` and `replacement`.
+        RuntimeError: the backend cannot run here.
+    """
+    require(backend)
+    _check(codes, sums, counts, batch_sums, batch_counts, dead, replacement)
+    with torch.no_grad():
+        batch_counts, batch_sums = batch_counts.to(counts.dtype), batch_sums.to(sums.dtype)
+        some = batch_counts.sum() > 0
+        keep = torch.where(some, decay, 1.0).to(counts.dtype)
+        counts.mul_(keep).addcmul_(batch_counts, 1 - keep)
+        sums.mul_(keep).addcmul_(batch_sums, 1 - keep)
+        total = counts.sum()
+        if dead is not None and replacement is not None:
+            dead = dead & some
+            mass = (counts * dead).sum() / dead.sum().clamp(min=1)
+            counts.copy_(torch.where(dead, mass, counts))
+        smoothed = (counts + eps) / (total + counts.numel() * eps) * total  # [L]
+        if dead is not None and replacement is not None:
+            revived = replacement.to(sums.dtype) * smoothed[:, None]
+            sums.copy_(torch.where(dead[:, None], revived, sums))
+        codes.copy_(torch.where(some, sums / smoothed[:, None], codes))
+
+
+def _check(
+    codes: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    batch_sums: Tensor,
+    batch_counts: Tensor,
+    dead: Tensor | None,
+    replacement: Tensor | None,
+) -> None:
+    fits = codes.ndim == 2 and sums.shape == batch_sums.shape == codes.shape
+    if not fits or not counts.shape == batch_counts.shape == codes.shape[:1]:
+        raise ValueError(
+            message(
+                "ema_update_",
+                "codes, sums and batch_sums must be [L, D], counts and batch_counts [L]",
+                hint="take the batch's from code_statistics(values, indices, num_codes=L)",
+                codes=codes,
+                sums=sums,
+                batch_sums=batch_sums,
+                counts=counts,
+                batch_counts=batch_counts,
+            )
+        )
+    shapes = (
+        None if dead is None else dead.shape,
+        None if replacement is None else replacement.shape,
+    )
+    if shapes not in ((None, None), (counts.shape, codes.shape)):
+        raise ValueError(
+            message(
+                "ema_update_",
+                "dead [L] and replacement [L, D] must be given together",
+                hint="give both to reset codes, neither to keep all",
+                codes=codes,
+                dead=dead,
+                replacement=replacement,
+            )
+        )

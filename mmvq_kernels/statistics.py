@@ -1,0 +1,104 @@
+"""Counts and sums of the vectors assigned to each code: the brackets of Eq. 7."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmvq_kernels.backends import Backend, require
+from mmvq_kernels.messages import message
+
+
+def code_statistics_ref(values: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """One row at a time, in float64."""
+    counts = values.new_zeros(num_codes, dtype=torch.float64)
+    sums = values.new_zeros(num_codes, values.shape[1], dtype=torch.float64)
+    for value, index in zip(values.double(), indices.tolist(), strict=True):
+        if index >= 0:
+            counts[index] += 1
+            sums[index] += value
+    return counts, sums
+
+
+def code_statistics(
+    values: Tensor,
+    indices: Tensor,
+    num_codes: int,
+    *,
+    groups: Tensor | None = None,
+    num_groups: int = 1,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """How many rows chose each code, and their sum: `n_i` and `sum_j v_ij` of Eq. 7.
+
+    Deterministic: the same rows in the same order give the same bits.
+
+    Args:
+        values: the vectors to add up, `[N, D]`, any float dtype; summed in at least float32.
+        indices: int64 `[N]`, the code of each row; a row with -1 is left out, whatever it holds.
+        num_codes: L.
+        groups: int64 `[N]` in `[0, num_groups)`, the group (modality) of each row, to count each
+            group apart.
+        num_groups: G.
+        backend: `"auto"`, `"torch"` or `"triton"`.
+
+    Returns:
+        counts, float `[L]` (`[G, L]` when `groups` is given), and sums `[L, D]` over all groups.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: values that are not floating point, indices or groups that are not int64.
+        RuntimeError: the backend cannot run here.
+    """
+    require(backend)
+    _check(values, indices, groups)
+    values = values.detach()
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    left_out = indices < 0
+    rows = torch.where(left_out, num_codes, indices)  # the last bin is thrown away
+    sums = _add_rows(values, rows, num_codes + 1)[:num_codes]
+    bins = rows if groups is None else groups * (num_codes + 1) + rows
+    ones = values.new_ones(values.shape[0], 1)
+    counts = _add_rows(ones, bins, num_groups * (num_codes + 1))
+    counts = counts.view(num_groups, num_codes + 1)[:, :num_codes]
+    return (counts[0] if groups is None else counts), sums
+
+
+def _add_rows(values: Tensor, bins: Tensor, num_bins: int) -> Tensor:
+    out = values.new_zeros(num_bins, values.shape[1])
+    if values.device.type == "cpu":
+        return out.index_add_(0, bins, values)
+    return out.index_put_((bins,), values, accumulate=True)  # sorts: no float atomics
+
+
+def _check(values: Tensor, indices: Tensor, groups: Tensor | None) -> None:
+    if not values.is_floating_point() or indices.dtype != torch.long:
+        raise TypeError(
+            message(
+                "code_statistics",
+                "values must be floating point and indices int64",
+                hint="pass the indices that nearest_code returned",
+                values=values,
+                indices=indices,
+            )
+        )
+    if values.ndim != 2 or indices.shape != values.shape[:1]:
+        raise ValueError(
+            message(
+                "code_statistics",
+                "values [N, D] and indices [N] must have the same N",
+                hint="flatten batch and time of both in the same order",
+                values=values,
+                indices=indices,
+            )
+        )
+    if groups is not None and (groups.shape != indices.shape or groups.dtype != torch.long):
+        raise ValueError(
+            message(
+                "code_statistics",
+                "groups must be int64 with one entry for each index",
+                hint="give every row the number of its group",
+                groups=groups,
+                indices=indices,
+            )
+        )
