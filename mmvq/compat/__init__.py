@@ -1,0 +1,1 @@
+"""Other implementations' state and numbers; nothing in mmvq depends on this package."""
