@@ -1,0 +1,1 @@
+"""The parts of the cross-modal generalisation example, one purpose per file."""

@@ -1,0 +1,132 @@
+"""Moving pictures: real handwritten digits in 56 x 56 frames, seen by a frozen random layer.
+
+The handwriting is scikit-learn's `load_digits`: 1797 digits of 8 x 8 pixels that thirteen people
+wrote one after the other. A digit is put into a frame like this:
+
+1. upscale its 8 x 8 pixels smoothly, as ink between 0 and 1;
+2. for every pixel of the frame, ask where it falls on the digit after moving, turning and scaling;
+3. pass the ink through a soft threshold: a low threshold gives a thick stroke, a high one a thin;
+4. lay it over shapes of the background, choose a brightness, add noise.
+
+A frame is then cut into 7 x 7 cells of 8 x 8 pixels. Each cell is described by 512 rectified
+random projections of itself and its eight neighbours: an untrained convolution, the same for all.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+FRAME, GRID, CELL, CHANNELS = 56, 7, 8, 512
+INK = 32  # pixels of an upscaled digit
+ROW, COLUMN = np.mgrid[:FRAME, :FRAME].astype(np.float32) + 0.5  # pixel centres
+# Consecutive samples come from one writer: about 138 each. The gap of as many keeps the writers of
+# the splits 1 and 2 apart.
+WRITERS = {0: range(0, 900), 1: range(900, 1280), 2: range(1418, 1797)}
+
+
+def film(digits: np.ndarray, split: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Film one clip: digits [T] to frames [T, 56, 56] and boxes [T, 4] (zeros where no digit)."""
+    T = len(digits)
+    frames = 0.6 * _shapes(T, rng)
+    boxes = np.zeros((T, 4), dtype=np.int64)
+    shown = np.flatnonzero(digits >= 0)
+    ink = _place(_pick(digits[shown], split, rng), rng)  # [S, 56, 56]
+    frames[shown] = np.maximum(frames[shown] / 2, ink)
+    boxes[shown] = [_box(picture) for picture in ink]
+    grain = rng.standard_normal(frames.shape, dtype=np.float32)
+    return _draw(rng, T, 0.5, 1.0) * frames + _draw(rng, T, 0.03, 0.15) * grain, boxes
+
+
+def see(frames: np.ndarray) -> np.ndarray:
+    """Describe every cell with its neighbours: frames [T, 56, 56] to features [T, 7, 7, 512]."""
+    T, half, side = len(frames), FRAME // 2, CELL // 2
+    small = frames.reshape(T, half, 2, half, 2).mean((2, 4))
+    padded = np.pad(small, ((0, 0), (side, side), (side, side)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3 * side, 3 * side), axis=(1, 2))
+    patches = windows[:, ::side, ::side].reshape(T * GRID * GRID, -1)  # [T * 49, 144]
+    weight, bias = _layer()
+    return np.maximum(patches @ weight + bias, 0).reshape(T, GRID, GRID, CHANNELS)
+
+
+def _draw(rng: np.random.Generator, T: int, low: float, high: float) -> np.ndarray:
+    """Draw one number for each of T frames: [T, 1, 1]."""
+    return rng.uniform(low, high, (T, 1, 1)).astype(np.float32)
+
+
+def _pick(digits: np.ndarray, split: int, rng: np.random.Generator) -> np.ndarray:
+    """Pick a handwritten sample of each digit: ink [S, 32, 32]."""
+    ink, classes = _handwriting()
+    pool = np.asarray(WRITERS[split])
+    return ink[[rng.choice(pool[classes[pool] == digit]) for digit in digits]]
+
+
+@cache
+def _handwriting() -> tuple[np.ndarray, np.ndarray]:
+    """All digits upscaled [1797, 32, 32] and their classes [1797]."""
+    images, classes = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8) / 16
+    centres = (np.arange(INK) + 0.5) * 8 / INK - 0.5
+    blend = np.exp(-0.5 * ((centres[:, None] - np.arange(8)) / 0.5) ** 2)
+    blend /= blend.sum(1, keepdims=True)
+    return (blend @ images @ blend.T).astype(np.float32), classes
+
+
+def _place(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Move, turn, scale and redraw ink [S, 32, 32] into frames [S, 56, 56]."""
+    S = len(ink)
+    angle, scale = _draw(rng, S, -0.3, 0.3), INK / _draw(rng, S, 22, 34)  # 22 to 34 pixels wide
+    dy, dx = ROW - _draw(rng, S, 22, 34), COLUMN - _draw(rng, S, 22, 34)
+    row = (np.cos(angle) * dy - np.sin(angle) * dx) * scale + INK / 2
+    column = (np.sin(angle) * dy + np.cos(angle) * dx) * scale + INK / 2
+    threshold = _draw(rng, S, 0.25, 0.55)
+    return 1 / (1 + np.exp(12 * (threshold - _bilinear(ink, row, column))))
+
+
+def _bilinear(images: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """Read images [S, H, W] at places [S, h, w] between the pixels; all is blank outside."""
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
+    row = np.clip(row + 0.5, 0, padded.shape[1] - 1.01)
+    column = np.clip(column + 0.5, 0, padded.shape[2] - 1.01)
+    top, left = row.astype(int), column.astype(int)
+    down, right = (row - top).astype(np.float32), (column - left).astype(np.float32)
+    image = np.arange(len(images))[:, None, None]
+    above = padded[image, top, left] * (1 - right) + padded[image, top, left + 1] * right
+    below = padded[image, top + 1, left] * (1 - right) + padded[image, top + 1, left + 1] * right
+    return above * (1 - down) + below * down
+
+
+def _box(picture: np.ndarray) -> tuple[int, int, int, int]:
+    """Find the smallest box (x0, y0, x1, y1) around the ink, x1 and y1 exclusive."""
+    rows, columns = np.flatnonzero(picture.max(1) > 0.5), np.flatnonzero(picture.max(0) > 0.5)
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _shapes(T: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw outlines of ellipses, boxes and bars [T, 56, 56], three to a frame."""
+    frames = np.zeros((T, FRAME, FRAME), dtype=np.float32)
+    for _ in range(3):
+        angle, kind = _draw(rng, T, 0, np.pi), _draw(rng, T, 0, 3)
+        dy, dx = ROW - _draw(rng, T, 6, 50), COLUMN - _draw(rng, T, 6, 50)
+        tall, wide = _draw(rng, T, 3, 12), _draw(rng, T, 3, 12)
+        u = np.abs(np.cos(angle) * dy - np.sin(angle) * dx) / tall
+        v = np.abs(np.sin(angle) * dy + np.cos(angle) * dx) / wide
+        ellipse, box, bar = np.sqrt(u * u + v * v), np.maximum(u, v), 1 + u + np.maximum(v - 1, 0)
+        edge = np.where(kind < 1, ellipse, np.where(kind < 2, box, bar)) - 1
+        frames = np.maximum(frames, np.exp(-((edge * (tall + wide)) ** 2) / 8))
+    return frames
+
+
+@cache
+def _layer() -> tuple[np.ndarray, np.ndarray]:
+    """Draw the frozen layer, blurred noise of zero mean: weight [144, 512] and bias [512]."""
+    rng = np.random.default_rng(2023)
+    side = np.arange(3 * CELL // 2)
+    blur = np.exp(-0.5 * (side[:, None] - side) ** 2)
+    weight = blur @ rng.standard_normal((CHANNELS, len(side), len(side))) @ blur
+    weight -= weight.mean((1, 2), keepdims=True)
+    weight /= np.linalg.norm(weight, axis=(1, 2), keepdims=True)
+    bias = 0.1 * rng.standard_normal(CHANNELS)
+    return weight.reshape(CHANNELS, -1).T.astype(np.float32), bias.astype(np.float32)

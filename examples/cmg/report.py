@@ -1,0 +1,152 @@
+"""The end of a run in figures: metrics.json and the printed table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import write_atomic
+
+_FIELDS = (
+    "dataset",
+    "modalities",
+    "seed",
+    "seconds",
+    "epochs",
+    "classification",
+    "localization",
+    "codebook",
+)
+
+
+def code_counts(indices: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    """How often every modality chose every code.
+
+    Args:
+        indices: Name -> int64 of any shape, -1 where there is nothing.
+        size: L, the codes there are.
+
+    Returns:
+        Name -> int64 [L].
+    """
+    return {name: i[i >= 0].cpu().bincount(minlength=size) for name, i in indices.items()}
+
+
+def codebook_summary(
+    indices: Mapping[str, Tensor], size: int, share: float = 0.05
+) -> dict[str, Any]:
+    """How the codes are used, as the "codebook" of metrics.json.
+
+    Args:
+        indices: Name -> int64 [N, T], the code of every segment, -1 where there is none.
+        size: L, the codes there are.
+        share: A modality holds a code if more than this share of the code's segments are its own.
+
+    Returns:
+        "size"; "used", the codes that any modality chose; "perplexity", exp of the entropy of all
+        choices together (1 to L); "shared_fraction", the part of the used codes that two or more
+        modalities hold; "per_modality", "used" and "perplexity" of each modality by itself.
+    """
+    counts = code_counts(indices, size)
+    table = torch.stack(list(counts.values())).double()  # [M, L]
+    total = table.sum(0)
+    holders = (table > share * total).sum(0)
+    used = int((total > 0).sum())
+    return {
+        "size": size,
+        "used": used,
+        "perplexity": _perplexity(total),
+        "shared_fraction": int((holders >= 2).sum()) / max(used, 1),
+        "per_modality": {
+            name: {"used": int((n > 0).sum()), "perplexity": _perplexity(n.double())}
+            for name, n in counts.items()
+        },
+    }
+
+
+def _perplexity(counts: Tensor) -> float:
+    p = counts / counts.sum().clamp(min=1)
+    return float(torch.special.entr(p).sum().exp())
+
+
+def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
+    """Write metrics.json whole or not at all.
+
+    Args:
+        path: The file.
+        metrics: Exactly the fields dataset, modalities, seed, seconds, epochs, classification,
+            localization and codebook; finite numbers only.
+
+    Raises:
+        ValueError: A field is missing, unknown or not finite.
+    """
+    if set(metrics) != set(_FIELDS):
+        raise ValueError(f"write_metrics: fields must be {list(_FIELDS)}; came {list(metrics)}.")
+    ordered = {name: metrics[name] for name in _FIELDS}
+    write_atomic(path, (json.dumps(ordered, indent=2, allow_nan=False) + "\n").encode())
+
+
+def table(metrics: Mapping[str, Any], reference: Mapping[str, Any] | None = None) -> str:
+    """The table printed at the end: a line per direction, "of bound" = accuracy / upper bound.
+
+    Args:
+        metrics: With "classification" and "localization" as `evaluation.evaluate` gives them.
+        reference: What `reference.cca_reference` gave, for two more columns: linear CCA with the
+            same head, and with logistic regression.
+    """
+    blocks = [
+        _block("classification", "clip accuracy", "accuracy", "upper_bound", metrics, reference),
+        _block(
+            "localization",
+            "segment accuracy",
+            "segment_accuracy",
+            "upper_bound_accuracy",
+            metrics,
+            reference,
+            extra=(("F1", "segment_f1"), ("F1 bound", "upper_bound")),
+        ),
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _block(
+    task: str,
+    title: str,
+    score: str,
+    bound: str,
+    metrics: Mapping[str, Any],
+    reference: Mapping[str, Any] | None,
+    extra: tuple[tuple[str, str], ...] = (),
+) -> str:
+    scores: Mapping[str, Mapping[str, float]] = metrics[task]
+    if not scores:
+        return ""
+    columns = {
+        title: [s[score] for s in scores.values()],
+        "chance": [s["chance"] for s in scores.values()],
+        "upper bound": [s[bound] for s in scores.values()],
+    }
+    columns["of bound"] = [
+        a / max(b, 1e-9) for a, b in zip(columns[title], columns["upper bound"], strict=True)
+    ]
+    columns |= {name: [s[key] for s in scores.values()] for name, key in extra}
+    if reference is not None:
+        linear = reference["logistic_regression"][task]
+        columns["CCA"] = [reference[task][way][score] for way in scores]
+        columns["CCA + LR"] = [linear[way][score] for way in scores]
+    ways = [*scores, "mean"]
+    first = max(map(len, ways))
+    lines = [" " * first + "".join(f"  {name:>8}" for name in columns)]
+    for i, way in enumerate(ways):
+        cells = ""
+        for name, values in columns.items():
+            value = values[i] if i < len(values) else sum(values) / len(values)
+            text = f"{value:.0%}" if name == "of bound" else f"{value:.3f}"
+            cells += f"  {text:>{max(8, len(name))}}"
+        lines.append(f"{way:<{first}}{cells}")
+    return "\n".join(lines)

@@ -1,0 +1,238 @@
+"""The built-in data set: determinism, shapes, disjoint splits, plots, boxes and the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+
+from cmg import digits
+from cmg.digits import clips, pictures, sentences, speech
+
+COUNTS = (3, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, np.ndarray]:
+    return digits.render(5, clips=COUNTS)
+
+
+@pytest.fixture(scope="module")
+def plots() -> list[clips.Clip]:
+    return [clips.compose(np.random.default_rng(seed)) for seed in range(400)]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `load` render three clips instead of fourteen hundred."""
+    render = digits.render
+    monkeypatch.setattr(digits, "render", lambda seed: render(seed, clips=(1, 1, 1)))
+
+
+def equal(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
+    return left.keys() == right.keys() and all(
+        np.array_equal(left[name], right[name]) for name in left
+    )
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_arrays(data: dict[str, np.ndarray]) -> None:
+    N = sum(COUNTS)
+    assert {name: (array.dtype.name, array.shape) for name, array in data.items()} == {
+        "audio": ("float32", (N, 10, 128)),
+        "video": ("float16", (N, 10, 7, 7, 512)),
+        "text": ("float32", (N, 10, 768)),
+        "labels": ("int64", (N,)),
+        "seg_labels_audio": ("int64", (N, 10)),
+        "seg_labels_video": ("int64", (N, 10)),
+        "seg_labels_text": ("int64", (N, 10)),
+        "split": ("int64", (N,)),
+        "video_box": ("int64", (N, 10, 4)),
+    }
+    assert data["split"].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    for name in clips.MODALITIES:
+        assert np.isfinite(data[name]).all()
+        assert len(np.unique(data[name].reshape(N, -1), axis=0)) == N
+
+
+def test_same_seed_same_bits(data: dict[str, np.ndarray]) -> None:
+    assert equal(data, digits.render(5, clips=COUNTS))
+
+
+def test_other_seed_other_clips(data: dict[str, np.ndarray]) -> None:
+    other = digits.render(6, clips=COUNTS)
+    for name in clips.MODALITIES:
+        assert not (data[name] == other[name]).all(axis=tuple(range(1, data[name].ndim))).any()
+
+
+def test_a_clip_does_not_depend_on_the_number_of_clips(data: dict[str, np.ndarray]) -> None:
+    fewer = digits.render(5, clips=(1, 2, 0))
+    assert equal(fewer, {name: array[[0, 3, 4]] for name, array in data.items()})
+
+
+def test_segments_follow_the_plot(data: dict[str, np.ndarray]) -> None:
+    for name in clips.MODALITIES:
+        shared = data[f"seg_labels_{name}"] == data["labels"][:, None]
+        assert np.isin(shared.sum(1), range(3, 8)).all()
+        assert np.array_equal(shared, data["seg_labels_audio"] == data["labels"][:, None])
+
+
+def test_plots_share_one_event(plots: list[clips.Clip]) -> None:
+    lengths, starts = set(), set()
+    for label, shown in plots:
+        events = [np.flatnonzero(shown[name] == label) for name in clips.MODALITIES]
+        assert all(np.array_equal(event, events[0]) for event in events)
+        assert np.array_equal(events[0], np.arange(events[0][0], events[0][0] + len(events[0])))
+        lengths.add(len(events[0]))
+        starts.add(int(events[0][0]))
+    assert lengths == {3, 4, 5, 6, 7}
+    assert starts == set(range(8))
+    assert {clip.label for clip in plots} == set(range(10))
+
+
+def test_distractors_are_of_one_modality_and_shorter_than_the_event(
+    plots: list[clips.Clip],
+) -> None:
+    distracted = 0
+    for label, shown in plots:
+        others = [set(shown[name].tolist()) - {label, clips.BACKGROUND} for name in shown]
+        assert all(len(other) <= 1 for other in others)
+        assert len(set().union(*others)) == sum(map(len, others))
+        distracted += sum(map(len, others))
+        for digits_shown in shown.values():
+            run = np.flatnonzero((digits_shown != label) & (digits_shown != clips.BACKGROUND))
+            assert len(run) < (digits_shown == label).sum()
+            assert len(run) == 0 or np.ptp(run) == len(run) - 1
+    draws = 3 * len(plots)
+    assert abs(distracted - 0.3 * draws) < 5 * np.sqrt(0.3 * 0.7 * draws)
+
+
+def test_boxes_lie_in_the_frame_where_a_digit_is_shown(data: dict[str, np.ndarray]) -> None:
+    shown = data["seg_labels_video"] >= 0
+    x0, y0, x1, y1 = np.moveaxis(data["video_box"][shown], -1, 0)
+    assert (x0 >= 0).all()
+    assert (y0 >= 0).all()
+    assert (x0 < x1).all()
+    assert (y0 < y1).all()
+    assert (x1 <= pictures.FRAME).all()
+    assert (y1 <= pictures.FRAME).all()
+    assert not data["video_box"][~shown].any()
+
+
+def test_the_digit_is_in_its_box() -> None:
+    frames, boxes = pictures.film(np.arange(10), 2, np.random.default_rng(0))
+    for frame, (x0, y0, x1, y1) in zip(frames, boxes, strict=True):
+        outside = frame.copy()
+        outside[y0:y1, x0:x1] = np.nan
+        assert frame[y0:y1, x0:x1].mean() > 3 * np.nanmean(outside)
+
+
+def test_writers_are_disjoint() -> None:
+    train, test = pictures.WRITERS[1], pictures.WRITERS[2]
+    assert not set(pictures.WRITERS[0]) & (set(train) | set(test))
+    assert min(test) - max(train) > 1797 // 13  # a whole writer lies between
+    _, classes = pictures._handwriting()
+    for samples in pictures.WRITERS.values():
+        assert set(classes[list(samples)]) == set(range(10))
+
+
+def test_voices_are_disjoint() -> None:
+    casts = [set(speech.voices(0, split)) for split in range(3)]
+    assert [len(cast) for cast in casts] == list(speech.VOICES.values())
+    assert len(set().union(*casts)) == sum(map(len, casts))
+    assert speech.voices(0, 1) == speech.voices(0, 1) != speech.voices(1, 1)
+
+
+@pytest.mark.parametrize("table", ["TEMPLATES", "NAMES", "NOUNS", "PLACES"])
+def test_words_are_disjoint(table: str) -> None:
+    lists = [
+        words.split() if isinstance(words, str) else words for words in getattr(sentences, table)
+    ]
+    assert len(lists) == 3
+    assert len(set().union(*lists)) == sum(map(len, lists))
+
+
+def test_sentences_name_their_digit_and_no_other() -> None:
+    shown = np.tile(np.arange(-1, 10), 20)
+    for split in range(3):
+        written = sentences.write(shown, split, np.random.default_rng(split))
+        for digit, sentence in zip(shown, written, strict=True):
+            named = set(sentence.split()) & set(sentences.DIGITS)
+            assert named == ({sentences.DIGITS[digit]} if digit >= 0 else set())
+
+
+def test_sentences_are_hashed_the_same_everywhere() -> None:
+    features = sentences.read(["nine", "nine again"])
+    assert np.linalg.norm(features, axis=1) == pytest.approx([1, 1], abs=1e-6)
+    places = [62, 109, 149, 175, 295, 440, 452, 537, 545, 591, 603, 640, 763, 765]
+    assert np.flatnonzero(features[0]).tolist() == places
+
+
+def test_a_slow_voice_speaks_longer() -> None:
+    def frames(pace: float) -> float:
+        voice, rng = speech.Voice(120.0, 1.0, pace, 0.1), np.random.default_rng(0)
+        mouths = np.stack([speech._articulate(1, voice, rng) for _ in range(50)])
+        return float(np.count_nonzero(mouths[..., 3], axis=1).mean()) - len(speech.SMOOTH) + 1
+
+    assert frames(0.8) / frames(1.25) == pytest.approx(1.25 / 0.8, rel=0.05)
+
+
+def test_pulses_come_at_the_pitch_of_the_voice() -> None:
+    voice = speech.Voice(200.0, 1.0, 1.0, 0.0)
+    pulses = speech._pulses(20, voice, np.random.default_rng(0))
+    seconds = pulses.shape[1] / speech.RATE
+    rate = np.count_nonzero(pulses, axis=1) / seconds
+    assert (rate >= 200 * (0.9 - 0.2 * seconds) - 1 / seconds).all()
+    assert (rate <= 200 * 1.2).all()
+    assert (pulses**2).mean(1) == pytest.approx(rate / 200, rel=1e-4)
+
+
+@pytest.mark.usefixtures("small")
+def test_load_renders_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = digits.load(3, tmp_path / "new")
+    assert path.parent == tmp_path / "new"
+    assert "3" in path.stem
+    assert f"v{digits.VERSION}" in path.stem
+    assert equal(read(path), digits.render(3))
+    monkeypatch.setattr(digits, "render", None)
+    assert digits.load(3, tmp_path / "new") == path
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("small")
+def test_cache_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMVQ_CACHE", str(tmp_path))
+    assert digits.load(0).parent == tmp_path
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped"])
+def test_a_torn_file_is_rendered_again(tmp_path: Path, damage: str) -> None:
+    path = digits.load(0, tmp_path)
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    flipped = whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :]
+    torn = {"cut": whole[:half], "empty": b"", "flipped": flipped}
+    path.write_bytes(torn[damage])
+    assert digits.load(0, tmp_path) == path
+    assert equal(read(path), digits.render(0))
+
+
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: BinaryIO, **_: object) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits, "render", lambda _: {})
+    monkeypatch.setattr(digits.np, "savez", fail)
+    with pytest.raises(KeyboardInterrupt):
+        digits.load(0, tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,142 @@
+"""Code probabilities and L_cmcm against the obvious form.
+
+ATOL: entries in [-1, 1], D = 4, so |z|^2, |e|^2 and z.e are at most 4 (centred: 16), and d^2 is
+off by 3 * (D + 2) * 16 = 300 roundings at most. d is at least 0.2 in these draws, so it is off by
+300 / 0.4 = 750 roundings and ln P by twice that. S has two sums of P ln P with sum P = 1 and
+|ln P| < 6: 2 * 1500 * (1 + 6) = 21,000 roundings bound S, and two of these the loss.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import DTYPES, bools, close, rounding, strided, uniform, wide
+from torch import Tensor
+
+from mmvq import functional as F
+
+B, T, D, L = 4, 5, 4, 7
+Tensors = dict[str, Tensor]
+
+
+def atol(dtype: torch.dtype) -> float:
+    return rounding(wide(dtype), 42_000)
+
+
+def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensors, Tensor]:
+    z = {m: uniform(B, T, D, dtype=dtype, seed=i) for i, m in enumerate(("audio", "video"))}
+    codebook = uniform(L, D, dtype=dtype, seed=5)
+    nearest = min(torch.cdist(x.double(), codebook.double()).min() for x in z.values())
+    assert nearest > 0.2
+    return z, codebook
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_reference(dtype: torch.dtype) -> None:
+    z, codebook = batch(dtype)
+    expected = F.code_matching_ref({m: x.double() for m, x in z.items()}, codebook.double())
+    loss = F.code_matching(z, codebook)
+    assert loss.dtype == wide(dtype)
+    close(loss, expected, atol(dtype))
+    per_name = F.code_matching(z, {m: codebook for m in z})
+    assert torch.equal(per_name, loss)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_probabilities_equal_the_definition(dtype: torch.dtype) -> None:
+    z, codebook = batch(dtype)
+    mask = bools(B, T, seed=2)
+    mask[:, 0] = True
+    x = torch.where(mask[..., None], z["audio"], torch.nan)
+    p = F.code_probabilities(x, codebook, mask)
+    distance = (z["audio"].double()[:, :, None] - codebook.double()).norm(dim=-1)
+    each = torch.softmax(-distance, -1)
+    expected = torch.stack([each[b][mask[b]].mean(0) for b in range(B)])
+    assert p.dtype == wide(dtype)
+    close(p, expected, atol(dtype))
+    close(p.sum(-1), [1.0] * B, rounding(wide(dtype), 4 * L))
+    close(F.code_log_probabilities(x, codebook, mask).exp(), p, atol(dtype))
+
+
+def test_probabilities_are_even_between_equal_codes() -> None:
+    codebook = uniform(1, D).expand(L, D)
+    p = F.code_probabilities(uniform(B, T, D, seed=1), codebook)
+    close(p, torch.full((B, L), 1 / L, dtype=torch.float64), rounding(torch.float64, 10))
+
+
+def test_clips_alike_cost_ln_b_and_clips_apart_less() -> None:
+    z = uniform(1, T, D).expand(B, T, D)
+    codebook = uniform(L, D, seed=5)
+    close(F.code_matching({"a": z, "b": z}, codebook), math.log(B), atol(torch.float64))
+    apart = 20 * torch.eye(B, D, dtype=torch.float64)[:, None]  # clip i on code i
+    loss = F.code_matching({"a": apart, "b": apart}, 20 * torch.eye(D, dtype=torch.float64))
+    # the other codes lie 28.3 away: S_ij = S_ii - 2 * 28.3, so at most B exp(-56)
+    assert 0 <= loss < 1e-20
+
+
+def test_three_modalities_average_over_pairs() -> None:
+    z, codebook = batch()
+    z["text"] = uniform(B, 2, D, seed=7)
+    pairs = [("audio", "video"), ("audio", "text"), ("video", "text")]
+    each = [F.code_matching({a: z[a], b: z[b]}, codebook) for a, b in pairs]
+    close(F.code_matching(z, codebook), sum(each) / 3, rounding(torch.float64, 10, 4))
+
+
+def test_masks_leave_clips_and_segments_out() -> None:
+    z, codebook = batch()
+    masks = {m: torch.ones(B, T, dtype=torch.bool) for m in z}
+    masks["audio"][:, 3:], masks["video"][2] = False, False
+    spoilt = {m: torch.where(masks[m][..., None], x, torch.nan) for m, x in z.items()}
+    keep = [0, 1, 3]
+    short = {"audio": z["audio"][keep, :3], "video": z["video"][keep]}
+    close(
+        F.code_matching(spoilt, codebook, masks),
+        F.code_matching(short, codebook),
+        atol(torch.float64),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_finite_at_a_code(dtype: torch.dtype) -> None:
+    _, codebook = batch(dtype)
+    z = {m: codebook[:B, None].expand(B, T, D).clone().requires_grad_() for m in "ab"}
+    loss = F.code_matching(z, codebook)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in z.values())
+
+
+def test_nothing_to_match_is_zero() -> None:
+    z, codebook = batch(torch.float16)
+    alone = F.code_matching({"audio": z["audio"]}, codebook)
+    assert alone == 0
+    assert alone.dtype == torch.float32
+    none = {m: torch.zeros(B, T, dtype=torch.bool) for m in z}
+    assert F.code_matching(z, codebook, none) == 0
+    assert F.code_matching({m: x[:0] for m, x in z.items()}, codebook) == 0
+    assert F.code_probabilities(z["audio"][:0], codebook).shape == (0, L)
+
+
+def test_strides_and_autocast_do_not_matter() -> None:
+    z, codebook = ({m: x.float() for m, x in batch()[0].items()}, batch()[1].float())
+    expected = F.code_matching(z, codebook)
+    loose = F.code_matching({m: strided(x) for m, x in z.items()}, strided(codebook))
+    close(loose, expected, atol(torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(F.code_matching(z, codebook), expected)
+
+
+def test_gradient() -> None:
+    z, codebook = batch()
+    masks = {"audio": bools(B, T), "video": torch.ones(B, T, dtype=torch.bool)}
+    masks["audio"][0] = False
+    inputs = [x[:, :3].clone().requires_grad_() for x in z.values()]
+    masks = {m: mask[:, :3] for m, mask in masks.items()}
+
+    def loss(a: Tensor, v: Tensor, codes: Tensor) -> Tensor:
+        # the centre is a constant of the search, so that the gradient of codes is taken around it
+        return F.code_matching({"audio": a, "video": v}, codes, masks)
+
+    assert torch.autograd.gradcheck(loss, (*inputs, codebook.clone().requires_grad_()))

@@ -1,0 +1,92 @@
+"""The code forward; the identity, or a rotation, backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support import DTYPES, close, rounding, strided, uniform
+from torch import Tensor
+
+from mmvq import functional as F
+
+BOTH = pytest.mark.parametrize("gradient", [F.straight_through, F.rotate])
+Gradient = Callable[[Tensor, Tensor], Tensor]
+
+
+def rotation(z: Tensor, e: Tensor) -> Tensor:
+    """The matrix of the paper for one pair: turns z onto e and scales it."""
+    z_hat, e_hat = z / z.norm(), e / e.norm()
+    u = (e_hat + z_hat) / (e_hat + z_hat).norm()
+    matrix = (
+        torch.eye(len(z), dtype=z.dtype) - 2 * torch.outer(u, u) + 2 * torch.outer(e_hat, z_hat)
+    )
+    return e.norm() / z.norm() * matrix
+
+
+def pull_back(gradient: Gradient, z: Tensor, codes: Tensor, seed: Tensor) -> Tensor:
+    z = z.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(gradient(z, codes), z, seed)
+    return grad
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (0, 4)])
+def test_forward_is_the_code_to_the_bit(
+    gradient: Gradient, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    z, codes = uniform(*shape, dtype=dtype), uniform(*shape, dtype=dtype, seed=1)
+    out = gradient(z, codes)
+    assert out.dtype == dtype
+    assert torch.equal(out, codes)
+    if z.ndim > 1:
+        assert torch.equal(gradient(strided(z), strided(codes)), codes)
+
+
+@BOTH
+def test_codes_get_no_gradient_and_nan_shows(gradient: Gradient) -> None:
+    z, codes = uniform(3, 4).requires_grad_(), uniform(3, 4, seed=1).requires_grad_()
+    gradient(z, codes).sum().backward()
+    assert z.grad is not None
+    assert codes.grad is None
+    bad = z.detach().clone()
+    bad[1, 2] = torch.nan
+    out = gradient(bad, codes)
+    assert out[1].isnan().any()
+    assert torch.equal(out[[0, 2]], codes[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_straight_through_gradient_is_the_identity(dtype: torch.dtype) -> None:
+    z, codes, seed = (uniform(3, 4, dtype=dtype, seed=i) for i in range(3))
+    assert torch.equal(pull_back(F.straight_through, z, codes, seed), seed)
+
+
+def test_rotation_is_the_matrix() -> None:
+    z, codes, seed = (uniform(5, 4, seed=i) for i in range(3))
+    grad = pull_back(F.rotate, z, codes, seed)
+    # |e| / |z| is below 20 in this draw; about 10 D roundings of that each way
+    atol = rounding(z.dtype, 80, 20)
+    for i in range(len(z)):
+        matrix = rotation(z[i], codes[i])
+        close(matrix @ z[i], codes[i], atol)
+        close(grad[i], matrix.T @ seed[i], atol)
+        close(grad[i].norm(), seed[i].norm() * codes[i].norm() / z[i].norm(), atol)
+
+
+def test_rotation_keeps_the_angle_to_the_code() -> None:
+    """The gradient leaves z at the angle at which it reached e."""
+    z, codes, seed = (uniform(5, 4, seed=i) for i in range(3))
+    grad = pull_back(F.rotate, z, codes, seed)
+    at_code = torch.cosine_similarity(seed, codes)
+    close(torch.cosine_similarity(grad, z), at_code, rounding(z.dtype, 80))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotation_where_it_is_not_defined_is_straight_through(dtype: torch.dtype) -> None:
+    z, codes, seed = (uniform(3, 4, dtype=dtype, seed=i) for i in range(3))
+    z[0], codes[1], codes[2] = 0, 0, -z[2]
+    assert torch.equal(pull_back(F.rotate, z, codes, seed), seed)
+    assert torch.equal(F.rotate(z, codes), codes)

@@ -1,0 +1,53 @@
+"""Perplexity, shared and dead codes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import close, rounding
+
+from mmvq import functional as F
+
+EPS = 20 * torch.finfo(torch.float32).eps  # a sum of 8 terms and an exponential
+
+
+def test_perplexity_of_known_distributions() -> None:
+    counts = {
+        "even": torch.full((8,), 3),
+        "one": torch.tensor([0, 0, 9, 0, 0, 0, 0, 0]),
+        "none": torch.zeros(8, dtype=torch.long),
+        "two to one": torch.tensor([2, 1, 0, 0, 0, 0, 0, 0]),
+    }
+    usage = F.code_usage(counts)
+    entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    expected = {"even": 8.0, "one": 1.0, "none": 0.0, "two to one": math.exp(entropy)}
+    for name, value in expected.items():
+        close(usage.perplexity[name], value, value * EPS)
+    assert usage.counts == counts
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32, torch.float64], ids=str)
+def test_shared_and_dead(dtype: torch.dtype) -> None:
+    counts = {
+        "audio": torch.tensor([50, 100, 95, 94, 0, 40], dtype=dtype),
+        "video": torch.tensor([50, 0, 5, 6, 0, 30], dtype=dtype),
+        "text": torch.tensor([0, 0, 0, 0, 0, 30], dtype=dtype),
+    }
+    usage = F.code_usage(counts)
+    # held: more than 5% of the code's vectors; 5 of 100 is not, 6 of 100 is
+    assert usage.shared.tolist() == [True, False, False, True, False, True]
+    assert usage.dead.tolist() == [False, False, False, False, True, False]
+    assert F.code_usage(counts, min_share=0.3).shared.tolist() == [True] + [False] * 5
+    assert F.code_usage(counts, min_share=0.0).shared.tolist()[2] is True
+
+
+def test_one_modality_shares_nothing() -> None:
+    usage = F.code_usage({"audio": torch.tensor([1, 2, 3])})
+    assert not usage.shared.any()
+    close(
+        usage.perplexity["audio"].double(),
+        6 / (2 ** (1 / 3) * 3 ** (1 / 2)),
+        rounding(torch.float32, 20, 3),
+    )

@@ -1,0 +1,82 @@
+"""Which backend runs, and why one cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmvq_kernels as kernels
+
+x = torch.ones(2, 3)
+CALLS: dict[str, Callable[[kernels.Backend], object]] = {
+    "nearest_code": lambda backend: kernels.nearest_code(x, x, backend=backend),
+    "code_statistics": lambda backend: kernels.code_statistics(
+        x, torch.tensor([0, 1]), 2, backend=backend
+    ),
+    "ema_update_": lambda backend: kernels.ema_update_(
+        x.clone(), x.clone(), torch.ones(2), x, torch.ones(2), decay=0.9, backend=backend
+    ),
+}
+
+
+def triton_is(monkeypatch: pytest.MonkeyPatch, installed: bool, gpu: bool) -> None:
+    found = importlib.util.find_spec("torch") if installed else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+
+def test_torch_can_always_run() -> None:
+    assert kernels.reason_unavailable("torch") is None
+    assert kernels.reason_unavailable("auto") is None
+    assert "torch" in kernels.available_backends()
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpu", "reason"),
+    [
+        (False, False, "triton is not installed (pip install 'mmvq[triton]')"),
+        (False, True, "triton is not installed (pip install 'mmvq[triton]')"),
+        (True, False, "torch sees no GPU"),
+        (True, True, "this version of mmvq_kernels ships the torch path only"),
+    ],
+)
+@pytest.mark.parametrize("name", CALLS)
+def test_why_triton_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, name: str, installed: bool, gpu: bool, reason: str
+) -> None:
+    triton_is(monkeypatch, installed, gpu)
+    assert kernels.reason_unavailable("triton") == reason
+    assert kernels.available_backends() == ("torch",)
+    with pytest.raises(RuntimeError) as error:
+        CALLS[name]("triton")
+    assert str(error.value) == (
+        f"{name}: the triton backend cannot run because {reason}.\n"
+        "  backend: 'triton'\n"
+        '  Hint: use backend="auto".'
+    )
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_auto_and_torch_are_the_same_here(name: str) -> None:
+    def run(backend: kernels.Backend) -> list[Tensor]:
+        out = CALLS[name](backend)
+        return [] if out is None else [out] if isinstance(out, Tensor) else list(out)
+
+    for mine, other in zip(run("auto"), run("torch"), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_the_kernels_never_import_mmvq() -> None:
+    code = (
+        "import sys, mmvq_kernels, pkgutil, importlib\n"
+        "for part in pkgutil.walk_packages(mmvq_kernels.__path__, 'mmvq_kernels.'):\n"
+        "    importlib.import_module(part.name)\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'mmvq']\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

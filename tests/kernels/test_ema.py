@@ -1,0 +1,115 @@
+"""The in-place update: its reset, and what it must leave alone.
+
+ATOL: as for `functional.ema_update_ref`, with which the step without reset is compared in
+tests/functional; counts of at least 0.5 and sums below 10 give codes below 20, a dozen roundings of
+which bound the error.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import close, rounding, uniform
+from torch import Tensor
+
+from mmvq_kernels import ema_update_
+
+L, D = 9, 4
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+DEAD = torch.tensor([i in (0, 3, 7) for i in range(L)])
+
+
+def state(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    counts = (uniform(L, seed=1).abs() * 5 + 0.5).to(dtype)
+    sums = 10 * uniform(L, D, dtype=dtype)
+    return sums / counts[:, None], sums, counts
+
+
+def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    counts = torch.arange(L).to(dtype)
+    return uniform(L, D, dtype=dtype, seed=3) * counts[:, None], counts
+
+
+def smoothed(counts: Tensor, eps: float) -> Tensor:
+    return (counts + eps) / (counts.sum() + L * eps) * counts.sum()
+
+
+@FLOATS
+def test_a_reset_code_is_its_replacement_and_the_others_do_not_move(dtype: torch.dtype) -> None:
+    atol = rounding(dtype, 12, 20)
+    replacement = uniform(L, D, dtype=dtype, seed=5)
+    plain, reset = state(dtype), state(dtype)
+    ema_update_(*plain, *batch(dtype), decay=0.9, eps=1e-3)
+    ema_update_(*reset, *batch(dtype), decay=0.9, eps=1e-3, dead=DEAD, replacement=replacement)
+    codes, sums, counts = reset
+    for mine, other in zip(reset, plain, strict=True):
+        assert torch.equal(mine[~DEAD], other[~DEAD])
+    close(codes[DEAD], replacement[DEAD], atol)
+    close(counts[DEAD], plain[2][DEAD].mean().expand(3), atol)
+    close(counts.sum(), plain[2].sum(), rounding(dtype, L, 60))
+    close(codes * smoothed(counts, 1e-3)[:, None], sums, atol * 6)  # e = o / smoothed(N), all rows
+
+
+@FLOATS
+def test_a_reset_code_survives_the_next_step(dtype: torch.dtype) -> None:
+    """With no new vectors of its own it stays, but for the smoothing: N moves against eps."""
+    codes, sums, counts = state(dtype)
+    replacement = uniform(L, D, dtype=dtype, seed=5)
+    batch_sums, batch_counts = batch(dtype)
+    batch_counts[DEAD] = 0
+    batch_sums[DEAD] = 0
+    ema_update_(
+        codes,
+        sums,
+        counts,
+        batch_sums,
+        batch_counts,
+        decay=0.9,
+        eps=0.0,
+        dead=DEAD,
+        replacement=replacement,
+    )
+    ema_update_(codes, sums, counts, batch_sums, batch_counts, decay=0.9, eps=0.0)
+    close(codes[DEAD], replacement[DEAD], rounding(dtype, 24, 20))
+
+
+@FLOATS
+def test_a_batch_without_a_vector_changes_no_bit(dtype: torch.dtype) -> None:
+    after = state(dtype)
+    nothing = torch.zeros(L, D, dtype=dtype), torch.zeros(L, dtype=dtype)
+    replacement = torch.ones(L, D, dtype=dtype)
+    ema_update_(*after, *nothing, decay=0.9, dead=DEAD, replacement=replacement)
+    for mine, before in zip(after, state(dtype), strict=True):
+        assert torch.equal(mine, before)
+
+
+@FLOATS
+def test_nobody_dead_is_the_plain_step(dtype: torch.dtype) -> None:
+    plain, none = state(dtype), state(dtype)
+    ema_update_(*plain, *batch(dtype), decay=0.9)
+    replacement = torch.full((L, D), torch.nan, dtype=dtype)  # read where dead, and nowhere else
+    ema_update_(
+        *none, *batch(dtype), decay=0.9, dead=torch.zeros_like(DEAD), replacement=replacement
+    )
+    for mine, other in zip(none, plain, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_decay_has_the_precision_of_the_state() -> None:
+    """0.9 as a float32 is off by 2.4e-8, far above what float64 state may lose."""
+    _, _, counts = after = state(torch.float64)
+    old, batch_counts = counts.clone(), batch(torch.float64)[1]
+    ema_update_(*after, *batch(torch.float64), decay=0.9)
+    close(counts, 0.9 * old + 0.1 * batch_counts, rounding(torch.float64, 4, 8))
+
+
+def test_written_in_place_from_any_dtype() -> None:
+    codes, sums, counts = after = state(torch.float32)
+    where = [x.data_ptr() for x in after]
+    ema_update_(*after, *(x.double() for x in batch(torch.float32)), decay=0.9)
+    assert [x.data_ptr() for x in (codes, sums, counts)] == where
+    assert {x.dtype for x in after} == {torch.float32}
+    other = state(torch.float32)
+    ema_update_(*other, *batch(torch.float32), decay=0.9, backend="torch")
+    for mine, same in zip(after, other, strict=True):
+        assert torch.equal(mine, same)

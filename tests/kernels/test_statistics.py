@@ -1,0 +1,78 @@
+"""Counts and sums against the reference, one row at a time.
+
+ATOL: a sum of at most N values in [-1, 1]: N roundings of N.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import DTYPES, close, rounding, strided, uniform, wide
+from torch import Tensor
+
+from mmvq_kernels import code_statistics
+from mmvq_kernels.statistics import code_statistics_ref
+
+SIZES = [(1, 1, 1), (63, 1, 8), (97, 101, 13), (257, 40, 3), (0, 5, 3)]
+G = 3
+
+
+def draw(
+    N: int, L: int, D: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(N)
+    indices = torch.randint(-1, L, (N,), generator=generator)
+    groups = torch.randint(G, (N,), generator=generator)
+    return uniform(N, D, dtype=dtype), indices, groups
+
+
+@pytest.mark.parametrize(("N", "L", "D"), SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_reference(N: int, L: int, D: int, dtype: torch.dtype) -> None:
+    values, indices, groups = draw(N, L, D, dtype)
+    n, s = code_statistics_ref(values, indices, L)
+    counts, sums = code_statistics(values, indices, L)
+    assert counts.dtype == sums.dtype == wide(dtype)
+    assert torch.equal(counts.double(), n)
+    close(sums, s, rounding(wide(dtype), N, N))
+    assert counts.sum() == (indices >= 0).sum()
+
+    by_group, joint = code_statistics(values, indices, L, groups=groups, num_groups=G)
+    assert by_group.shape == (G, L)
+    for g in range(G):
+        mine = groups == g
+        assert torch.equal(
+            by_group[g].double(), code_statistics_ref(values[mine], indices[mine], L)[0]
+        )
+    assert torch.equal(joint, sums)
+
+
+def test_left_out_rows_are_not_read() -> None:
+    values, indices, groups = draw(50, 7, 4)
+    expected = code_statistics(values, indices, 7, groups=groups, num_groups=G)
+    values[indices < 0] = torch.nan
+    out = code_statistics(values, indices, 7, groups=groups, num_groups=G)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    nobody = code_statistics(values, torch.full((50,), -1), 7)
+    assert all((x == 0).all() for x in nobody)
+
+
+def test_same_bits_for_repetition_and_strides() -> None:
+    values, indices, _ = draw(257, 5, 16, torch.float32)
+    expected = code_statistics(values, indices, 5)
+    for again in (
+        code_statistics(values, indices, 5),
+        code_statistics(strided(values), indices, 5),
+        code_statistics(values.clone().requires_grad_(), indices, 5, backend="torch"),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+        assert not any(x.requires_grad for x in again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_values_do_not_saturate(dtype: torch.dtype) -> None:
+    """A count past 2^8 and 2^11, a sum past 65,504: neither fits the narrow dtypes."""
+    values = torch.full((5000, 1), 32.0, dtype=dtype)
+    counts, sums = code_statistics(values, torch.zeros(5000, dtype=torch.long), 2)
+    assert counts.tolist() == [5000, 0]
+    assert sums.tolist() == [[160_000], [0]]

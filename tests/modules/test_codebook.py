@@ -1,0 +1,229 @@
+"""The codebook alone: its state, its steps, and how it starts."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from support import DTYPES, close, rounding, uniform
+from torch import Tensor, nn
+
+from mmvq import EMACodebook, functional, update_codebooks
+from mmvq.codebook import Init
+
+D, L, N = 4, 6, 40
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def state(book: nn.Module) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in book.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a | b)
+
+
+def step(book: EMACodebook, x: Tensor, groups: Tensor | None = None) -> Tensor:
+    indices = book.search(x)
+    book.accumulate(x, indices, groups)
+    book.apply()
+    return indices
+
+
+def test_starts_small_with_one_vector_in_each_code() -> None:
+    book = EMACodebook(D, L, groups=2)
+    assert book.codes.shape == (L, D)
+    assert (book.codes.abs() <= 1 / L).all()
+    assert torch.equal(book.sums, book.codes)
+    assert torch.equal(book.counts, torch.ones(L))
+    assert (book.ages == functional.UNSEEN).all()
+    assert book.ages.shape == book.usage.shape == (2, L)
+    assert not any(p.requires_grad for p in book.parameters())
+    assert book.weight is book.codes
+    assert repr(book) == (
+        "EMACodebook(dim=4, size=6, decay=0.99, eps=1e-05, reset_after=None, "
+        "reset_rule='all', init='uniform')"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_step_is_equation_7(dtype: torch.dtype) -> None:
+    book = EMACodebook(D, L, decay=0.8).to(dtype)
+    x = uniform(N, D, dtype=dtype)
+    before = state(book)
+    indices = step(book, x)
+    counts, sums = functional.code_statistics_ref(x, indices, L)
+    expected = functional.ema_update_ref(
+        before["sums"].double(), before["counts"].double(), sums, counts, decay=0.8
+    )
+    # sums of up to N values below 1; a code of a chosen row divides by 1 or more
+    for value, wanted in zip((book.codes, book.sums, book.counts), expected, strict=True):
+        close(value, wanted, rounding(dtype, N + 12, N))
+    assert torch.equal(book.usage[0], counts.long())
+    assert torch.equal(book.ages[0], (counts == 0).long())
+    assert book.steps == 1
+
+
+@pytest.mark.parametrize("shape", [(D,), (3, D), (2, 3, D), (0, D)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_search_takes_any_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    book = EMACodebook(D, L)
+    indices = book.search(uniform(*shape, dtype=dtype))
+    assert indices.shape == shape[:-1]
+    assert torch.equal(book.search(book.codes), torch.arange(L))
+
+
+def test_accumulating_in_parts_is_one_step() -> None:
+    x = uniform(N, D)
+    whole, parts = EMACodebook(D, L).double(), EMACodebook(D, L).double()
+    parts.load_state_dict(whole.state_dict())
+    step(whole, x)
+    indices = parts.search(x)
+    before = state(parts)
+    for rows in torch.arange(N).split(7):
+        parts.accumulate(x[rows], indices[rows])
+    assert same(state(parts), before)  # nothing moves before apply
+    parts.apply()
+    for name, value in state(whole).items():
+        close(state(parts)[name], value.double(), rounding(x.dtype, N + 12, N))
+    before = state(parts)
+    parts.apply()  # all was taken
+    assert same(state(parts), before)
+
+
+def test_apply_with_a_function_is_that_of_a_module() -> None:
+    seen: list[nn.Module] = []
+    book = EMACodebook(D, L)
+    holder = nn.Sequential(nn.Linear(2, 2), book)
+    assert holder.apply(seen.append) is holder
+    assert seen == [holder[0], book, holder]
+
+
+def test_left_out_rows_and_silent_groups() -> None:
+    """A group outside update_from is counted in usage and ages, and adds nothing to the codes."""
+    x, groups = uniform(N, D), torch.arange(N) % 2
+    both = EMACodebook(D, L, groups=2, update_from=[1]).double()
+    one = EMACodebook(D, L, groups=2, update_from=[1]).double()
+    one.load_state_dict(both.state_dict())
+    indices = both.search(x)
+    both.accumulate(x, indices, groups)
+    one.accumulate(x, torch.where(groups == 1, indices, -1), groups)
+    both.apply()
+    one.apply()
+    assert torch.equal(both.codes, one.codes)
+    assert torch.equal(both.counts, one.counts)
+    assert both.usage.sum(1).tolist() == [N / 2, N / 2]
+    assert one.usage.sum(1).tolist() == [0, N / 2]
+    assert (one.ages[0] == functional.UNSEEN).all()
+    assert (both.ages[0] >= 0).all()
+    both.reset_usage()
+    assert (both.usage == 0).all()
+
+
+@pytest.mark.parametrize(("rule", "reset"), [("all", True), ("any", False)])
+def test_resets_follow_the_rule(rule: Any, reset: bool) -> None:
+    """Group 0 uses both codes, group 1 the first alone."""
+    book = EMACodebook(2, 2, groups=2, reset_after=2, reset_rule=rule)
+    book.codes.copy_(torch.tensor([[0.0, 0.0], [9.0, 9.0]]))
+    book.sums.copy_(book.codes)
+    x = torch.tensor([[0.0, 0.0], [9.0, 9.0], [0.0, 0.0]])
+    groups = torch.tensor([0, 0, 1])
+    step(book, x, groups)
+    # smoothing pulls the two codes together by no more than eps of their 9
+    close(book.codes[1], torch.full((2,), 9.0), 9 * 2e-5)
+    step(book, x, groups)
+    code = book.codes[1]
+    assert bool((code < 1).all()) is reset  # beside the most chosen code, or where it was
+    assert book.ages.tolist() == ([[0, 0], [0, 0]] if reset else [[0, 0], [0, 2]])
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+def test_casts_never_narrow_the_state(cast: str) -> None:
+    book = EMACodebook(D, L)
+    x = uniform(N, D, dtype=torch.float32)
+    before = state(book)
+    book.accumulate(x, book.search(x))
+    getattr(book, cast)()
+    wanted = torch.float64 if cast == "double" else torch.float32
+    assert {y.dtype for y in book.state_dict().values() if y.is_floating_point()} == {wanted}
+    assert torch.equal(book.codes.float(), before["codes"])
+    book.apply()  # what waited was cast along
+    assert book.codes.dtype == wanted
+    assert book.steps == 1
+    holder = nn.Sequential(nn.Linear(2, 2), book)
+    getattr(holder, cast)()
+    assert book.codes.dtype == wanted
+
+
+@pytest.mark.parametrize("init", ["kmeans", "samples"])
+@pytest.mark.parametrize("rows", [3, L, N])
+def test_first_codes_from_data(init: Init, rows: int) -> None:
+    book = EMACodebook(D, L, init=init, groups=2, update_from=[1])
+    x = 5 + uniform(2 * rows, D, dtype=torch.float32)
+    groups, usable = torch.arange(2 * rows) % 2, torch.ones(2 * rows, dtype=torch.bool)
+    before = state(book)
+    book.initialize(x, groups, ~usable)
+    assert same(state(book), before)
+    assert not book.initialized
+    book.initialize(x, groups, usable)
+    draw = functional.kmeans if init == "kmeans" else functional.sample_rows
+    assert torch.equal(book.codes, draw(x[1::2], L))
+    assert torch.equal(book.sums, book.codes)
+    assert torch.equal(book.counts, torch.ones(L))
+    assert book.initialized
+    after = state(book)
+    book.initialize(x + 1, groups, usable)  # once
+    assert same(state(book), after)
+
+
+def test_uniform_codes_are_never_replaced() -> None:
+    book = EMACodebook(D, L)
+    before = state(book)
+    book.initialize(uniform(N, D, dtype=torch.float32))
+    assert same(state(book), before)
+
+
+def test_float64_data_makes_a_float64_state() -> None:
+    book = EMACodebook(D, L, init="samples")
+    x = uniform(N, D)
+    book.initialize(x)
+    assert book.codes.dtype == book.counts.dtype == torch.float64
+    assert torch.equal(book.codes, functional.sample_rows(x, L))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_loaded_state_goes_on_to_the_bit(dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"init": "kmeans", "reset_after": 2}
+    book, other = EMACodebook(D, L, **options), EMACodebook(D, L, **options)
+    first, second = (uniform(N, D, dtype=dtype, seed=i) for i in range(2))
+    book.initialize(first)
+    step(book, first)
+    other.load_state_dict(book.state_dict())
+    twin = deepcopy(book)
+    for each in (book, other, twin):
+        each.initialize(second)  # too late: the codes hold data
+        step(each, second)
+    assert same(state(book), state(other))
+    assert same(state(book), state(twin))
+    assert book.codes.data_ptr() != twin.codes.data_ptr()
+
+
+def test_one_all_reduce_for_many_codebooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    reduced: list[int] = []
+    monkeypatch.setattr("mmvq.codebook.all_reduce_", lambda flat, group: reduced.append(len(flat)))
+    books = [EMACodebook(D, size, groups=2) for size in (2, 3, 5)]
+    shared = nn.ModuleList([books[0], books[1]])
+    twins = deepcopy(books)
+    x = uniform(N, D, dtype=torch.float32)
+    for book in books + twins:
+        book.accumulate(x, book.search(x))
+    update_codebooks([shared, books[0], books[2]])
+    assert reduced == [(2 + D) * (2 + 3 + 5)]
+    for book, twin in zip(books, twins, strict=True):
+        twin.apply()
+        assert same(state(book), state(twin))
+    reduced.clear()
+    update_codebooks([shared])  # nothing waits
+    assert reduced == []

@@ -1,0 +1,633 @@
+"""Every error that mmvq and mmvq_kernels raise: where, the rule, what came, what to do.
+
+The last test reads the sources, so that no `raise` can be added without a case here.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmvq
+import mmvq_kernels as kernels
+from mmvq.compat import cmg
+from mmvq_kernels.messages import message
+
+z = torch.zeros(2, 5, 4)
+nan = torch.full((2, 5, 4), torch.nan)
+codes = torch.zeros(8, 4)
+whole: Any = torch.ones(2, 5, dtype=torch.bool)
+both = {"audio": z, "video": z}
+anything: Any = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, and all that it must say."""
+
+    call: Callable[[], object]
+    kind: type[Exception]
+    rule: str
+    came: str
+    hint: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.rule}.\n  {self.came}\n  Hint: {self.hint}."
+
+
+def quantizer(**options: Any) -> mmvq.MultiModalEMAQuantizer:
+    return mmvq.MultiModalEMAQuantizer(4, 8, **options)
+
+
+def checked(call: Callable[[], object]) -> Callable[[], object]:
+    """The call under MMVQ_CHECK=1."""
+
+    def run() -> object:
+        with patch.dict(os.environ, MMVQ_CHECK="1"):
+            return call()
+
+    return run
+
+
+def ema(**changes: Any) -> Callable[[], object]:
+    arguments = {
+        "codes": codes.clone(),
+        "sums": codes.clone(),
+        "counts": torch.ones(8),
+        "batch_sums": codes,
+        "batch_counts": torch.ones(8),
+        "decay": 0.9,
+    }
+    return lambda: kernels.ema_update_(**{**arguments, **changes})
+
+
+def triton() -> object:
+    with patch("importlib.util.find_spec", lambda name: None):
+        return kernels.nearest_code(codes, codes, backend="triton")
+
+
+def number(where: str, name: str, span: str, came: str, call: Callable[[], object]) -> Case:
+    rule = f"{where}: {name} must be a finite number {span}"
+    return Case(call, ValueError, rule, f"{name}: {came}", f"pass a number {span}")
+
+
+def integer(where: str, name: str, low: int, came: str, call: Callable[[], object]) -> Case:
+    rule = f"{where}: {name} must be an int of at least {low}"
+    return Case(call, ValueError, rule, f"{name}: {came}", f"pass {low} or more")
+
+
+def choice(where: str, name: str, choices: str, call: Callable[[], object]) -> Case:
+    rule = f"{where}: {name} must be one of {choices}"
+    return Case(call, ValueError, rule, f"{name}: 'x'", "pick one")
+
+
+def finite(where: str, call: Callable[[], object], name: str = "audio") -> Case:
+    hint = "look for a division by zero or an overflow upstream"
+    came = f"{name}: float32[2, 5, 4]"
+    return Case(checked(call), ValueError, f"{where}: {name} must be finite", came, hint)
+
+
+ARGUMENTS = [
+    integer("MultiModalEMAQuantizer", "dim", 1, "-4", lambda: mmvq.MultiModalEMAQuantizer(-4, 8)),
+    integer(
+        "MultiModalEMAQuantizer",
+        "codebook_size",
+        1,
+        "0",
+        lambda: mmvq.MultiModalEMAQuantizer(4, 0),
+    ),
+    integer("EMACodebook", "dim", 1, "0", lambda: mmvq.EMACodebook(0, 8)),
+    integer("EMACodebook", "size", 1, "8.0", lambda: mmvq.EMACodebook(4, anything or 8.0)),
+    integer("EMACodebook", "groups", 1, "-1", lambda: mmvq.EMACodebook(4, 8, groups=-1)),
+    integer("EMACodebook", "reset_after", 1, "True", lambda: quantizer(reset_after=True)),
+    integer("CLUBEstimator", "x_dim", 1, "0", lambda: mmvq.CLUBEstimator(0, 4)),
+    integer(
+        "CLUBEstimator", "hidden_dim", 1, "'a'", lambda: mmvq.CLUBEstimator(4, 4, anything or "a")
+    ),
+    integer("CrossCPC", "num_steps", 1, "0", lambda: mmvq.CrossCPC(4, num_steps=0)),
+    integer("CrossCPC", "first_step", 0, "-1", lambda: mmvq.CrossCPC(4, first_step=-1)),
+    number("EMACodebook", "decay", "from 0 to 1", "1.5", lambda: quantizer(decay=1.5)),
+    number("EMACodebook", "eps", "from 0 to 1", "nan", lambda: quantizer(eps=float("nan"))),
+    number("EMACodebook", "decay", "from 0 to 1", "'0.9'", lambda: quantizer(decay="0.9")),
+    number(
+        "MultiModalEMAQuantizer",
+        "partner_weight",
+        "from 0 to 1",
+        "-0.5",
+        lambda: quantizer(partner_weight=-0.5),
+    ),
+    number(
+        "CrossModalCommitmentLoss",
+        "beta",
+        "at least 0",
+        "inf",
+        lambda: mmvq.CrossModalCommitmentLoss(float("inf")),
+    ),
+    number(
+        "CrossModalCommitmentLoss",
+        "cross_ratio",
+        "at least 0",
+        "-1",
+        lambda: mmvq.CrossModalCommitmentLoss(cross_ratio=-1),
+    ),
+    number(
+        "CrossModalCommitmentLoss",
+        "cross_ratio[('audio', 'video')]",
+        "at least 0",
+        "-1",
+        lambda: mmvq.CrossModalCommitmentLoss(cross_ratio={("audio", "video"): -1}),
+    ),
+    number(
+        "CLUBEstimator",
+        "logvar_bound",
+        "from 1e-06 to 1e+06",
+        "0",
+        lambda: mmvq.CLUBEstimator(4, 4, logvar_bound=0),
+    ),
+    number(
+        "CrossCPC",
+        "temperature",
+        "from 1e-06 to 1e+06",
+        "0",
+        lambda: mmvq.CrossCPC(4, temperature=0),
+    ),
+    number("CrossCPC", "self_weight", "at least 0", "-1", lambda: mmvq.CrossCPC(4, self_weight=-1)),
+    choice("EMACodebook", "reset_rule", "'all', 'any'", lambda: quantizer(reset_rule="x")),
+    choice("EMACodebook", "init", "'kmeans', 'samples', 'uniform'", lambda: quantizer(init="x")),
+    choice(
+        "MultiModalEMAQuantizer",
+        "gradient",
+        "'straight_through', 'rotation'",
+        lambda: quantizer(gradient="x"),
+    ),
+    choice("MultiModalEMAQuantizer", "update", "'auto', 'manual'", lambda: quantizer(update="x")),
+    choice(
+        "CrossModalCommitmentLoss",
+        "reduction",
+        "'mean', 'sum'",
+        lambda: mmvq.CrossModalCommitmentLoss(reduction=anything or "x"),
+    ),
+    choice(
+        "CLUBEstimator",
+        "negatives",
+        "'all', 'shuffled'",
+        lambda: mmvq.CLUBEstimator(4, 4, negatives=anything or "x"),
+    ),
+    choice(
+        "CrossCPC",
+        "normalize_over",
+        "'targets', 'contexts', 'both'",
+        lambda: mmvq.CrossCPC(4, normalize_over=anything or "x"),
+    ),
+    Case(
+        lambda: quantizer(partner="x"),
+        ValueError,
+        "MultiModalEMAQuantizer: partner must be one of 'attention', 'aligned', 'none'",
+        "partner: 'x'",
+        "pick one, or pass a callable (z_a, others, masks) -> r",
+    ),
+    *(
+        Case(
+            lambda make=make, given=given: make(given),
+            ValueError,
+            f"{where}: modalities must be one or more names, each given once",
+            f"modalities: {given!r}",
+            'pass a tuple of strings such as ("audio", "video")',
+        )
+        for where, make in (
+            ("MultiModalEMAQuantizer", lambda given: quantizer(modalities=given)),
+            ("CrossCPC", lambda given: mmvq.CrossCPC(4, given)),
+        )
+        for given in ((), ("audio", "audio"), "audio", ("audio", 3), ("audio", ""))
+    ),
+    Case(
+        lambda: quantizer(update_from=["text"]),
+        ValueError,
+        "MultiModalEMAQuantizer: update_from must name one or more of the modalities",
+        "update_from: ['text']   modalities: ('audio', 'video')",
+        "pass None to update from all",
+    ),
+    Case(
+        lambda: mmvq.EMACodebook(4, 8, groups=2, update_from=[2]),
+        ValueError,
+        "EMACodebook: update_from must hold group numbers from 0 to 1",
+        "update_from: [2]   groups: 2",
+        "pass None to update from all groups",
+    ),
+]
+
+FEATURES = [
+    Case(
+        lambda: quantizer()(anything or z),
+        TypeError,
+        "MultiModalEMAQuantizer: features must be a non-empty mapping from modality to tensor",
+        "features: Tensor",
+        'pass {"audio": z_audio, "video": z_video}',
+    ),
+    Case(
+        lambda: mmvq.CrossCPC(4)({}),
+        TypeError,
+        "CrossCPC: features must be a non-empty mapping from modality to tensor",
+        "features: {}",
+        'pass {"audio": z_audio, "video": z_video}',
+    ),
+    Case(
+        lambda: quantizer()(both, whole),
+        TypeError,
+        "MultiModalEMAQuantizer: masks must be a mapping from modality to mask, or None",
+        "masks: Tensor",
+        'pass {"audio": mask_audio}; a modality without a mask is valid throughout',
+    ),
+    Case(
+        lambda: quantizer()({"audio": z, "text": z}),
+        ValueError,
+        "MultiModalEMAQuantizer: features may name only 'audio', 'video'",
+        "unknown: ['text']",
+        "use the names that the module was built with",
+    ),
+    Case(
+        lambda: quantizer()({"audio": z}, {"video": whole}),
+        ValueError,
+        "MultiModalEMAQuantizer: masks may name only 'audio'",
+        "unknown: ['video']",
+        "give a mask only to a modality whose features come in the same call",
+    ),
+    Case(
+        lambda: quantizer()({"audio": z.long()}),
+        TypeError,
+        "MultiModalEMAQuantizer: features['audio'] must be a floating point tensor",
+        "audio: int64[2, 5, 4]",
+        "convert with .float(), or torch.from_numpy(...).float()",
+    ),
+    Case(
+        lambda: quantizer()({"audio": anything or z.numpy()}),
+        TypeError,
+        "MultiModalEMAQuantizer: features['audio'] must be a floating point tensor",
+        "audio: ndarray",
+        "convert with .float(), or torch.from_numpy(...).float()",
+    ),
+    Case(
+        lambda: quantizer()({"audio": z[..., :3]}),
+        ValueError,
+        "MultiModalEMAQuantizer: features['audio'] must be [B, T, 4] or [B, 4]",
+        "audio: float32[2, 5, 3]",
+        "project the last dimension to 4",
+    ),
+    Case(
+        lambda: mmvq.CrossModalCommitmentLoss()({"audio": z[0, 0]}, {"audio": z[0, 0]}),
+        ValueError,
+        "CrossModalCommitmentLoss: features['audio'] must be [B, T, D] or [B, D]",
+        "audio: float32[4]",
+        "project the last dimension to D",
+    ),
+    *(
+        Case(
+            lambda mask=mask: quantizer()(both, {"video": mask}),
+            ValueError,
+            "MultiModalEMAQuantizer: masks['video'] must be a bool tensor shaped as its features "
+            "without D",
+            f"mask: {came}   features: float32[2, 5, 4]",
+            "pass True where a segment is valid, False where it is padding",
+        )
+        for mask, came in (
+            (whole.float(), "float32[2, 5]"),
+            (whole[:, :3], "bool[2, 3]"),
+            ([True], "list"),
+        )
+    ),
+    Case(
+        lambda: quantizer()({"audio": z, "video": z[:1]}),
+        ValueError,
+        "MultiModalEMAQuantizer: all modalities must have the same batch size",
+        "audio: 2   video: 1",
+        "pass clips of one batch; leave out a modality that is missing, or mask it",
+    ),
+    *(
+        Case(
+            call,
+            ValueError,
+            f"{where}: all modalities must have the same number of segments T",
+            "audio: 5   video: 3",
+            "resample them to one time grid, or pad and mask the shorter",
+        )
+        for where, call in (
+            (
+                "MultiModalEMAQuantizer",
+                lambda: quantizer(partner="aligned")({"audio": z, "video": z[:, :3]}),
+            ),
+            ("CrossModalCommitmentLoss", lambda: quantizer()({"audio": z, "video": z[:, :3]})),
+            ("CrossCPC", lambda: mmvq.CrossCPC(4)({"audio": z, "video": z[:, :3]})),
+        )
+    ),
+]
+
+MODULES = [
+    Case(
+        lambda: quantizer().encode(z[..., :3]),
+        ValueError,
+        "EMACodebook.search: x must be [..., 4]",
+        "x: float32[2, 5, 3]",
+        "project the last dimension to 4",
+    ),
+    Case(
+        lambda: mmvq.EMACodebook(4, 8).accumulate(z, torch.zeros(2, 5, dtype=torch.long)),
+        ValueError,
+        "EMACodebook.accumulate: values must be [N, 4] and indices [N]",
+        "values: float32[2, 5, 4]   indices: int64[2, 5]",
+        "flatten batch and time of both in the same order",
+    ),
+    Case(
+        lambda: quantizer().decode(torch.zeros(2, 5, dtype=torch.int32)),
+        TypeError,
+        "MultiModalEMAQuantizer.decode: indices must be int64",
+        "indices: int32[2, 5]",
+        "pass what encode or forward returned",
+    ),
+    Case(
+        lambda: quantizer(partner=lambda z_a, others, masks: z_a[:1])(both),
+        ValueError,
+        "MultiModalEMAQuantizer: the partner callable must return a tensor shaped as z_a",
+        "z_a: float32[2, 5, 4]   r: float32[1, 5, 4]",
+        "return [B, T, D], and z_a itself where there is no partner",
+    ),
+    *(
+        Case(
+            lambda given=given: mmvq.CrossModalCommitmentLoss()(both, given),
+            ValueError,
+            "CrossModalCommitmentLoss: codes must have the names and shapes of features",
+            f"features: {{'audio': [2, 5, 4], 'video': [2, 5, 4]}}   codes: {came}",
+            "pass the code of every feature, codebook[indices]",
+        )
+        for given, came in (
+            ({"audio": z}, "{'audio': [2, 5, 4]}"),
+            ({"audio": z, "video": codes}, "{'audio': [2, 5, 4], 'video': [8, 4]}"),
+        )
+    ),
+    *(
+        Case(
+            lambda given=given: mmvq.CrossModalCodeMatchingLoss()(both, given),
+            ValueError,
+            f"CrossModalCodeMatchingLoss: the codebook for {name!r} must be [L, 4]",
+            f"features: float32[2, 5, 4]   codebook: {came}",
+            "pass quantizer.codebook, or one codebook for each modality",
+        )
+        for given, name, came in (
+            (codes[:, :3], "audio", "float32[8, 3]"),
+            ({"audio": codes}, "video", "None"),
+            (anything or quantizer(), "audio", "MultiModalEMAQuantizer"),
+        )
+    ),
+    Case(
+        lambda: mmvq.CrossModalCodeMatchingLoss()(both, {"audio": codes, "video": codes[:7]}),
+        ValueError,
+        "CrossModalCodeMatchingLoss: codebooks must have the same size, as they are tied by index",
+        "audio: float32[8, 4]   video: float32[7, 4]",
+        "build them with one size",
+    ),
+    *(
+        Case(
+            lambda x=x, y=y: mmvq.CLUBEstimator(4, 3)(x, y),
+            ValueError,
+            "CLUBEstimator: x must be [B, T, 4] and y [B, T, 3], or both without T",
+            came,
+            "x conditions and y is predicted; swap them if they came reversed",
+        )
+        for x, y, came in (
+            (z[..., :3], z, "x: float32[2, 5, 3]   y: float32[2, 5, 4]"),
+            (z, z[:1, :, :3], "x: float32[2, 5, 4]   y: float32[1, 5, 3]"),
+            (z[0, 0], z[0, 0, :3], "x: float32[4]   y: float32[3]"),
+        )
+    ),
+    *(
+        Case(
+            lambda mask=mask: mmvq.CLUBEstimator(4, 4).learning_loss(z, z, mask),
+            ValueError,
+            "CLUBEstimator: mask must be bool and shaped as x without its last dimension",
+            f"mask: {came}   x: float32[2, 5, 4]",
+            "pass True where a segment is valid",
+        )
+        for mask, came in ((whole.float(), "float32[2, 5]"), (whole[:1], "bool[1, 5]"))
+    ),
+    Case(
+        lambda: mmvq.CrossCPC(4, num_steps=4, first_step=2, min_context=2)(both),
+        ValueError,
+        "CrossCPC: T must be at least min_context + first_step + num_steps - 1",
+        "T: 5   min_context: 2   first_step: 2   num_steps: 4",
+        "pass longer clips, or predict fewer steps ahead",
+    ),
+    *(
+        Case(
+            lambda start=start: mmvq.CrossCPC(4, min_context=2)(both, start=start),
+            ValueError,
+            'CrossCPC: start must lie in [2, 4], or be "all" or None',
+            f"start: {start!r}",
+            "it counts the observed segments",
+        )
+        for start in (1, 5, 2.5, "some")
+    ),
+    finite("MultiModalEMAQuantizer", lambda: quantizer()({"audio": nan})),
+    finite(
+        "CrossModalCommitmentLoss",
+        lambda: mmvq.CrossModalCommitmentLoss()({"audio": nan}, {"audio": z}),
+    ),
+    finite(
+        "CrossModalCodeMatchingLoss",
+        lambda: mmvq.CrossModalCodeMatchingLoss()({"audio": nan}, codes),
+    ),
+    finite("CrossCPC", lambda: mmvq.CrossCPC(4)({"audio": nan})),
+    finite("CLUBEstimator", lambda: mmvq.CLUBEstimator(4, 4)(nan, z), "x"),
+    finite("CLUBEstimator", lambda: mmvq.CLUBEstimator(4, 4)(z, nan), "y"),
+]
+
+KERNELS = [
+    Case(
+        lambda: kernels.nearest_code(codes.long(), codes),
+        TypeError,
+        "nearest_code: x and codebook must be floating point",
+        "x: int64[8, 4]   codebook: float32[8, 4]",
+        "convert with .float()",
+    ),
+    Case(
+        lambda: kernels.nearest_code(torch.zeros(800, 256), torch.zeros(400, 128)),
+        ValueError,
+        "nearest_code: x [N, D] and codebook [L, D] must share their last dimension",
+        "x: float32[800, 256]   codebook: float32[400, 128]",
+        "flatten x to two dimensions and project it to the codebook's width",
+    ),
+    Case(
+        lambda: kernels.nearest_code(codes, codes[:0]),
+        ValueError,
+        "nearest_code: codebook must hold at least one code",
+        "codebook: float32[0, 4]",
+        "build the codebook with size >= 1",
+    ),
+    Case(
+        lambda: kernels.nearest_code(codes, codes, precision=anything or "half"),
+        ValueError,
+        'nearest_code: precision must be "exact" or "fast"',
+        "precision: 'half'",
+        'leave it at "exact" unless a wrong code now and then is fine',
+    ),
+    *(
+        Case(
+            lambda values=values, indices=indices: kernels.code_statistics(values, indices, 8),
+            TypeError,
+            "code_statistics: values must be floating point and indices int64",
+            came,
+            "pass the indices that nearest_code returned",
+        )
+        for values, indices, came in (
+            (codes, torch.ones(8), "values: float32[8, 4]   indices: float32[8]"),
+            (codes.int(), torch.arange(8), "values: int32[8, 4]   indices: int64[8]"),
+        )
+    ),
+    Case(
+        lambda: kernels.code_statistics(codes, torch.arange(7), 8),
+        ValueError,
+        "code_statistics: values [N, D] and indices [N] must have the same N",
+        "values: float32[8, 4]   indices: int64[7]",
+        "flatten batch and time of both in the same order",
+    ),
+    *(
+        Case(
+            lambda groups=groups: kernels.code_statistics(
+                codes, torch.arange(8), 8, groups=groups, num_groups=2
+            ),
+            ValueError,
+            "code_statistics: groups must be int64 with one entry for each index",
+            f"groups: {came}   indices: int64[8]",
+            "give every row the number of its group",
+        )
+        for groups, came in (
+            (torch.zeros(8), "float32[8]"),
+            (torch.zeros(7, dtype=torch.long), "int64[7]"),
+        )
+    ),
+    Case(
+        ema(counts=torch.ones(7)),
+        ValueError,
+        "ema_update_: codes, sums and batch_sums must be [L, D], counts and batch_counts [L]",
+        "codes: float32[8, 4]   sums: float32[8, 4]   batch_sums: float32[8, 4]   "
+        "counts: float32[7]   batch_counts: float32[8]",
+        "take the batch's from code_statistics(values, indices, num_codes=L)",
+    ),
+    Case(
+        ema(dead=torch.ones(8, dtype=torch.bool)),
+        ValueError,
+        "ema_update_: dead [L] and replacement [L, D] must be given together",
+        "codes: float32[8, 4]   dead: bool[8]   replacement: None",
+        "give both to reset codes, neither to keep all",
+    ),
+    *(
+        Case(
+            call,
+            ValueError,
+            f"{where}: backend must be one of 'auto', 'torch', 'triton'",
+            "backend: 'cuda'",
+            'use backend="auto" to let the library choose',
+        )
+        for where, call in (
+            ("reason_unavailable", lambda: kernels.reason_unavailable("cuda")),
+            (
+                "nearest_code",
+                lambda: kernels.nearest_code(codes, codes, backend=anything or "cuda"),
+            ),
+            ("ema_update_", ema(backend="cuda")),
+        )
+    ),
+    Case(
+        triton,
+        RuntimeError,
+        "nearest_code: the triton backend cannot run because triton is not installed "
+        "(pip install 'mmvq[triton]')",
+        "backend: 'triton'",
+        'use backend="auto"',
+    ),
+]
+
+COMPAT = [
+    Case(
+        lambda: cmg.CMGQuantizer(4, 8, ("audio",)),
+        ValueError,
+        "CMGQuantizer: modalities must be two or three different names",
+        "modalities: ('audio',)",
+        "the release has no other case; mmvq's own modules take any number",
+    ),
+    Case(
+        lambda: cmg.CMGQuantizer(4, 8)({"audio": z}),
+        ValueError,
+        "CMGQuantizer: features must hold one [B, T, 4] tensor for each of ('audio', 'video'), all "
+        "of one shape",
+        "features: {'audio': (2, 5, 4)}",
+        "the release takes complete sets only; cut all modalities to the same T",
+    ),
+    Case(
+        lambda: cmg.CMGCrossCPC(4)(both, start=4),
+        ValueError,
+        "CMGCrossCPC: start must lie in 1..T - K - 1",
+        "T: 5   K: 1   start: 4",
+        "T must be at least K + 2 = 3; leave start out to have it drawn",
+    ),
+]
+
+CASES = ARGUMENTS + FEATURES + MODULES + KERNELS + COMPAT
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.rule.replace(": ", "-"))
+def test_message(case: Case) -> None:
+    with pytest.raises(case.kind) as error:
+        case.call()
+    assert type(error.value) is case.kind
+    assert str(error.value) == case.text
+
+
+def test_values_are_looked_at_only_when_asked() -> None:
+    loss = quantizer()({"audio": nan, "video": z}).loss
+    assert loss.isnan()
+    with patch.dict(os.environ, MMVQ_CHECK="1"):
+        quantizer()(both)  # finite: nothing to say
+        masked = torch.zeros(2, 5, dtype=torch.bool)
+        quantizer()({"audio": nan}, {"audio": masked})  # padding is never read
+    with patch.dict(os.environ, MMVQ_CHECK="0"):
+        quantizer()({"audio": nan})
+
+
+def test_the_form_of_a_message() -> None:
+    text = message("f", "x must be y", hint="do z", x=z, name="a", kind=Tensor, none=None)
+    assert text == (
+        "f: x must be y.\n  x: float32[2, 5, 4]   name: 'a'   kind: Tensor   none: None\n"
+        "  Hint: do z."
+    )
+
+
+def test_every_raise_has_a_case() -> None:
+    """Each `raise` statement of the two packages is where one of the cases ends."""
+    paths = [
+        path
+        for package in (mmvq, kernels)
+        for path in Path(package.__file__ or "").parent.rglob("*.py")
+    ]
+    raises = {
+        (path.name, path.parent.name, node.lineno)
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise)
+    }
+    reached = set()
+    for case in CASES:
+        with pytest.raises(case.kind) as error:
+            case.call()
+        end = error.traceback[-1]
+        path = Path(end.path)
+        reached.add((path.name, path.parent.name, end.lineno + 1))
+    assert raises == reached

@@ -1,0 +1,160 @@
+"""The state: who writes it, in what precision, and what a copy of it holds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from properties.strategies import (
+    Draw,
+    assert_same_bits,
+    draws,
+    every_wiring,
+    state,
+)
+from torch import nn
+
+from mmvq import CrossModalCodeMatchingLoss, MultiModalEMAQuantizer
+
+LOW = (torch.bfloat16, torch.float16)
+INITS = st.sampled_from(("uniform", "samples", "kmeans"))
+
+
+def evaluate(module: MultiModalEMAQuantizer, *batch: Any) -> Any:
+    return module.eval()(*batch)
+
+
+def freeze(module: MultiModalEMAQuantizer, *batch: Any) -> Any:
+    return module.train()(*batch, freeze=True)
+
+
+@pytest.mark.parametrize("quiet", [evaluate, freeze])
+@every_wiring
+@given(draw=draws(), init=INITS)
+def test_eval_and_freeze_write_nothing(
+    names: Sequence[str], partner: Any, draw: Draw, init: Any, quiet: Callable[..., Any]
+) -> None:
+    """Before the first codes are drawn and after; float64 features do not widen the state either,
+    and nothing is left pending. What they return is what training returns.
+    """
+    settings = {"partner": partner, "init": init, "reset_after": 1}
+    module = MultiModalEMAQuantizer(draw.D, draw.L, names, **settings)
+    for step in range(2):
+        before = state(module)
+        batch = draw.features(names, step), draw.masks(names, step)
+        shown = quiet(module, *batch)
+        assert_same_bits(state(module), before)
+        module.train().update_codebook()
+        assert_same_bits(state(module), before)
+        trained = module(*batch)
+        if step > 0 or init == "uniform":
+            assert_same_bits(shown.quantized, trained.quantized)
+            assert_same_bits(shown.indices, trained.indices)
+            assert torch.equal(shown.loss, trained.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@every_wiring
+@given(draw=draws(), init=INITS, stop=st.integers(0, 3))
+def test_save_load_continue_is_never_stopping(
+    names: Sequence[str], partner: Any, draw: Draw, init: Any, stop: int, dtype: torch.dtype
+) -> None:
+    """To the bit, from any step (0: before the first batch), into a module built differently."""
+    settings = {"partner": partner, "reset_after": 2}
+    going = MultiModalEMAQuantizer(draw.D, draw.L, names, init=init, **settings)
+
+    def train(module: MultiModalEMAQuantizer, step: int) -> Any:
+        z = {name: x.to(dtype) for name, x in draw.features(names, step).items()}
+        return module(z, draw.masks(names, step))
+
+    for step in range(stop):
+        train(going, step)
+    file = io.BytesIO()
+    torch.save(going.state_dict(), file)
+    file.seek(0)
+    resumed = MultiModalEMAQuantizer(draw.D, draw.L, names[::-1], init=init, **settings)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_bits(state(resumed), state(going))
+    for step in range(stop, stop + 3):
+        expected, actual = train(going, step), train(resumed, step)
+        assert_same_bits(actual.quantized, expected.quantized)
+        assert torch.equal(actual.loss, expected.loss)
+        assert_same_bits(state(resumed), state(going))
+
+
+def cast_by(how: str, dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
+    if how == "method":
+        return lambda module: module.bfloat16() if dtype == torch.bfloat16 else module.half()
+    return lambda module: module.to(dtype) if how == "to" else module.type(dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("how", ["method", "to", "type"])
+@given(draw=draws())
+def test_casts_leave_the_state_in_float32(dtype: torch.dtype, how: str, draw: Draw) -> None:
+    """Not a bit is lost, pending statistics included; the weights of a parent are cast as usual."""
+    module = MultiModalEMAQuantizer(draw.D, draw.L, init="uniform", update="manual")
+    parent = nn.Sequential(nn.Linear(2, 2), module)
+    module({name: x.float() for name, x in draw.features(("audio", "video")).items()})
+    pending = module.ema_codebook._pending
+    assert pending is not None
+    before, statistics = state(module), pending.clone()
+    cast_by(how, dtype)(parent)
+    assert parent[0].weight.dtype == dtype
+    assert_same_bits(state(module), before)
+    assert module.ema_codebook.codes.dtype == torch.float32
+    assert torch.equal(module.ema_codebook._pending, statistics)
+    assert parent.double()[1].codebook.dtype == torch.float64  # a wider state is the user's choice
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@every_wiring
+@given(draw=draws())
+def test_low_precision_features_are_kept_as_if_in_float32(
+    names: Sequence[str], partner: Any, draw: Draw, dtype: torch.dtype
+) -> None:
+    """State and loss are those of the same numbers in float32; the output has the input's dtype."""
+    low = MultiModalEMAQuantizer(draw.D, draw.L, names, partner=partner, reset_after=1).to(dtype)
+    wide = MultiModalEMAQuantizer(draw.D, draw.L, names, partner=partner, reset_after=1)
+    wide.load_state_dict(low.state_dict())
+    for step in range(2):
+        z = {name: x.to(dtype) for name, x in draw.features(names, step).items()}
+        masks = draw.masks(names, step)
+        actual = low(z, masks)
+        expected = wide({name: x.float() for name, x in z.items()}, masks)
+        assert_same_bits(actual.indices, expected.indices)
+        assert torch.equal(actual.loss, expected.loss)
+        assert_same_bits(state(low), state(wide))
+        rounded = {name: q.to(dtype) for name, q in expected.quantized.items()}
+        assert_same_bits(actual.quantized, rounded)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@every_wiring
+@given(draw=draws())
+def test_autocast_changes_nothing(
+    names: Sequence[str], partner: Any, draw: Draw, dtype: torch.dtype
+) -> None:
+    if callable(partner):
+        partner = "attention"  # a callable is the user's own, and runs without autocast as well
+    plain, cast = (
+        MultiModalEMAQuantizer(draw.D, draw.L, names, partner=partner, reset_after=1)
+        for _ in range(2)
+    )
+    cast.load_state_dict(plain.state_dict())
+    matching = CrossModalCodeMatchingLoss()
+    for step in range(2):
+        z = {name: x.float() for name, x in draw.features(names, step).items()}
+        masks = draw.masks(names, step)
+        expected, wanted = plain(z, masks), matching(z, plain.codebook, masks)
+        with torch.autocast("cpu", dtype=dtype):
+            actual, found = cast(z, masks), matching(z, cast.codebook, masks)
+        assert_same_bits(actual.quantized, expected.quantized)
+        assert torch.equal(actual.loss, expected.loss)
+        assert torch.equal(found, wanted)
+        assert_same_bits(state(cast), state(plain))

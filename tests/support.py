@@ -1,0 +1,44 @@
+"""What many tests need: dtypes, draws, and the bound on rounding that tolerances come from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def rounding(dtype: torch.dtype, operations: int, scale: float = 1.0) -> float:
+    """Bound on the error of a chain of `operations` roundings of values up to `scale`."""
+    return operations * torch.finfo(dtype).eps * scale
+
+
+def uniform(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Values in [-1, 1), the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1).to(dtype)
+
+
+def bools(*shape: int, share: float = 0.7, seed: int = 0) -> Tensor:
+    """True with probability `share`."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values with a gap between neighbours in every dimension but the first."""
+    gaps = x.new_full([n * (2 if d else 1) for d, n in enumerate(x.shape)], torch.nan)
+    view = gaps[(slice(None), *(slice(None, None, 2),) * (x.ndim - 1))]
+    view.copy_(x)
+    assert x.numel() < 2 or x.ndim < 2 or not view.is_contiguous()
+    return view
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that statistics and losses of `dtype` are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def close(actual: Tensor, expected: Tensor | float | list[float], atol: float) -> None:
+    """Within `atol`, nothing relative, whatever the two dtypes are."""
+    wanted = torch.as_tensor(expected, dtype=torch.float64).detach()
+    torch.testing.assert_close(actual.detach().double(), wanted, atol=atol, rtol=0)
