@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -14,58 +16,58 @@ __all__ = [
     "check_choice",
     "check_features",
     "check_finite",
+    "check_int",
     "check_modalities",
     "check_number",
-    "check_positive_int",
     "check_same_length",
     "message",
 ]
 
 
-def check_positive_int(where: str, **values: int) -> None:
-    """Each value is an int >= 1."""
+def check_int(where: str, low: int, **values: int) -> None:
+    """Each value is an int >= low."""
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(
-                message(
-                    where, f"{name} must be a positive int", hint="pass 1 or more", **{name: value}
-                )
-            )
-
-
-def check_number(where: str, low: float, high: float, **values: float) -> None:
-    """Each value is a number in [low, high]."""
-    for name, value in values.items():
-        if not low <= value <= high:  # a NaN fails too
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(
                 message(
                     where,
-                    f"{name} must lie in [{low:g}, {high:g}]",
-                    hint=f"pass a number from {low:g} to {high:g}",
+                    f"{name} must be an int of at least {low}",
+                    hint=f"pass {low} or more",
                     **{name: value},
                 )
             )
 
 
-def check_choice(where: str, choices: Collection[str], **values: object) -> None:
+def check_number(where: str, low: float, high: float, **values: float) -> None:
+    """Each value is a finite number in [low, high]."""
+    for name, value in values.items():
+        fits = isinstance(value, Real) and low <= value <= high  # a NaN fails too
+        if not fits or math.isinf(value):
+            span = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+            rule = f"{name} must be a finite number {span}"
+            raise ValueError(message(where, rule, hint=f"pass a number {span}", **{name: value}))
+
+
+def check_choice(
+    where: str, choices: Collection[str], hint: str = "pick one", **values: object
+) -> None:
     """Each value is one of the choices."""
     for name, value in values.items():
         if value not in choices:
             listed = ", ".join(repr(choice) for choice in choices)
-            raise ValueError(
-                message(where, f"{name} must be one of {listed}", hint="pick one", **{name: value})
-            )
+            rule = f"{name} must be one of {listed}"
+            raise ValueError(message(where, rule, hint=hint, **{name: value}))
 
 
-def check_modalities(where: str, modalities: Sequence[str], at_least: int = 1) -> tuple[str, ...]:
-    """Distinct, non-empty names."""
+def check_modalities(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
+    """One or more names, each once."""
     names = tuple(modalities)
     strings = not isinstance(modalities, str) and all(isinstance(n, str) and n for n in names)
-    if not strings or len(set(names)) != len(names) or len(names) < at_least:
+    if not strings or not names or len(set(names)) != len(names):
         raise ValueError(
             message(
                 where,
-                f"modalities must be at least {at_least} distinct names",
+                "modalities must be one or more names, each given once",
                 hint='pass a tuple of strings such as ("audio", "video")',
                 modalities=modalities,
             )
@@ -92,27 +94,30 @@ def check_features(
                 where,
                 "features must be a non-empty mapping from modality to tensor",
                 hint='pass {"audio": z_audio, "video": z_video}',
-                features=type(features).__name__,
+                features=features if features == {} else type(features),
             )
         )
-    _check_names(where, features, modalities, "features")
-    _check_names(where, masks or {}, tuple(features), "masks")
+    masks = {} if masks is None else masks
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            message(
+                where,
+                "masks must be a mapping from modality to mask, or None",
+                hint='pass {"audio": mask_audio}; a modality without a mask is valid throughout',
+                masks=type(masks),
+            )
+        )
+    of_module = "use the names that the module was built with"
+    _check_names(where, "features", features, modalities, hint=of_module)
+    of_call = "give a mask only to a modality whose features come in the same call"
+    _check_names(where, "masks", masks, tuple(features), hint=of_call)
     z: dict[str, Tensor] = {}
     valid: dict[str, Tensor] = {}
     for name in sorted(features):
         x = _check_feature(where, name, features[name], dim)
-        mask = (masks or {}).get(name)
+        mask = masks.get(name)
         if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
-                raise ValueError(
-                    message(
-                        where,
-                        f"masks[{name!r}] must be bool and shaped as its features without D",
-                        hint="pass True where a segment is valid, False where it is padding",
-                        mask=mask,
-                        features=x,
-                    )
-                )
+            _check_mask(where, name, mask, x)
             x = torch.where(mask[..., None], x, 0)
         flat = x.ndim == 2
         z[name] = x[:, None] if flat else x
@@ -164,17 +169,13 @@ def check_finite(where: str, **tensors: Tensor) -> None:
 
 
 def _check_names(
-    where: str, given: Mapping[str, Tensor], known: Sequence[str] | None, what: str
+    where: str, what: str, given: Mapping[str, Tensor], known: Sequence[str] | None, *, hint: str
 ) -> None:
     unknown = [] if known is None else [name for name in given if name not in known]
     if unknown:
+        listed = ", ".join(map(repr, known or ()))
         raise ValueError(
-            message(
-                where,
-                f"{what} may name only {', '.join(map(repr, known or ()))}",
-                hint="use the names that the module was built with",
-                unknown=unknown,
-            )
+            message(where, f"{what} may name only {listed}", hint=hint, unknown=unknown)
         )
 
 
@@ -184,8 +185,8 @@ def _check_feature(where: str, name: str, x: Tensor, dim: int | None) -> Tensor:
             message(
                 where,
                 f"features[{name!r}] must be a floating point tensor",
-                hint="convert with .float()",
-                **{name: x if isinstance(x, Tensor) else type(x).__name__},
+                hint="convert with .float(), or torch.from_numpy(...).float()",
+                **{name: x if isinstance(x, Tensor) else type(x)},
             )
         )
     if x.ndim not in (2, 3) or (dim is not None and x.shape[-1] != dim):
@@ -199,3 +200,16 @@ def _check_feature(where: str, name: str, x: Tensor, dim: int | None) -> Tensor:
             )
         )
     return x
+
+
+def _check_mask(where: str, name: str, mask: Tensor, x: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
+        raise ValueError(
+            message(
+                where,
+                f"masks[{name!r}] must be a bool tensor shaped as its features without D",
+                hint="pass True where a segment is valid, False where it is padding",
+                mask=mask if isinstance(mask, Tensor) else type(mask),
+                features=x,
+            )
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmvq import functional as F
-from mmvq.checks import check_choice, check_finite, check_number, check_positive_int, message
+from mmvq.checks import check_choice, check_finite, check_int, check_number, message
 
 
 class CLUBEstimator(nn.Module):
@@ -54,7 +54,7 @@ class CLUBEstimator(nn.Module):
         logvar_bound: float | None = 8.0,
     ) -> None:
         super().__init__()
-        check_positive_int("CLUBEstimator", x_dim=x_dim, y_dim=y_dim, hidden_dim=hidden_dim)
+        check_int("CLUBEstimator", 1, x_dim=x_dim, y_dim=y_dim, hidden_dim=hidden_dim)
         check_choice("CLUBEstimator", ("all", "shuffled"), negatives=negatives)
         if logvar_bound is not None:
             check_number("CLUBEstimator", 1e-6, 1e6, logvar_bound=logvar_bound)

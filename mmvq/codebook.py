@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmvq import functional as F
-from mmvq.checks import check_choice, check_number, check_positive_int, message
+from mmvq.checks import check_choice, check_int, check_number, message
 from mmvq.distributed import all_reduce_, gather_rows, world_size
 
 ResetRule = Literal["all", "any"]
@@ -77,12 +77,12 @@ class EMACodebook(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("EMACodebook", dim=dim, size=size, groups=groups)
+        check_int("EMACodebook", 1, dim=dim, size=size, groups=groups)
         check_number("EMACodebook", 0, 1, decay=decay, eps=eps)
         check_choice("EMACodebook", ("all", "any"), reset_rule=reset_rule)
         check_choice("EMACodebook", ("kmeans", "samples", "uniform"), init=init)
         if reset_after is not None:
-            check_positive_int("EMACodebook", reset_after=reset_after)
+            check_int("EMACodebook", 1, reset_after=reset_after)
         self.dim, self.size, self.groups = dim, size, groups
         self.decay, self.eps = decay, eps
         self.reset_after, self.reset_rule, self.init = reset_after, reset_rule, init
@@ -92,8 +92,19 @@ class EMACodebook(nn.Module):
 
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         codes = torch.empty(size, dim, dtype=dtype).uniform_(-1 / size, 1 / size)
+        sources = range(groups) if update_from is None else update_from
+        if not set(sources) <= set(range(groups)):
+            raise ValueError(
+                message(
+                    "EMACodebook",
+                    f"update_from must hold group numbers from 0 to {groups - 1}",
+                    hint="pass None to update from all groups",
+                    update_from=update_from,
+                    groups=groups,
+                )
+            )
         voters = torch.zeros(groups, dtype=torch.bool)
-        voters[list(range(groups) if update_from is None else update_from)] = True
+        voters[list(sources)] = True
         self.register_buffer("codes", codes)
         self.register_buffer("sums", codes.clone())
         self.register_buffer("counts", torch.ones(size, dtype=dtype))
@@ -143,6 +154,9 @@ class EMACodebook(nn.Module):
         rows = gather_rows(values.detach()[keep], self.process_group)
         if rows.shape[0] == 0:
             return
+        if groups is not None:  # by group, then rank: as one process with the whole batch has them
+            owner = gather_rows(groups[keep, None], self.process_group).squeeze(1)
+            rows = rows[owner.argsort(stable=True)]
         codes = (F.kmeans if self.init == "kmeans" else F.sample_rows)(rows, self.size)
         self.match_dtype(codes.dtype)
         self.codes.copy_(codes)
@@ -165,6 +179,16 @@ class EMACodebook(nn.Module):
             indices: int64 `[N]`, the code each goes to; -1 leaves the row out.
             groups: int64 `[N]`, the group of each row; None: all of group 0.
         """
+        if values.ndim != 2 or values.shape != (*indices.shape, self.dim):
+            raise ValueError(
+                message(
+                    "EMACodebook.accumulate",
+                    f"values must be [N, {self.dim}] and indices [N]",
+                    hint="flatten batch and time of both in the same order",
+                    values=values,
+                    indices=indices,
+                )
+            )
         if groups is None:
             groups = torch.zeros_like(indices)
         # A group outside update_from is counted, but adds nothing to the sums.

@@ -14,9 +14,9 @@ from mmvq.checks import (
     check_choice,
     check_features,
     check_finite,
+    check_int,
     check_modalities,
     check_number,
-    check_positive_int,
     check_same_length,
     message,
 )
@@ -89,15 +89,17 @@ class CrossCPC(nn.Module):
     ) -> None:
         super().__init__()
         context_dim = dim if context_dim is None else context_dim
-        check_positive_int(
+        check_int(
             "CrossCPC",
+            1,
             dim=dim,
             context_dim=context_dim,
             num_layers=num_layers,
             num_steps=num_steps,
             min_context=min_context,
         )
-        check_number("CrossCPC", 0, float("inf"), self_weight=self_weight, first_step=first_step)
+        check_int("CrossCPC", 0, first_step=first_step)
+        check_number("CrossCPC", 0, float("inf"), self_weight=self_weight)
         check_number("CrossCPC", 1e-6, 1e6, temperature=temperature)
         check_choice("CrossCPC", ("targets", "contexts", "both"), normalize_over=normalize_over)
         self.modalities = check_modalities("CrossCPC", modalities)
@@ -130,8 +132,8 @@ class CrossCPC(nn.Module):
         """The loss of a batch.
 
         Args:
-            features: name -> z before quantization, `[B, T, D]`, the same T for all; any of the
-                modalities may be missing.
+            features: name -> z before quantization, `[B, T, D]`, the same T for all, any float
+                dtype (computed in that of the parameters); any of the modalities may be missing.
             masks: name -> bool `[B, T]`, True = valid. A prediction counts where the last observed
                 segment and the predicted one are valid.
             start: t, how many segments to observe, in [min_context, T - K] (for `first_step` 1);
@@ -152,10 +154,12 @@ class CrossCPC(nn.Module):
         check_same_length("CrossCPC", z)
         check_finite("CrossCPC", **z)
         names = list(z)
+        z = {m: x.to(self.predictors[m].dtype) for m, x in z.items()}
         K, T = self.num_steps, next(iter(z.values())).shape[1]
         first, last = self._starts(T, start, generator)
         seen = slice(first - 1, last)  # the last observed segment of each start
-        context = torch.stack([self.contexts[m](z[m][:, :last])[0][:, seen] for m in names])
+        with torch.autocast(z[names[0]].device.type, enabled=False):  # many CPUs lack such an LSTM
+            context = torch.stack([self.contexts[m](z[m][:, :last])[0][:, seen] for m in names])
         weight = torch.stack([self.predictors[m] for m in names])
         prediction = einsum(weight, context, "m k d c, m b s c -> m k s b d")  # W_k c
         steps = self.first_step + torch.arange(K, device=context.device)
@@ -215,7 +219,7 @@ class CrossCPC(nn.Module):
             return first, last
         if start is None:
             start = int(torch.randint(first, last + 1, (), generator=generator))
-        if not first <= start <= last:
+        if not isinstance(start, int) or not first <= start <= last:
             raise ValueError(
                 message(
                     "CrossCPC",

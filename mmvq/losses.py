@@ -44,12 +44,11 @@ class CrossModalCommitmentLoss(nn.Module):
         reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__()
-        check_number("CrossModalCommitmentLoss", 0, float("inf"), beta=beta)
-        pairs = cross_ratio if isinstance(cross_ratio, Mapping) else {("all", "all"): cross_ratio}
-        for (a, b), ratio in pairs.items():
-            check_number(
-                "CrossModalCommitmentLoss", 0, float("inf"), **{f"cross_ratio of ({a}, {b})": ratio}
-            )
+        if isinstance(cross_ratio, Mapping):
+            ratios = {f"cross_ratio[{pair!r}]": ratio for pair, ratio in cross_ratio.items()}
+        else:
+            ratios = {"cross_ratio": cross_ratio}
+        check_number("CrossModalCommitmentLoss", 0, float("inf"), beta=beta, **ratios)
         check_choice("CrossModalCommitmentLoss", ("mean", "sum"), reduction=reduction)
         self.beta, self.cross_ratio, self.reduction = beta, cross_ratio, reduction
 
@@ -137,14 +136,15 @@ class CrossModalCodeMatchingLoss(nn.Module):
         z, valid = check_features(where, features, masks)
         codebooks = codebook if isinstance(codebook, Mapping) else dict.fromkeys(z, codebook)
         for name, x in z.items():
-            if name not in codebooks or codebooks[name].shape[1:] != x.shape[-1:]:
+            codes = codebooks.get(name)
+            if not isinstance(codes, Tensor) or codes.shape[1:] != x.shape[-1:]:
                 raise ValueError(
                     message(
                         where,
                         f"the codebook for {name!r} must be [L, {x.shape[-1]}]",
                         hint="pass quantizer.codebook, or one codebook for each modality",
                         features=x,
-                        codebook=codebooks.get(name),
+                        codebook=codes if isinstance(codes, Tensor | None) else type(codes),
                     )
                 )
         if len({codes.shape[0] for codes in codebooks.values()}) > 1:

@@ -15,6 +15,7 @@ from mmvq.checks import (
     check_choice,
     check_features,
     check_finite,
+    check_int,
     check_modalities,
     check_number,
     check_same_length,
@@ -123,6 +124,7 @@ class MultiModalEMAQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         where = "MultiModalEMAQuantizer"
+        check_int(where, 1, dim=dim, codebook_size=codebook_size)
         self.modalities = check_modalities(where, modalities)
         self._sorted = tuple(sorted(self.modalities))  # the order of the state and of every sum
         sources = self.modalities if update_from is None else tuple(update_from)
@@ -137,7 +139,8 @@ class MultiModalEMAQuantizer(nn.Module):
                 )
             )
         if not callable(partner):
-            check_choice(where, _PARTNERS, partner=partner)
+            hint = "pick one, or pass a callable (z_a, others, masks) -> r"
+            check_choice(where, _PARTNERS, hint, partner=partner)
         check_choice(where, _GRADIENTS, gradient=gradient)
         check_choice(where, ("auto", "manual"), update=update)
         check_number(where, 0, 1, partner_weight=partner_weight)

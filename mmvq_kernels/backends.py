@@ -18,15 +18,7 @@ def reason_unavailable(backend: str) -> str | None:
     Raises:
         ValueError: the name is not a backend.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(
-            message(
-                "reason_unavailable",
-                f"backend must be one of {', '.join(get_args(Backend))}",
-                hint='use backend="auto" to let the library choose',
-                backend=backend,
-            )
-        )
+    _check("reason_unavailable", backend)
     if backend != "triton":
         return None
     if importlib.util.find_spec("triton") is None:
@@ -41,20 +33,33 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in ("triton", "torch") if reason_unavailable(name) is None)
 
 
-def require(backend: str) -> None:
-    """Raise unless `backend` can run here.
+def require(where: str, backend: str) -> None:
+    """Raise unless `backend` can run here, in the name of `where`.
 
     Raises:
         ValueError: the name is not a backend.
         RuntimeError: it is one, but cannot run; the message says why.
     """
+    _check(where, backend)
     reason = reason_unavailable(backend)
     if reason is not None:
         raise RuntimeError(
             message(
-                "mmvq_kernels",
+                where,
                 f"the {backend} backend cannot run because {reason}",
                 hint='use backend="auto"',
+                backend=backend,
+            )
+        )
+
+
+def _check(where: str, backend: str) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(
+            message(
+                where,
+                f"backend must be one of {', '.join(map(repr, get_args(Backend)))}",
+                hint='use backend="auto" to let the library choose',
                 backend=backend,
             )
         )

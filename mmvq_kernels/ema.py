@@ -48,12 +48,12 @@ def ema_update_(
         ValueError: shapes that do not fit, or only one of `dead` and `replacement`.
         RuntimeError: the backend cannot run here.
     """
-    require(backend)
+    require("ema_update_", backend)
     _check(codes, sums, counts, batch_sums, batch_counts, dead, replacement)
     with torch.no_grad():
         batch_counts, batch_sums = batch_counts.to(counts.dtype), batch_sums.to(sums.dtype)
         some = batch_counts.sum() > 0
-        keep = torch.where(some, decay, 1.0).to(counts.dtype)
+        keep = torch.where(some, counts.new_full((), decay), 1.0)
         counts.mul_(keep).addcmul_(batch_counts, 1 - keep)
         sums.mul_(keep).addcmul_(batch_sums, 1 - keep)
         total = counts.sum()

@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def describe(value: object) -> str:
-    """Tensors as `float32[800, 256]`, anything else by its repr."""
+    """Tensors as `float32[800, 256]`, a type by its name, anything else by its repr."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return repr(value)
+    return value.__name__ if isinstance(value, type) else repr(value)
 
 
 def message(where: str, rule: str, *, hint: str, **came: object) -> str:

@@ -54,7 +54,7 @@ def nearest_code(
         TypeError: tensors that are not floating point.
         RuntimeError: the backend cannot run here.
     """
-    require(backend)
+    require("nearest_code", backend)
     _check(x, codebook, precision)
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -50,7 +50,7 @@ def code_statistics(
         TypeError: values that are not floating point, indices or groups that are not int64.
         RuntimeError: the backend cannot run here.
     """
-    require(backend)
+    require("code_statistics", backend)
     _check(values, indices, groups)
     values = values.detach()
     values = values.to(torch.promote_types(values.dtype, torch.float32))

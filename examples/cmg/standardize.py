@@ -21,6 +21,7 @@ from torch import Tensor
 from .data import PRETRAIN, TRAIN, Clips
 
 _CLIPS_AT_ONCE = 32
+_CONSTANT = 1e-4  # of the largest deviation: below it a channel counts as constant
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Standardizer:
         for name, features in clips.features.items():
             x = _sample(features, rows, samples)  # [n, C]
             deviation, mean[name] = torch.std_mean(x, dim=0, correction=0)
-            deviation[deviation == 0] = 1.0
+            deviation[deviation <= _CONSTANT * deviation.max()] = torch.inf  # says nothing: drop it
             x = (x - mean[name]) / deviation
             values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
             values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]

@@ -19,7 +19,7 @@ def gaussian_log_likelihood(
         y: `[..., D]`.
         mask: bool `[...]`, True = valid.
     """
-    y = _zero_masked(y, mask)
+    mu, logvar, y = _prepare(mu, logvar, y, mask)
     log_q = -((mu - y).square() * (-logvar).exp() + logvar + math.log(2 * math.pi)).sum(-1) / 2
     return _mean(log_q, mask)
 
@@ -41,12 +41,12 @@ def club(mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None = None) -> T
         mask: bool `[B, T]` (or `[B]`), True = valid, as sample and as negative.
 
     Returns:
-        A scalar in nats; 0 when nothing is valid.
+        A scalar in nats, in at least float32; 0 when nothing is valid.
 
     Source: Cheng et al. 2020; Eq. 4, 5. The released code draws one random permutation instead of
     all pairs, and averages squared error and log-variance over time separately.
     """
-    y = _zero_masked(y, mask)
+    mu, logvar, y = _prepare(mu, logvar, y, mask)
     weight = torch.ones_like(y[..., :1]) if mask is None else mask[..., None].to(y.dtype)
     count = weight.sum(0).clamp(min=1)  # [T, 1]
     mean = (weight * y).sum(0) / count  # [T, D]
@@ -77,18 +77,22 @@ def club_shuffled(
 
     Source: the sampled variant of Cheng et al. 2020, App. A.
     """
-    y = _zero_masked(y, mask)
+    mu, logvar, y = _prepare(mu, logvar, y, mask)
     negative = y[permutation]
     both = None if mask is None else mask & mask[permutation]
     excess = (mu - negative).square() - (mu - y).square()
     return _mean((excess * (-logvar).exp()).sum(-1) / 2, both)
 
 
-def _zero_masked(y: Tensor, mask: Tensor | None) -> Tensor:
-    return y if mask is None else torch.where(mask[..., None], y, 0)
+def _prepare(mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """All three in at least float32, and 0 where masked, so that no gradient is NaN there."""
+    dtype = torch.promote_types(torch.promote_types(mu.dtype, y.dtype), torch.float32)
+    wide = [x.to(dtype) for x in (mu, logvar, y)]
+    return wide if mask is None else [torch.where(mask[..., None], x, 0) for x in wide]
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return values.mean()
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+    if mask is not None:
+        values = torch.where(mask, values, 0)
+    count = values.numel() if mask is None else mask.sum()
+    return values.sum() / torch.as_tensor(count).clamp(min=1)

@@ -36,7 +36,7 @@ def commitment(
         reduction: `"mean"` averages the squared norm over D too; `"sum"` is Eq. 8 to the letter.
 
     Returns:
-        A scalar, in at least float32.
+        A scalar, in at least float32; 0 when nothing is valid.
 
     Source: Eq. 8, for M = 2. The released code has 2 beta and beta for own and cross, averaged over
     D; with three modalities its cross terms are beta / 2 each.
@@ -88,10 +88,10 @@ def _distance(
     z, e = features[a], codes[b].detach()
     dtype = torch.promote_types(torch.promote_types(z.dtype, e.dtype), torch.float32)
     difference = z.to(dtype) - e.to(dtype)
-    if masks is None:
-        norms = difference.square()
-        return norms.mean() if reduction == "mean" else norms.sum(-1).mean()
-    valid = masks[a] & masks[b]
-    norms = torch.where(valid[..., None], difference, 0).square()
+    count: Tensor | int = z.shape[:-1].numel()
+    if masks is not None:
+        valid = masks[a] & masks[b]
+        difference = torch.where(valid[..., None], difference, 0)
+        count = valid.sum()
     width = z.shape[-1] if reduction == "mean" else 1
-    return norms.sum() / (valid.sum() * width).clamp(min=1)
+    return difference.square().sum() / torch.as_tensor(count * width).clamp(min=1)

@@ -61,15 +61,16 @@ def info_nce(
 
     Source: van den Oord et al. 2018; Eq. 6.
     """
+    if mask is not None:  # a NaN under a False must not reach the gradient of the others
+        query, key = (torch.where(mask[..., None], x, 0) for x in (query, key))
     logits = similarities(query, key, temperature=temperature, normalize=normalize)
     loss = matched_cross_entropy(logits, mask)
     if symmetric:
         loss = (loss + matched_cross_entropy(logits.mT, mask)) / 2
     if reduction == "none":
         return loss
-    if mask is None:
-        return loss.mean()
-    return loss.sum() / mask.expand_as(loss).sum().clamp(min=1)
+    count = loss.numel() if mask is None else mask.expand_as(loss).sum()
+    return loss.sum() / torch.as_tensor(count).clamp(min=1)
 
 
 def matched(
@@ -84,6 +85,8 @@ def matched(
     logits = similarities(query, key, temperature=temperature, normalize=normalize)
     if mask is not None:
         logits = logits.masked_fill(~mask[..., None, :], -torch.inf)
+    if logits.numel() == 0:
+        return logits.new_zeros(logits.shape[:-1], dtype=torch.bool)
     hits = logits.argmax(-1) == torch.arange(logits.shape[-1], device=logits.device)
     return hits if mask is None else hits & mask
 

@@ -18,7 +18,9 @@ def code_log_probabilities(x: Tensor, codebook: Tensor, mask: Tensor | None = No
     x, codebook = x.to(dtype) - mean, codebook.to(dtype) - mean
     valid = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask  # [B, T]
     x = torch.where(valid[..., None], x, 0)
-    squared = x.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * x @ codebook.T
+    with torch.autocast(x.device.type, enabled=False):
+        product = x @ codebook.T
+    squared = x.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * product
     distance = squared.clamp(min=torch.finfo(dtype).eps).sqrt()  # [B, T, L]; d/dx = 0 at a code
     log_p = (-distance).log_softmax(-1)
     some = valid.any(1)[:, None]  # [B, 1]
@@ -83,9 +85,10 @@ def code_matching(
         codes = codebook if isinstance(codebook, Tensor) else codebook[name]
         log_p[name] = code_log_probabilities(features[name], codes, mask)  # [B, L]
         some[name] = mask.any(1)  # [B]
-    total = pairs = features[names[0]].new_zeros(())
+    total = pairs = log_p[names[0]].new_zeros(())
     for a, b in combinations(names, 2):
-        similarity = log_p[a].exp() @ log_p[b].T + log_p[a] @ log_p[b].exp().T  # [B, B]
+        with torch.autocast(total.device.type, enabled=False):
+            similarity = log_p[a].exp() @ log_p[b].T + log_p[a] @ log_p[b].exp().T  # [B, B]
         pair = some[a] & some[b]
         both = matched_cross_entropy(similarity, pair) + matched_cross_entropy(similarity.T, pair)
         total = total + both.sum() / 2 / pair.sum().clamp(min=1)

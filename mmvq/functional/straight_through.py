@@ -24,7 +24,8 @@ def rotate(z: Tensor, codes: Tensor) -> Tensor:
       \qquad u = \frac{\hat e + \hat z}{\lVert \hat e + \hat z \rVert}$$
 
     with everything but the last z held constant, so that the gradient keeps its angle to z as it
-    had to e. Where z or e is zero, or they are opposite, this is `straight_through`.
+    had to e. Where z or e is zero, they are opposite, or the ratio of their norms overflows, this
+    is `straight_through`.
 
     Args:
         z: `[..., D]`.
@@ -41,8 +42,9 @@ def rotate(z: Tensor, codes: Tensor) -> Tensor:
         u = z_hat + e_hat
         u_norm = u.norm(dim=-1, keepdim=True)
         u = u / u_norm.clamp(min=tiny)
-        scale = e_norm / z_norm.clamp(min=tiny)
-        degenerate = (z_norm <= tiny) | (e_norm <= tiny) | (u_norm <= 1e-3)
+        scale = e_norm / z_norm
+        degenerate = (z_norm <= tiny) | (e_norm <= tiny) | (u_norm <= 1e-3) | ~scale.isfinite()
+        scale = torch.where(degenerate, 1, scale)  # an infinite one makes the gradient NaN
     turned = (
         z - 2 * u * (u * z).sum(-1, keepdim=True) + 2 * e_hat * (z_hat * z).sum(-1, keepdim=True)
     )

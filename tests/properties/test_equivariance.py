@@ -182,7 +182,7 @@ def test_features_without_time_are_one_segment(
         actual = flat(*({n: x.squeeze(1) for n, x in batch.items()} for batch in (z, masks)))
         assert_same_bits(actual.quantized, {n: q[:, 0] for n, q in expected.quantized.items()})
         assert_same_bits(actual.indices, {n: i[:, 0] for n, i in expected.indices.items()})
-        assert torch.equal(actual.loss, expected.loss)
+        assert_near(actual.loss, expected.loss, draw.slack(z))  # other strides, another order
         assert_same_bits(state(flat), state(timed))
 
 
