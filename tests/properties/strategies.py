@@ -1,6 +1,6 @@
 """What the properties are drawn from: sizes, features, masks, partners and quantizers.
 
-Features are float64 unless a property is about precision, so that rounding (1e-9 at most, see
+Features are float64 unless a property is about precision, so that rounding (about 1e-9, see
 `Draw.slack`) is far below anything that a wrong result would change. Indices are compared exactly:
 in float64 the two codes nearest to a random vector never differ by as little as rounding.
 """

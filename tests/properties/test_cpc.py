@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,37 @@ def test_a_perfect_predictor_tends_to_zero(names: Sequence[str], axis: Any, scal
     assert_near(loss, expected + scale, 10 * EPS * (1 + scale))
     if scale:
         assert all(value == 0 for value in accuracy.values())
+
+
+@every_axis
+@every_number
+@given(draw=draws(), steps=st.integers(1, 2), first_step=st.integers(0, 1))
+def test_the_loss_is_the_mean_of_its_problems(
+    names: Sequence[str], draw: Draw, axis: Any, steps: int, first_step: int
+) -> None:
+    """Eq. 6, one pair, step and start at a time: clip i's prediction (rows) against each future."""
+    torch.manual_seed(draw.seed)
+    draw = replace(draw, T=draw.T + steps + first_step)
+    settings: dict[str, Any] = {"num_steps": steps, "first_step": first_step}
+    cpc = CrossCPC(draw.D, names, context_dim=3, normalize_over=axis, **settings).double()
+    z = draw.features(names)
+    loss, accuracy = cpc(z, start="all")
+    axes = {"targets": (1,), "contexts": (0,), "both": (0, 1)}[axis]
+    losses, every = [], torch.arange(draw.B)
+    for a in names:
+        for b in (other for other in names if other != a):
+            hits = []
+            for start in range(1, draw.T - steps - first_step + 2):
+                context = cpc.contexts[a](z[a][:, :start])[0][:, -1]
+                for k, weight in enumerate(cpc.predictors[a]):
+                    scores = context @ weight.T @ z[b][:, start - 1 + first_step + k].T
+                    nce = [-scores.log_softmax(dim).diagonal().mean() for dim in axes]
+                    losses.append(torch.stack(nce).mean())
+                    hits.append((scores.argmax(axes[-1]) == every).double().mean())
+            share = torch.stack(hits).mean().float()
+            assert_near(accuracy[a, b], share, torch.finfo(torch.float32).eps)
+    expected = torch.stack(losses).mean()
+    assert_near(loss, expected, 1000 * EPS * (1 + float(expected.detach())))
 
 
 @every_number

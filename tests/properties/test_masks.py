@@ -166,6 +166,26 @@ def test_rows_that_are_not_finite_leave_the_codebook_as_if_absent(
     assert spoilt.codebook.isfinite().all()
 
 
+@pytest.mark.parametrize("names", [NAMES[:1], NAMES[:2], NAMES])
+@given(draw=draws(), bad=BAD, init=INITS)
+def test_partners_that_are_not_finite_leave_their_vectors_out(
+    names: Sequence[str], draw: Draw, bad: float, init: Any
+) -> None:
+    keep = draw.masks(names)
+    by_order = iter(sorted(names) * 3)
+
+    def spoil(z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
+        name = next(by_order)
+        return fill({name: z}, keep, bad)[name]
+
+    spoilt = draw.quantizer(names, partner=spoil, init=init)
+    clean = draw.quantizer(names, partner="none", init=init)
+    for step in range(3):
+        spoilt(draw.features(names, step))
+        clean(draw.features(names, step), keep)
+        assert_same_bits(state(spoilt), state(clean))
+
+
 @given(draw=draws(), bad=BAD)
 def test_absent_rows_need_not_even_be_in_the_batch(draw: Draw, bad: float) -> None:
     """One modality: a batch with spoilt rows moves the codebook as the batch of the others does."""

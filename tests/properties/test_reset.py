@@ -88,10 +88,10 @@ def test_a_reset_code_is_still_there_at_the_next_step(
 ) -> None:
     """It then moves as any code does: e' = (decay N~ e + (1 - decay) s) / N~', from where it is.
 
-    Not chosen and with eps = 0 that is e' = e; N~ is the smoothed mass. At 63 codes for at most 35
-    vectors of a modality, some are dead by the second step.
+    Not chosen and with eps = 0 that is e' = e; N~ is the smoothed mass. 317 codes for at most 3
+    steps of 105 vectors: some are dead by the second step and not chosen in the third.
     """
-    draw = replace(draw, L=63)
+    draw = replace(draw, L=317)
     settings: dict[str, Any] = {"partner": partner, "reset_rule": rule, "eps": eps}
     module = draw.quantizer(names, **settings, reset_after=2)
     book = module.ema_codebook

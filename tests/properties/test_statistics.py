@@ -196,17 +196,19 @@ def test_update_codebooks_is_update_codebook_of_each(draw: Draw) -> None:
 
 
 @pytest.mark.parametrize("names", [NAMES[:2], NAMES])
-@given(draw=draws())
-def test_update_from(names: Sequence[str], draw: Draw) -> None:
-    """Every modality searches and is counted, only the named ones move the codebook."""
-    module = draw.quantizer(names, partner="none", update_from=names[:1], update="manual")
+@given(draw=draws(), init=st.sampled_from(("uniform", "samples", "kmeans")))
+def test_update_from(names: Sequence[str], draw: Draw, init: Any) -> None:
+    """Every modality searches and is counted; only the named ones make and move the codebook."""
+    module = draw.quantizer(
+        names, partner="none", update_from=names[:1], update="manual", init=init
+    )
     z, masks = draw.features(names), draw.masks(names)
     indices = module(z, masks).indices
     assert torch.equal(
         indices[names[1]][masks[names[1]]], module.encode(z[names[1]][masks[names[1]]])
     )
     module.update_codebook()
-    alone = draw.quantizer(names, partner="none")
+    alone = draw.quantizer(names, partner="none", init=init)
     alone({names[0]: z[names[0]]}, {names[0]: masks[names[0]]})
     for key in ("codes", "sums", "counts"):
         assert torch.equal(getattr(module.ema_codebook, key), getattr(alone.ema_codebook, key))
