@@ -1,0 +1,41 @@
+# Each target sets up .venv from constraints.txt by itself, once, and again when a pin changes.
+#   make demo   train on the built-in digits into runs/digits
+#   make test   all tests; TESTS="-k name" picks some, JOBS=1 runs them in one process
+#   make lint   ruff and mypy
+
+# The first interpreter of these that runs and is new enough; `make PYTHON=...` overrides.
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+JOBS ?= auto
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(READY)
+
+demo: $(READY)
+	@$(BIN)/python examples/cmg_pretrain.py --output runs/digits
+
+test: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+lint: $(READY)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+# torch comes first and alone, by its exact pin, so that no other version is ever looked at.
+$(READY): pyproject.toml constraints.txt
+	@$(if $(PYTHON),$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))',false) || \
+		{ echo 'mmvq needs Python 3.11 or newer: install it, or run make PYTHON=/path/to/python'; exit 1; }
+	@echo 'Setting up .venv ...'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) -e '.[dev]'
+	@touch $@
