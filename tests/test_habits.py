@@ -1,0 +1,157 @@
+"""What the documents and the project's files promise: links, paths, names, code and pins."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import pkgutil
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import mmvq
+import mmvq_kernels
+from mmvq.compat import cmg
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NAMES = {
+    name: getattr(package, name)
+    for package in (cmg, mmvq_kernels, mmvq.functional, mmvq)
+    for name in package.__all__
+}
+each_document = pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+
+
+def prose(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+def blocks(text: str, language: str) -> list[tuple[int, str]]:
+    """The first line and the code of each fenced block of a language."""
+    found = [m for m in FENCE.finditer(text) if m[1].split()[:1] == [language]]
+    return [(text.count("\n", 0, m.start(2)) + 1, m[2]) for m in found]
+
+
+def spans(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(text))
+
+
+def links(text: str) -> list[str]:
+    targets = re.findall(r"\]\(\s*<?([^)\s>]+)", prose(text))
+    targets += re.findall(r"""(?:src|href)=["']([^"']+)""", prose(text))
+    return [t for t in targets if not re.match(r"[a-z]+:", t)]
+
+
+def anchors(text: str) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def named_paths(text: str) -> list[str]:
+    """Spans and words of shell blocks that start with a folder or file of the repository."""
+    words = spans(text) + [w for _, code in blocks(text, "bash") for w in code.split()]
+    paths = [w.split("::")[0] for w in words if re.fullmatch(r"[\w.\-/]+", w)]
+    top = {p.name for p in ROOT.iterdir()} | {"docs", "examples", "tests"}
+    made = {".venv", "runs", "site"}
+    return [p for p in paths if "/" in p and p.split("/")[0] in top - made]
+
+
+def wrong_names(text: str) -> list[str]:
+    """Dotted names of mmvq that do not exist, and calls with arguments that do not."""
+    wrong = []
+    for span in spans(text):
+        try:
+            node = ast.parse(span, mode="eval").body
+        except SyntaxError:
+            continue
+        call = node if isinstance(node, ast.Call) else None
+        name = ast.unparse(call.func if call else node)
+        value: Any = NAMES.get(name, getattr(builtins, name, None))
+        if re.match(r"(mmvq|mmvq_kernels|torch)\.", name):
+            try:
+                value = pkgutil.resolve_name(name)
+            except (AttributeError, ImportError):
+                wrong.append(span)
+                continue
+        if call and value is None and name[0].isupper():
+            wrong.append(span)
+        elif call and callable(value) and (keywords := {k.arg for k in call.keywords}):
+            wrong += [span] * (not keywords <= set(inspect.signature(value).parameters))
+    return wrong
+
+
+def test_the_readers_see_what_is_there() -> None:
+    text = (
+        "# A b: c\n[x](docs/y.md#z) [w](https://w) `mmvq/cpc.py` `made/up` `mmvq.nothing`\n"
+        '`CrossCPC(64, start=1)` `CrossCPC(num_steps=3)` `Nothing(1)`\n<img src="a.png">\n'
+        "```python\n[n](n)\n```\n```bash\npytest tests/none.py\n```\n"
+    )
+    assert links(text) == ["docs/y.md#z", "a.png"]
+    assert anchors(text) == {"a-b-c"}
+    assert named_paths(text) == ["mmvq/cpc.py", "tests/none.py"]
+    assert wrong_names(text) == ["mmvq.nothing", "CrossCPC(64, start=1)", "Nothing(1)"]
+    assert blocks(text, "python") == [(6, "[n](n)\n")]
+
+
+@each_document
+def test_links_and_paths_exist(path: Path) -> None:
+    text = path.read_text()
+    for link in links(text):
+        target, _, anchor = link.partition("#")
+        file = path.parent / target if target else path
+        assert file.exists(), f"{path.name} links to {link}"
+        assert not anchor or anchor in anchors(file.read_text()), f"{path.name} links to {link}"
+    for name in named_paths(text):
+        assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+@each_document
+def test_names_and_arguments_exist(path: Path) -> None:
+    assert wrong_names(path.read_text()) == []
+
+
+@each_document
+def test_python_blocks_run(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In order, in one namespace, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    found = blocks(path.read_text(), "python")
+    assert found or path.name != "README.md", "README.md shows no use"
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for line, code in found:
+        exec(compile("\n" * (line - 1) + code, str(path), "exec"), namespace)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_readme_shows_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake (\w+)", text)) <= targets
+    assert {"make demo", "make test"} <= set(re.findall(r"\bmake \w+", text))
+    assert "<!-- demo -->" in text.split("<!-- /demo -->")[0]
+
+
+def test_changelog_has_this_version() -> None:
+    assert f"\n## [{mmvq.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_dependency_is_pinned_within_its_range() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert list(pins) == sorted(pins)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    names = (*project["dependencies"], *extras["triton"], *extras["examples"], *extras["dev"])
+    for requirement in map(Requirement, names):
+        if requirement.name != project["name"]:
+            assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
