@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 JOBS ?= auto
 BIN := .venv/bin
 READY := .venv/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint
