@@ -45,7 +45,7 @@ class CrossCPC(nn.Module):
 
     Args:
         dim: D, the width of the features.
-        modalities: the names; each has its own LSTM, and its own W_k for every target.
+        modalities: the names; each has its own LSTM and W_k, the same for all targets.
         context_dim: width of c; None: D.
         num_layers: layers of each LSTM.
         num_steps: K, how many segments to predict.

@@ -58,7 +58,7 @@ def save_model(
 ) -> None:
     """Write model.safetensors, and config.json for people: the model carries its config too."""
     folder = Path(folder)
-    content = {name: x.detach().cpu().clone() for name, x in tensors.items()}
+    content = {name: _on_cpu(x) for name, x in tensors.items()}
     text = json.dumps(config, indent=2) + "\n"
     write_atomic(folder / "model.safetensors", save(content, metadata={"config": text}))
     write_atomic(folder / "config.json", text.encode())
@@ -101,11 +101,16 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise DataError(f"{path}: damaged, or not a safetensors file ({error}).") from error
 
 
+def _on_cpu(x: Tensor) -> Tensor:
+    """A copy that shares memory with nothing and has no gaps, as the format asks for."""
+    return x.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Move the tensors of `value` into `tensors`; what is left is JSON: [kind, content]."""
     match value:
         case Tensor():
-            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[name] = _on_cpu(value)
             return ["tensor", name]
         case Mapping():
             for key in value:

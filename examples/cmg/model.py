@@ -1,10 +1,10 @@
-"""Uni-Code: the four modules of mmvq, composed (Fig. 2(a))."""
+"""Uni-Code: the modules of mmvq around one codebook (Fig. 2(a))."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,87 +19,185 @@ from mmvq import (
 
 from .encoders import Decoder, SemanticEncoder, SpecificEncoder
 
-PARTS = ("club", "cpc", "mm-ema", "reset", "matching")
+PARTS = ("club", "cpc", "mm-ema", "reset", "matching")  # what --without can leave out
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    shapes: Mapping[str, tuple[int, int]]  # P, C
+class Config:
+    """What to build.
+
+    Attributes:
+        shapes: Name -> (P, C), cells of a segment and channels of a cell.
+        segments: T.
+        dim: D, of the semantic features and the codes.
+        specific_dim: S, of the modality-specific features.
+        width, heads, dropout: Inside the encoders.
+        length: Of every semantic vector; about sqrt(D) makes its elements about 1.
+        codebook_size: L.
+        decay: Of the moving average.
+        reset_after: Batches that a code survives without every modality.
+        beta, cross_ratio: Of the commitment loss.
+        temperature: Of Cross-CPC.
+        without: The parts to leave out, of PARTS. Without "mm-ema" the codebook is an ordinary
+            moving average, and the commitment has no cross-modal term.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
     segments: int
     dim: int = 128
-    codebook_size: int = 128
     specific_dim: int = 64
+    width: int = 64
+    heads: int = 4
+    dropout: float = 0.2
     length: float = 11.3
+    codebook_size: int = 128
     decay: float = 0.98
     reset_after: int = 20
+    beta: float = 1.0
+    cross_ratio: float = 2.0
     temperature: float = 0.1
-    dropout: float = 0.3
-    inner: float = 0.3
-    blend: float = 1.0
-    beta: float = 0.25
-    cross_ratio: float = 0.5
-    num_steps: int = 1
-    first_step: int = 0
-    cells: bool = False
-    weights: Mapping[str, float] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+
+    def json(self) -> dict[str, Any]:
+        """As config.json has it."""
+        return asdict(self) | {"shapes": {name: list(shape) for name, shape in self.shapes.items()}}
+
+
+class Features(NamedTuple):
+    """Two views of a batch: name -> semantic z `[B, T, D]` and specific z-bar `[B, T, S]`."""
+
+    semantic: dict[str, Tensor]
+    specific: dict[str, Tensor]
 
 
 class UniCode(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
+    """Encoders, codebook, decoders, and the terms of the objective (Sec. 4).
+
+    Args:
+        config: What to build.
+    """
+
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = c
-        names = tuple(c.shapes)
+        self.config = c = config
+        names, joint = tuple(c.shapes), "mm-ema" not in c.without
         self.semantic = nn.ModuleDict(
-            {m: SemanticEncoder(C, c.segments, c.dim, length=c.length, dropout=c.dropout, inner=c.inner, blend=c.blend) for m, (_, C) in c.shapes.items()}
+            {
+                name: SemanticEncoder(
+                    channels,
+                    c.segments,
+                    c.dim,
+                    width=c.width,
+                    heads=c.heads,
+                    dropout=c.dropout,
+                    length=c.length,
+                )
+                for name, (_, channels) in c.shapes.items()
+            }
         )
         self.specific = nn.ModuleDict(
-            {m: SpecificEncoder(C, P, c.specific_dim) for m, (P, C) in c.shapes.items()}
+            {
+                name: SpecificEncoder(channels, cells, c.specific_dim)
+                for name, (cells, channels) in c.shapes.items()
+            }
         )
         self.decoder = nn.ModuleDict(
-            {m: Decoder(c.dim + c.specific_dim, P, C) for m, (P, C) in c.shapes.items()}
+            {
+                name: Decoder(c.dim + c.specific_dim, cells, channels)
+                for name, (cells, channels) in c.shapes.items()
+            }
         )
-        mm = "mm-ema" not in c.without
         self.quantizer = MultiModalEMAQuantizer(
             c.dim,
             c.codebook_size,
             names,
             decay=c.decay,
-            partner="attention" if mm else "none",
+            partner="attention" if joint else "none",
             reset_after=None if "reset" in c.without else c.reset_after,
-            commitment=CrossModalCommitmentLoss(beta=c.beta, cross_ratio=c.cross_ratio if mm else 0.0, reduction="mean"),
+            commitment=CrossModalCommitmentLoss(c.beta, c.cross_ratio if joint else 0.0),
         )
-        self.cpc = CrossCPC(
-            c.dim, names, num_steps=c.num_steps, first_step=c.first_step, normalize_over="both",
-            temperature=c.temperature, normalize=True,
+        self.cpc = nn.ModuleDict(
+            {
+                scale: CrossCPC(
+                    c.dim // 2,
+                    names,
+                    first_step=0,
+                    normalize_over="both",
+                    temperature=c.temperature,
+                    normalize=True,
+                )
+                for scale in ("segment", "clip")
+                if "cpc" not in c.without
+            }
         )
         self.club = nn.ModuleDict(
-            {m: CLUBEstimator(c.dim, c.specific_dim, 64) for m in names}
+            {
+                name: CLUBEstimator(c.dim, c.specific_dim, hidden_dim=64)
+                for name in names
+                if "club" not in c.without
+            }
         )
         self.matching = CrossModalCodeMatchingLoss()
 
-    def encode(self, x):
-        return {m: self.semantic[m](v) for m, v in x.items()}
+    def encode(self, x: Mapping[str, Tensor]) -> Features:
+        """Both features of a batch of `[B, T, P, C]` (Eq. 1)."""
+        return Features(
+            {name: self.semantic[name](v) for name, v in x.items()},
+            {name: self.specific[name](v) for name, v in x.items()},
+        )
 
-    def losses(self, x, quantize):
-        c = self.config
-        z = self.encode(x)
-        rest = {m: self.specific[m](v) for m, v in x.items()}
-        q, indices, commit = self.quantizer(z) if quantize else (z, {}, torch.zeros(()))
-        out = {}
-        out["recon"] = sum((self.decoder[m](q[m], rest[m]) - v).square().mean()/v.square().mean() for m, v in x.items())/len(x)
-        if "cpc" not in c.without:
-            out["cpc"] = self.cpc(z, start="all").loss
+    def losses(
+        self, x: Mapping[str, Tensor], features: Features, *, quantize: bool
+    ) -> dict[str, Tensor]:
+        """Each term of the objective; in training mode, also move the codebook.
+
+        Args:
+            x: The batch.
+            features: What `encode` made of it.
+            quantize: Decode from codes. While features are still to spread, False: from the
+                features themselves, and without the terms that need a codebook.
+        """
+        z, specific = features
+        terms: dict[str, Tensor] = {}
+        decoded = z
         if quantize:
-            out["commit"] = commit
-            if "matching" not in c.without:
-                k = self.config.length
-                out["matching"] = self.matching({m: v.flatten(0, 1)[:, None] for m, v in z.items()} if c.cells else z, self.quantizer.codebook)
-        if "club" not in c.without:
-            out["club"] = sum(self.club[m](z[m], rest[m]) for m in x)/len(x)
-        self.last = (z, rest, indices)
-        return out
+            decoded, _, terms["commitment"] = self.quantizer(z)  # Eq. 2, 7, 8
+            if "matching" not in self.config.without:
+                terms["matching"] = self.matching(_each_alone(z), self.quantizer.codebook)
+        errors = [
+            (self.decoder[name](decoded[name], specific[name]) - v).square().mean()
+            / v.square().mean()
+            for name, v in x.items()
+        ]
+        terms["reconstruction"] = torch.stack(errors).mean()  # Eq. 3
+        if self.cpc:
+            terms["cpc"] = self._cross_cpc(z)  # Eq. 6
+        if self.club:
+            bounds = [club(z[name], specific[name]) for name, club in self.club.items()]
+            terms["club"] = torch.stack(bounds).mean()  # Eq. 5
+        return terms
 
-    def club_loss(self):
-        z, rest, _ = self.last
-        return sum(self.club[m].learning_loss(z[m], rest[m]) for m in z)
+    def club_fit(self, features: Features) -> Tensor:
+        """The loss of CLUB's own networks; no gradient reaches the features."""
+        losses = [
+            club.learning_loss(features.semantic[name], features.specific[name])
+            for name, club in self.club.items()
+        ]
+        return torch.stack(losses).sum()
+
+    def _cross_cpc(self, z: Mapping[str, Tensor]) -> Tensor:
+        """Cross-CPC at two scales, of the half of z that each is about.
+
+        What another modality holds at this segment, among all segments of the batch; and, from the
+        clip so far, among all clips.
+        """
+        segment, clip = {}, {}
+        for name, v in z.items():
+            segment[name], clip[name] = v.chunk(2, dim=-1)
+        here = self.cpc["segment"](_each_alone(segment), start="all").loss
+        return (here + self.cpc["clip"](clip, start="all").loss) / 2
+
+
+def _each_alone(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every segment as a clip of its own: `[B, T, D]` -> `[B T, 1, D]`."""
+    return {name: v.flatten(0, 1)[:, None] for name, v in z.items()}

@@ -1,0 +1,193 @@
+"""Cross-modal generalisation: labels of one modality, tests on another.
+
+Pre-trains Uni-Code on unlabelled clips that show the same events in several modalities, then trains
+a classifier on labels of ONE modality and tests it on ANOTHER, in every direction.
+
+    python examples/cmg_pretrain.py                            the built-in digits
+    python examples/cmg_pretrain.py --data clips.npz           a file of yours, see cmg/data.py
+    python examples/cmg_pretrain.py --modalities audio video   two of the modalities
+    python examples/cmg_pretrain.py --without cpc              without a part of the method
+
+Writes metrics.json, model.safetensors, config.json, codes.png and training.png into --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cmg import digits
+from cmg.checkpoint import save_model
+from cmg.data import PRETRAIN, TEST, Clips, load_clips
+from cmg.errors import DataError
+from cmg.evaluation import evaluate
+from cmg.figures import plot_codes, plot_training, require_matplotlib
+from cmg.model import PARTS, Config, UniCode
+from cmg.reference import cca_reference
+from cmg.report import code_counts, codebook_summary, table, write_metrics
+from cmg.standardize import Standardizer
+from cmg.training import Recipe, Trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 if all went well, 2 if the input cannot be used."""
+    try:
+        run(_parse(argv))
+    except DataError as error:
+        print(f"cmg_pretrain: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Data, pre-training, evaluation, report: in this order."""
+    began = time.monotonic()
+    require_matplotlib()
+    device = _device(args.device)
+    name, clips = _load(args.data, args.modalities)
+    folder = args.output or Path("runs") / name
+    standardizer = Standardizer.fit(clips)
+    features = as_cells(standardizer.transform(clips.features))
+
+    torch.manual_seed(args.seed)
+    first = next(iter(features.values()))
+    config = Config(
+        shapes={m: (x.shape[2], x.shape[3]) for m, x in features.items()},
+        segments=first.shape[1],
+        without=tuple(sorted(set(args.without))),
+    )
+    model = UniCode(config).to(device)
+    recipe = Recipe(epochs=args.epochs)
+    run = {"data": name, "clips": len(first), "seed": args.seed, **config.json()}
+    trainer = Trainer(model, features, clips.rows(PRETRAIN), recipe, folder, run)
+    history = trainer.fit(resume=args.resume)
+
+    codes, indices = quantize(model, features)
+    scores = evaluate(codes, clips, args.seed)
+    held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
+    metrics = {
+        "dataset": name,
+        "modalities": list(clips.modalities),
+        "seed": args.seed,
+        "epochs": recipe.epochs,
+        **scores,
+        "codebook": codebook_summary(held_out, config.codebook_size),
+        "seconds": time.monotonic() - began,
+    }
+    state = {
+        **model.state_dict(),
+        **{f"standardizer/{k}": v for k, v in standardizer.tensors().items()},
+    }
+    save_model(folder, state, config.json())
+    plot_codes(
+        folder / "codes.png", model.quantizer.codebook, code_counts(held_out, config.codebook_size)
+    )
+    plot_training(folder / "training.png", history)
+    write_metrics(folder / "metrics.json", metrics)
+    reference = cca_reference(clips, args.seed) if args.reference else None
+    print(_summary(metrics, folder))
+    print(table(metrics, reference))
+
+
+def as_cells(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """[N, T, ..., C] -> [N, T, P, C]: a grid's cells in a row, a flat vector as one cell."""
+    return {name: x.reshape(*x.shape[:2], -1, x.shape[-1]) for name, x in features.items()}
+
+
+@torch.no_grad()
+def quantize(
+    model: UniCode, features: dict[str, Tensor], batch_size: int = 100
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Codes [N, T, D] and their indices [N, T] of all clips, the encoders frozen, on the CPU."""
+    model.eval()
+    device = next(model.parameters()).device
+    codes: dict[str, Tensor] = {}
+    indices: dict[str, Tensor] = {}
+    for name, x in features.items():
+        batches = [model.semantic[name](part.to(device)) for part in x.split(batch_size)]
+        chosen = torch.cat([model.quantizer.encode(z).cpu() for z in batches])
+        indices[name], codes[name] = chosen, model.quantizer.decode(chosen.to(device)).cpu()
+    return codes, indices
+
+
+def _load(data: str, modalities: Sequence[str] | None) -> tuple[str, Clips]:
+    """The clips, and what to call them."""
+    kind, _, seed = data.partition(":")
+    if kind == "digits" and (seed.isdecimal() or data == "digits"):
+        path, name = digits.load(int(seed or 0)), data.replace(":", "-")
+    else:
+        path, name = Path(data), Path(data).stem
+    clips = load_clips(path, modalities)
+    if len(clips.modalities) < 2:
+        raise DataError(
+            f"{path}: cross-modal training takes two modalities or more; "
+            f"came {' '.join(clips.modalities)}."
+        )
+    return name, clips
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {name}: torch cannot use it here ({error}).") from error
+
+
+def _summary(metrics: dict[str, object], folder: Path) -> str:
+    book = metrics["codebook"]
+    assert isinstance(book, dict)
+    return (
+        f"{metrics['dataset']}: {metrics['epochs']} epochs, {metrics['seconds']:.0f} s in all; "
+        f"{book['used']} of {book['size']} codes in use, {book['shared_fraction']:.0%} of them "
+        f"shared; results in {folder}\n"
+    )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        default="digits",
+        help="digits (default), digits:SEED for another rendering, or an npz file",
+    )
+    parser.add_argument(
+        "--modalities",
+        nargs="+",
+        metavar="NAME",
+        help="which of the data's modalities; all if not given",
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=PARTS, help="leave out parts of the method"
+    )
+    parser.add_argument(
+        "--epochs", type=_positive, default=Recipe.epochs, help="default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and heads")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/NAME-OF-DATA")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in --output"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--reference", choices=["cca"], help="also print what linear CCA reaches")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; came {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""The command line: what it writes, what it prints, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cmg_pretrain
+import numpy as np
+import pytest
+import torch
+
+from cmg.checkpoint import load_model
+from cmg.training import CHECKPOINT
+
+SCRIPT = Path(cmg_pretrain.__file__)
+RESULTS = {
+    "metrics.json",
+    "model.safetensors",
+    "config.json",
+    "codes.png",
+    "training.png",
+    CHECKPOINT,
+}
+Arrays = dict[str, np.ndarray]
+
+
+def save(path: Path, arrays: Arrays) -> str:
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_a_run_from_file_to_figures(
+    clips_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six events shown linearly by three modalities: labels must carry over."""
+    out = tmp_path / "out"
+    arguments = ["--data", str(clips_path), "--epochs", "40", "--seed", "3", "--reference", "cca"]
+    assert cmg_pretrain.main([*arguments, "--output", str(out)]) == 0
+    assert {path.name for path in out.iterdir() if path.is_file()} == RESULTS
+
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["dataset"] == "clips"
+    assert metrics["modalities"] == ["audio", "video", "text"]
+    assert (metrics["seed"], metrics["epochs"]) == (3, 40)
+    assert metrics["seconds"] > 0
+    for task in ("classification", "localization"):
+        assert len(metrics[task]) == 6
+    for way in metrics["classification"].values():
+        assert set(way) == {"accuracy", "chance", "upper_bound"}
+    mean = sum(way["accuracy"] for way in metrics["classification"].values()) / 6
+    assert mean > 0.8  # chance is 0.35; a head that ignores its input cannot pass
+    assert set(metrics["codebook"]["per_modality"]) == {"audio", "video", "text"}
+
+    tensors, config = load_model(out)
+    assert config == json.loads((out / "config.json").read_text())
+    assert tensors["quantizer.ema_codebook.codes"].shape == (config["codebook_size"], config["dim"])
+    assert tensors["standardizer/mean/video"].shape == (6,)
+
+    printed = capsys.readouterr().out
+    for text in ("audio->video", "text->audio", "upper bound", "of bound", "CCA", "codes in use"):
+        assert text in printed
+
+
+def test_some_modalities_without_some_parts(clips_path: Path, tmp_path: Path) -> None:
+    arguments = ["--data", str(clips_path), "--epochs", "2", "--output", str(tmp_path)]
+    parts = ["--without", "club", "cpc", "mm-ema", "reset", "matching"]
+    assert cmg_pretrain.main([*arguments, "--modalities", "text", "audio", *parts]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["modalities"] == ["text", "audio"]
+    assert set(metrics["classification"]) == {"text->audio", "audio->text"}
+    assert load_model(tmp_path)[1]["without"] == sorted(parts[1:])
+
+
+def test_labels_of_pretraining_clips_change_nothing(arrays: Arrays, tmp_path: Path) -> None:
+    weights = []
+    for i, label in enumerate((0, 1)):
+        arrays["labels"][arrays["split"] == 0] = label
+        path = save(tmp_path / f"{i}.npz", arrays)
+        assert cmg_pretrain.main(["--data", path, "--epochs", "2", "--output", str(tmp_path)]) == 0
+        weights.append(load_model(tmp_path)[0])
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a: a.pop("labels"), "array 'labels' is missing"),
+        (lambda a: a.update(audio=a["audio"][:, :3]), "must have T = "),
+        (lambda a: a["text"].__setitem__((5, 1, 2), np.nan), "text: must be finite; came NaN"),
+        (lambda a: a.update(split=np.zeros(120, int)), "must have clips of split 1"),
+        (lambda a: [a.pop(m) for m in ("audio", "video")], "no modality 'audio'"),
+    ],
+)
+def test_bad_data_is_one_line_and_leaves_nothing(
+    arrays: Arrays,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: object,
+    message: str,
+) -> None:
+    assert callable(spoil)
+    spoil(arrays)
+    out = tmp_path / "out"
+    assert (
+        cmg_pretrain.main(["--data", save(tmp_path / "x.npz", arrays), "--output", str(out)]) == 2
+    )
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("cmg_pretrain: ")
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere.npz"], "no such file"),
+        (["--modalities", "audio"], "two modalities or more"),
+        (["--modalities", "audio", "smell"], "no modality 'smell'"),
+        (["--device", "abacus"], "--device abacus: torch cannot use it here"),
+        (["--resume"], "no such file"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    clips_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    out = ["--output", str(tmp_path / "out")]
+    assert cmg_pretrain.main(["--data", str(clips_path), *out, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_truncated_file_is_refused(clips_path: Path, tmp_path: Path) -> None:
+    content = clips_path.read_bytes()
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(content[: len(content) // 2])
+    assert cmg_pretrain.main(["--data", str(cut), "--output", str(tmp_path / "out")]) == 2
+
+
+@pytest.mark.parametrize("epochs", ["0", "-1", "many"])
+def test_epochs_are_counted_from_one(epochs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cmg_pretrain.main(["--epochs", epochs])
+    assert "--epochs" in capsys.readouterr().err
+
+
+def test_a_killed_run_resumes_to_the_same_bits(clips_path: Path, tmp_path: Path) -> None:
+    """SIGKILL some epochs in, then --resume: model and metrics are those of a run left alone."""
+    command = [sys.executable, str(SCRIPT), "--data", str(clips_path), "--epochs", "30"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*command, "--output", whole], env=environment, check=True, capture_output=True)
+
+    killed = [*command, "--output", cut]
+    with subprocess.Popen(killed, env=environment, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (cut / CHECKPOINT).exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (cut / "metrics.json").exists()
+    subprocess.run([*killed, "--resume"], env=environment, check=True, capture_output=True)
+
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    first, second = (json.loads((p / "metrics.json").read_text()) for p in (whole, cut))
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}

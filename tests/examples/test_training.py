@@ -1,0 +1,145 @@
+"""The model and its training: parts, repeatability, and going on from a checkpoint to the bit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmg.checkpoint import save_checkpoint
+from cmg.errors import DataError
+from cmg.model import PARTS, Config, UniCode
+from cmg.training import CHECKPOINT, Recipe, Trainer
+
+CONFIG = Config(
+    {"audio": (1, 7), "video": (4, 5)}, 6, dim=16, specific_dim=8, width=8, codebook_size=24
+)
+RECIPE = Recipe(epochs=4, batch_size=8)
+N = 27  # no multiple of the batch
+FEATURES = {
+    name: torch.randn(N, 6, *shape, generator=torch.Generator().manual_seed(P))
+    for P, (name, shape) in enumerate(CONFIG.shapes.items())
+}
+
+
+def trainer(folder: Path, seed: int = 0, config: Config = CONFIG, **recipe: Any) -> Trainer:
+    torch.manual_seed(seed)
+    run = {"seed": seed, **config.json()}
+    rows = torch.arange(N - 3)
+    return Trainer(UniCode(config), FEATURES, rows, replace(RECIPE, **recipe), folder, run)
+
+
+def fitted(folder: Path, seed: int = 0) -> Trainer:
+    t = trainer(folder, seed)
+    t.fit()
+    return t
+
+
+def state(t: Trainer) -> dict[str, Tensor]:
+    return t.model.state_dict()
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def test_same_seed_same_run_to_the_bit(tmp_path: Path) -> None:
+    first, again, other = (fitted(tmp_path / str(i), seed) for i, seed in enumerate((0, 0, 1)))
+    assert repr(first.history) == repr(again.history)
+    assert same(state(first), state(again))
+    assert not same(state(first), state(other))
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3])
+def test_an_interrupted_run_goes_on_to_the_bit(
+    tmp_path: Path, stopped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fitted(tmp_path / "whole")
+
+    cut = trainer(tmp_path / "cut")
+    step, steps = cut._step, 0
+
+    def interrupted(*args: Any) -> dict[str, Tensor]:
+        nonlocal steps
+        steps += 1
+        if steps > stopped * cut.steps + 1:  # in the middle of an epoch
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(cut, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+
+    resumed = trainer(tmp_path / "cut")
+    torch.manual_seed(99)  # what comes next must be in the checkpoint
+    resumed.fit(resume=True)
+    assert repr(resumed.history) == repr(whole.history)  # NaN included
+    assert same(state(resumed), state(whole))
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    done, again = fitted(tmp_path), trainer(tmp_path)
+    again.fit(resume=True)
+    assert repr(again.history) == repr(done.history)
+    assert same(state(again), state(done))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, epochs=1).fit()
+    with pytest.raises(DataError, match=r"of another run: seed was 0, now it is 1\. Hint"):
+        trainer(tmp_path, seed=1, epochs=1).fit(resume=True)
+    with pytest.raises(DataError, match=r"of another run: epochs was 1, now it is 4\. Hint"):
+        trainer(tmp_path).fit(resume=True)
+    with pytest.raises(DataError, match="no such file"):
+        trainer(tmp_path / "empty").fit(resume=True)
+    save_checkpoint(tmp_path / CHECKPOINT, {"epoch": 1})
+    with pytest.raises(DataError, match="not a checkpoint of a run"):
+        trainer(tmp_path, epochs=1).fit(resume=True)
+
+
+def test_the_codebook_waits_until_features_have_spread(tmp_path: Path) -> None:
+    t = trainer(tmp_path, epochs=8, spread=0.5, ramp=0.25)
+    weights = []
+    for t.epoch in range(8):
+        weights.append(t._weights())
+    assert ["commitment" in w for w in weights] == [False] * 4 + [True] * 4
+    assert [w["club"] / RECIPE.club for w in weights] == [0, 0, 0, 0, 0.5, 1, 1, 1]
+    assert [w["matching"] / RECIPE.matching for w in weights[4:]] == [0.5, 1, 1, 1]
+    assert all(w["cpc"] == RECIPE.cpc for w in weights)
+
+
+@pytest.mark.parametrize("without", [(), *((part,) for part in PARTS), PARTS])
+def test_parts_can_be_left_out(tmp_path: Path, without: tuple[str, ...]) -> None:
+    t = trainer(tmp_path, config=replace(CONFIG, without=without))
+    history = t.fit()
+    terms = {"reconstruction", "commitment"} | ({"cpc", "club", "matching"} - set(without))
+    assert set(history) == terms | {"codes in use", "codes shared"}
+    assert all(len(values) == 4 and math.isfinite(values[-1]) for values in history.values())
+    quantizer = t.model.quantizer
+    joint = "mm-ema" not in without
+    assert quantizer.partner == ("attention" if joint else "none")
+    assert (quantizer.commitment.cross_ratio > 0) == joint
+    assert (quantizer.ema_codebook.reset_after is None) == ("reset" in without)
+
+
+def test_clubs_own_step_reaches_only_club() -> None:
+    model = UniCode(CONFIG)
+    model.club_fit(model.encode(FEATURES)).backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {"club"}
+
+
+def test_what_a_segment_holds_does_not_depend_on_its_clip() -> None:
+    model = UniCode(CONFIG).eval()
+    x = FEATURES["video"]
+    changed = x.clone()
+    changed[:, 1:] += 1
+    before, after = model.semantic["video"](x), model.semantic["video"](changed)
+    assert torch.equal(before[:, 0, :8], after[:, 0, :8])
+    assert not torch.allclose(before[:, 0, 8:], after[:, 0, 8:])
+    torch.testing.assert_close(before.norm(dim=-1), torch.full((N, 6), CONFIG.length))
