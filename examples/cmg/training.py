@@ -39,7 +39,7 @@ class Recipe:
         ramp: The fraction over which the terms that push on features then grow to their weights.
     """
 
-    epochs: int = 30
+    epochs: int = 42
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
@@ -99,7 +99,7 @@ class Trainer:
         """
         if resume:
             self._load(self.folder / CHECKPOINT)
-        log = _tensorboard(self.folder)
+        log = _tensorboard(self.folder, self.epoch)
         clips = self.steps * self.batch_size
         with tqdm(
             desc="pre-training",
@@ -114,6 +114,8 @@ class Trainer:
                         log.add_scalar(name, value, self.epoch)
                 self.epoch += 1
                 self._save(self.folder / CHECKPOINT)
+        if log is not None:
+            log.close()
         return self.history
 
     def _train_epoch(self, bar: tqdm[Any]) -> dict[str, float]:
@@ -200,10 +202,10 @@ class Trainer:
         set_random_state(state["random"])
 
 
-def _tensorboard(folder: Path) -> Any:
-    """A SummaryWriter, or None where TensorBoard is not installed."""
+def _tensorboard(folder: Path, epoch: int) -> Any:
+    """A SummaryWriter that drops what was logged from `epoch` on; None without TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter(folder / "tensorboard", purge_step=epoch)
