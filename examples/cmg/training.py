@@ -49,8 +49,8 @@ class Recipe:
     reconstruction: float = 1.0
     cpc: float = 1.0
     club: float = 0.02
-    commitment: float = 1.0
-    matching: float = 2.0
+    commitment: float = 0.5
+    matching: float = 0.6
     spread: float = 0.25
     ramp: float = 0.15
 
