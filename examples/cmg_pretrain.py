@@ -64,8 +64,12 @@ def run(args: argparse.Namespace) -> None:
     )
     model = UniCode(config).to(device)
     recipe = Recipe(epochs=args.epochs)
-    run = {"data": name, "clips": len(first), "seed": args.seed, **config.json()}
-    trainer = Trainer(model, features, clips.rows(PRETRAIN), recipe, folder, run)
+    identity = {
+        "data": f"{name} {standardizer.fingerprint():08x}",
+        "seed": args.seed,
+        **config.json(),
+    }
+    trainer = Trainer(model, features, clips.rows(PRETRAIN), recipe, folder, identity)
     history = trainer.fit(resume=args.resume)
 
     codes, indices = quantize(model, features)

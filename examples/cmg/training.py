@@ -64,7 +64,7 @@ class Trainer:
         rows: int64, the clips to train on.
         recipe: How.
         folder: Where the checkpoint goes, and TensorBoard's log if that is installed.
-        run: What a resumed run must have been started with: numbers and texts.
+        identity: What a resumed run must have in common with this one: numbers and texts.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Trainer:
         rows: Tensor,
         recipe: Recipe,
         folder: Path,
-        run: Mapping[str, Any],
+        identity: Mapping[str, Any],
     ) -> None:
         self.model, self.features, self.rows, self.recipe = model, features, rows, recipe
         self.folder = folder
-        self.run = {**run, **asdict(recipe)}
+        self.identity = {**identity, **asdict(recipe)}
         self.batch_size = min(recipe.batch_size, len(rows))
         self.steps = len(rows) // self.batch_size  # an epoch's; clips left over sit it out
         club = list(model.club.parameters())
@@ -172,7 +172,7 @@ class Trainer:
     def _save(self, path: Path) -> None:
         club = None if self.club_optimizer is None else self.club_optimizer.state_dict()
         state = {
-            "run": self.run,
+            "identity": self.identity,
             "epoch": self.epoch,
             "history": self.history,
             "model": dict(self.model.state_dict()),
@@ -185,10 +185,10 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         state = load_checkpoint(path)
-        if "run" not in state:
+        if "identity" not in state:
             raise DataError(f"{path}: not a checkpoint of a run.")
-        for name, value in self.run.items():
-            if (was := state["run"].get(name)) != value:
+        for name, value in self.identity.items():
+            if (was := state["identity"].get(name)) != value:
                 raise DataError(
                     f"{path}: the checkpoint is of another run: {name} was {was}, now it is "
                     f"{value}. Hint: repeat the arguments, or give another --output."

@@ -148,6 +148,18 @@ def test_a_truncated_file_is_refused(clips_path: Path, tmp_path: Path) -> None:
     assert cmg_pretrain.main(["--data", str(cut), "--output", str(tmp_path / "out")]) == 2
 
 
+def test_another_file_of_the_same_name_does_not_resume(
+    arrays: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "x.npz", arrays)
+    arguments = ["--data", path, "--epochs", "2", "--output", str(tmp_path / "out")]
+    assert cmg_pretrain.main(arguments) == 0
+    arrays["text"][:] *= np.linspace(1, 2, arrays["text"].shape[-1])
+    save(tmp_path / "x.npz", arrays)
+    assert cmg_pretrain.main([*arguments, "--resume"]) == 2
+    assert "of another run: data was x " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("epochs", ["0", "-1", "many"])
 def test_epochs_are_counted_from_one(epochs: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -31,9 +31,9 @@ FEATURES = {
 
 def trainer(folder: Path, seed: int = 0, config: Config = CONFIG, **recipe: Any) -> Trainer:
     torch.manual_seed(seed)
-    run = {"seed": seed, **config.json()}
+    identity = {"seed": seed, **config.json()}
     rows = torch.arange(N - 3)
-    return Trainer(UniCode(config), FEATURES, rows, replace(RECIPE, **recipe), folder, run)
+    return Trainer(UniCode(config), FEATURES, rows, replace(RECIPE, **recipe), folder, identity)
 
 
 def fitted(folder: Path, seed: int = 0) -> Trainer:
