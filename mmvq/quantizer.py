@@ -28,11 +28,7 @@ Tensors = Mapping[str, Tensor]
 Partner = Callable[[Tensor, Tensors, Tensors], Tensor]
 Commitment = Callable[[Tensors, Tensors, Tensors | None], Tensor]
 
-_PARTNERS: dict[str, Partner] = {
-    "attention": F.cross_attend,
-    "aligned": F.aligned_partner,
-    "none": lambda z, others, masks: z,
-}
+_PARTNERS: dict[str, Partner] = {"attention": F.cross_attend, "aligned": F.aligned_partner}
 _GRADIENTS = {"straight_through": F.straight_through, "rotation": F.rotate}
 
 
@@ -73,7 +69,8 @@ class MultiModalEMAQuantizer(nn.Module):
         eps: Laplace smoothing of N, in the division only.
         partner: `"attention"` (`functional.cross_attend`), `"aligned"` (the other modalities at the
             same segment, as in the released code), `"none"` (r = z, ordinary EMA), or a callable
-            `(z_a, others, masks) -> r` over tensors `[B, T, D]` and bool masks `[B, T]`.
+            `(z_a, others, masks) -> r` over tensors `[B, T, D]` and bool masks `[B, T]`, asked
+            where there are others.
         partner_weight: w. With no partner present r = z.
         update_from: names of the modalities whose vectors enter N and o and vote on resets (None:
             all). Every modality searches.
@@ -140,12 +137,11 @@ class MultiModalEMAQuantizer(nn.Module):
             )
         if not callable(partner):
             hint = "pick one, or pass a callable (z_a, others, masks) -> r"
-            check_choice(where, _PARTNERS, hint, partner=partner)
+            check_choice(where, (*_PARTNERS, "none"), hint, partner=partner)
         check_choice(where, _GRADIENTS, gradient=gradient)
         check_choice(where, ("auto", "manual"), update=update)
         check_number(where, 0, 1, partner_weight=partner_weight)
         self.partner, self.partner_weight = partner, partner_weight
-        self._partner = partner if callable(partner) else _PARTNERS[partner]
         self.gradient, self.update = gradient, update
         self.commitment = CrossModalCommitmentLoss() if commitment == "default" else commitment
         self.ema_codebook = EMACodebook(
@@ -197,17 +193,16 @@ class MultiModalEMAQuantizer(nn.Module):
             mixed, groups, usable = self._mix_partners(z, valid)  # Sec. 4.3
             book.initialize(mixed, groups, usable)
         index = book.search(_flat(z))  # Eq. 2
-        code = book.weight[index]
+        codes = _unflat(book.weight[index], z)  # the snapshot
+        if self.commitment is None:
+            loss = book.weight.new_zeros(())
+        else:
+            loss = self.commitment(z, codes, None if masks is None else valid)  # Eq. 8
         if updating:
             book.accumulate(mixed, torch.where(usable, index, -1), groups)  # Eq. 7, brackets
             if self.update == "auto":
                 book.apply()  # Eq. 7
 
-        codes = _unflat(code, z)
-        if self.commitment is None:
-            loss = code.new_zeros(())
-        else:
-            loss = self.commitment(z, codes, None if masks is None else valid)  # Eq. 8
         gradient = _GRADIENTS[self.gradient]
         quantized: dict[str, Tensor] = {}
         indices: dict[str, Tensor] = {}
@@ -226,7 +221,8 @@ class MultiModalEMAQuantizer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The vectors that enter o, `(1 - w) z + w r`, their groups, and which are fit to enter."""
         book = self.ema_codebook
-        book.match_dtype(next(iter(z.values())).dtype)
+        for x in z.values():
+            book.match_dtype(x.dtype)
         finite = {name: valid[name] & x.isfinite().all(-1) for name, x in z.items()}
         z = {
             name: torch.where(finite[name][..., None], x, 0).to(book.codes.dtype)
@@ -236,8 +232,11 @@ class MultiModalEMAQuantizer(nn.Module):
         with torch.autocast(book.codes.device.type, enabled=False):
             for name, x in z.items():
                 others = {other: z[other] for other in z if other != name}
-                masks = {other: finite[other] for other in others}
-                r = self._partner(x, others, masks)
+                if not others or self.partner == "none" or self.partner_weight == 0:
+                    mixed[name] = x
+                    continue
+                partner = self.partner if callable(self.partner) else _PARTNERS[self.partner]
+                r = partner(x, others, {other: finite[other] for other in others})
                 if r.shape != x.shape:
                     raise ValueError(
                         message(
@@ -256,8 +255,7 @@ class MultiModalEMAQuantizer(nn.Module):
                 for name, m in finite.items()
             ]
         )
-        usable = torch.cat([m.flatten() for m in finite.values()]) & values.isfinite().all(1)
-        return values, groups, usable
+        return values, groups, torch.cat([m.flatten() for m in finite.values()])
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.

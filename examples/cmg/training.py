@@ -185,7 +185,7 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         state = load_checkpoint(path)
-        if "identity" not in state:
+        if not isinstance(state.get("identity"), dict):
             raise DataError(f"{path}: not a checkpoint of a run.")
         for name, value in self.identity.items():
             if (was := state["identity"].get(name)) != value:
