@@ -27,7 +27,11 @@ def repeats_an_earlier_row(rows: Tensor) -> Tensor:
     integer = torch.int32 if rows.element_size() == 4 else torch.int64
     bits = (rows + 0.0).view(integer)  # + 0.0: one zero, not two
     places = mix(torch.arange(1, rows.shape[1] + 1, device=rows.device))  # [D]
-    keys, order = mix(bits + places).sum(1).sort(stable=True)
+    return repeats_an_earlier_key(mix(bits + places).sum(1))
+
+
+def repeats_an_earlier_key(keys: Tensor) -> Tensor:
+    """Bool `[L]`: whether an int64 key of `[L]` equals one before it."""
+    keys, order = keys.sort(stable=True)
     repeated = torch.zeros_like(order, dtype=torch.bool)
-    repeated[order[1:]] = keys[1:] == keys[:-1]
-    return repeated
+    return repeated.scatter_(0, order.narrow(0, 1, len(order) - 1), keys.diff() == 0)
