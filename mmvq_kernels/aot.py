@@ -124,6 +124,22 @@ def _search(N: int, L: int, D: int, dtype: torch.dtype, fast: bool) -> None:
     search(_fake(N, D, dtype=dtype), _fake(L, D), fast=fast)
 
 
+def _statistics(N: int, L: int, D: int, dtype: torch.dtype, deterministic: bool = True) -> None:
+    from mmvq_kernels.gpu.statistics import accumulate
+
+    indices, groups = _fake(N, dtype=torch.int64), _fake(N, dtype=torch.int64)
+    accumulate(_fake(N, D, dtype=dtype), indices, L, groups, 2, deterministic=deterministic)
+
+
+def _ema(L: int, D: int, reset: bool) -> None:
+    from mmvq_kernels.gpu.ema import update_
+
+    dead = _fake(L, dtype=torch.bool) if reset else None
+    replacement = _fake(L, D) if reset else None
+    state = _fake(L, D), _fake(L, D), _fake(L)
+    update_(*state, _fake(L, D), _fake(L), 0.99, 1e-5, dead, replacement)
+
+
 _F, _B = torch.float32, torch.bfloat16
 WORKLOADS: dict[str, Callable[[], object]] = {
     "nearest": lambda: _search(65536, 1024, 256, _F, False),
@@ -133,6 +149,13 @@ WORKLOADS: dict[str, Callable[[], object]] = {
     "nearest, bf16": lambda: _search(65536, 1024, 256, _B, False),
     "nearest, fast": lambda: _search(65536, 1024, 256, _F, True),
     "nearest, fast bf16": lambda: _search(65536, 1024, 256, _B, True),
+    "statistics": lambda: _statistics(65536, 1024, 256, _F),
+    "statistics, odd sizes": lambda: _statistics(1601, 401, 257, _F),
+    "statistics, bf16": lambda: _statistics(65536, 1024, 256, _B),
+    "statistics, atomics": lambda: _statistics(65536, 1024, 256, _F, False),
+    "ema": lambda: _ema(1024, 256, False),
+    "ema, reset": lambda: _ema(1024, 256, True),
+    "ema, odd sizes": lambda: _ema(401, 257, True),
 }
 
 
@@ -147,7 +170,7 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     kernel, _, args, _ = launch
     options = fit(launch.options, amd=target.backend == "hip")
     names = {torch.float32: "*fp32", _B: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
-    names |= {torch.bool: "*i1", torch.int32: "*i32"}
+    names |= {torch.uint8: "*u8", torch.int32: "*i32"}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -251,9 +274,9 @@ def violations(outcome: Outcome) -> list[str]:
     return [text for text, is_wrong in wrong.items() if is_wrong]
 
 
-def audit(jobs: int = 2) -> dict[str, Outcome]:
+def audit(jobs: int = 2, only: str = "") -> dict[str, Outcome]:
     """Every distinct kernel of every workload on every target, by `workload/kernel/target`."""
-    tasks = [(name, target) for target in TARGETS for name in WORKLOADS]
+    tasks = [(name, target) for target in TARGETS for name in WORKLOADS if name.startswith(only)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         parts = list(pool.map(_audit_workload, *zip(*tasks, strict=True)))
     return {key: outcome for part in parts for key, outcome in part.items()}
@@ -278,9 +301,10 @@ def main(argv: list[str] | None = None) -> int:
     """Print the audit; the exit status is 1 when a kernel violates a rule."""
     parser = argparse.ArgumentParser(prog="python -m mmvq_kernels.aot", description=__doc__)
     parser.add_argument("--table", action="store_true", help="registers and shared memory, as JSON")
+    parser.add_argument("--only", default="", help="workloads whose names start so")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args(argv)
-    outcomes = audit(options.jobs)
+    outcomes = audit(options.jobs, options.only)
     if options.table:
         print(json.dumps(table(outcomes), indent=1))
     else:

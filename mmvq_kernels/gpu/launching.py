@@ -10,7 +10,9 @@ from torch import Tensor
 _ASSUMED_PROCESSORS = 132  # where there is no GPU to ask (compile audit, interpreter): an H100's
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | float, **options: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Tensor | float | None, **options: Any
+) -> None:
     """Run `kernel[grid](*args, **options)` on the device of the first tensor.
 
     An empty grid launches nothing.
