@@ -1,4 +1,7 @@
-"""Nearest code (Eq. 2): `argmin_l |x - e_l|`."""
+"""Nearest code (Eq. 2): `argmin_l |x - e_l|`. Reference, torch path, operator.
+
+The Triton kernel is in `mmvq_kernels/gpu/nearest.py`, which only a GPU imports.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mmvq_kernels.backends import Backend, require
+from mmvq_kernels.backends import Backend, require, runs_triton
 from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
 
@@ -42,8 +45,8 @@ def nearest_code(
             and float32.
         codebook: codes, `[L, D]`, L >= 1.
         backend: `"auto"`, `"torch"` or `"triton"`.
-        precision: `"exact"`, or `"fast"` where the backend may use tf32 or bf16 products (the
-            torch path is always exact).
+        precision: `"exact"` (Triton multiplies in tf32x3, as near as float32), or `"fast"`: on a
+            GPU tf32 products, bf16 ones for a bfloat16 `x` (the torch path is always exact).
 
     Returns:
         int64 `[N]`. Ties go to the lowest index. A row whose scores are not finite (NaN, Inf or
@@ -54,11 +57,38 @@ def nearest_code(
         TypeError: tensors that are not floating point.
         RuntimeError: the backend cannot run here.
     """
-    require("nearest_code", backend)
     _check(x, codebook, precision)
+    require("nearest_code", backend, x, codebook)
+    x, codebook = x.detach(), codebook.detach()
+    if backend == "torch":
+        return _search_torch(x, codebook)
+    indices: Tensor = _nearest_code(x, codebook, precision == "fast")
+    return indices
+
+
+@torch.library.custom_op("mmvq::nearest_code", mutates_args=())
+def _nearest_code(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
+    return _search_torch(x, codebook)
+
+
+@_nearest_code.register_kernel("cuda")
+def _(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
+    if not runs_triton(x, codebook):
+        return _search_torch(x, codebook)
+    from mmvq_kernels.gpu.nearest import search
+
+    return search(x, codebook, fast=fast)
+
+
+@_nearest_code.register_fake
+def _(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.long)
+
+
+def _search_torch(x: Tensor, codebook: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return _nearest_code_torch(x.detach().to(dtype), codebook.detach().to(dtype))
+        return _nearest_code_torch(x.to(dtype), codebook.to(dtype))
 
 
 def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:

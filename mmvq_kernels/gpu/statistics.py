@@ -166,4 +166,4 @@ def accumulate(
         BLOCK_D=block_d,
         num_warps=2,
     )
-    return counts.t().float(), sums
+    return counts.t().to(torch.float32, memory_format=torch.contiguous_format), sums
