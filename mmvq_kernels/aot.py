@@ -140,6 +140,14 @@ def _ema(L: int, D: int, reset: bool) -> None:
     update_(*state, _fake(L, D), _fake(L), 0.99, 1e-5, dead, replacement)
 
 
+def _distribution(B: int, T: int, L: int, D: int) -> None:
+    from mmvq_kernels.gpu.distribution import backward, forward
+
+    x, codebook, used = _fake(B, T, D), _fake(L, D), _fake(B, T, dtype=torch.bool)
+    log_p, normalizers = forward(x, codebook, used)
+    backward(_fake(B, L), x, codebook, used, log_p, normalizers, True)
+
+
 _F, _B = torch.float32, torch.bfloat16
 WORKLOADS: dict[str, Callable[[], object]] = {
     "nearest": lambda: _search(65536, 1024, 256, _F, False),
@@ -156,6 +164,8 @@ WORKLOADS: dict[str, Callable[[], object]] = {
     "ema": lambda: _ema(1024, 256, False),
     "ema, reset": lambda: _ema(1024, 256, True),
     "ema, odd sizes": lambda: _ema(401, 257, True),
+    "distribution": lambda: _distribution(80, 10, 1024, 256),
+    "distribution, odd sizes": lambda: _distribution(17, 11, 401, 257),
 }
 
 

@@ -47,6 +47,29 @@ def test_ema_update_is_a_sound_operator(dtype: torch.dtype, reset: bool) -> None
     torch.library.opcheck(operator, (*args, matrices[3] if reset else None))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_code_log_probabilities_is_a_sound_operator(dtype: torch.dtype) -> None:
+    x = uniform(3, 4, D, dtype=dtype).requires_grad_()
+    codebook = uniform(L, D, dtype=dtype, seed=1).requires_grad_()
+    used = torch.ones(3, 4, dtype=torch.bool)
+    used[1, 2:] = False
+    torch.library.opcheck(torch.ops.mmvq.code_log_probabilities.default, (x, codebook, used))
+
+
+def test_the_gradient_of_the_distribution_is_its_own() -> None:
+    used = torch.tensor([[True, True, False], [True, False, True]])
+    x = uniform(2, 3, D).requires_grad_()
+    codebook = uniform(L, D, seed=1).requires_grad_()
+
+    def log_p(x: Tensor, codebook: Tensor) -> Tensor:
+        return torch.ops.mmvq.code_log_probabilities(x, codebook, used)[0]
+
+    torch.autograd.gradcheck(log_p, (x, codebook))
+    (alone,) = torch.autograd.grad(log_p(x, codebook.detach()).sum(), x)
+    both = torch.autograd.grad(log_p(x, codebook).sum(), (x, codebook))
+    assert torch.equal(alone, both[0])
+
+
 class Step(nn.Module):
     """Search, statistics and moving average, as a training step strings them together."""
 
