@@ -2,7 +2,8 @@
 
 `auto` takes the Triton kernels for tensors of up to float32 on a GPU that runs them, the torch path
 for all others. Each operation is a torch custom operator that decides when it runs, so that a
-compiled or exported graph holds the operator and not one of the two.
+compiled or exported graph holds the operator and not one of the two. On a CPU without a graph to
+trace, the torch path is called as it is: the first call of an operator imports torch's compiler.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ def require(where: str, backend: str, *tensors: Tensor) -> None:
                 backend=backend,
             )
         )
+
+
+def through_operator(backend: str, x: Tensor) -> bool:
+    """Whether an operation on `x` goes through its custom operator."""
+    return backend != "torch" and (x.device.type == "cuda" or torch.compiler.is_compiling())
 
 
 def runs_triton(*tensors: Tensor) -> bool:

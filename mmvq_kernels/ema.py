@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvq_kernels.backends import Backend, require, runs_triton
+from mmvq_kernels.backends import Backend, require, runs_triton, through_operator
 from mmvq_kernels.messages import message
 
 
@@ -55,7 +55,7 @@ def ema_update_(
     require("ema_update_", backend, codes, sums, counts)
     args = codes, sums, counts, batch_sums, batch_counts, decay, eps, dead, replacement
     with torch.no_grad():
-        (_ema_update_torch if backend == "torch" else _ema_update)(*args)
+        (_ema_update if through_operator(backend, codes) else _ema_update_torch)(*args)
 
 
 @torch.library.custom_op("mmvq::ema_update_", mutates_args=("codes", "sums", "counts"))

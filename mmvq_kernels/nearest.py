@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mmvq_kernels.backends import Backend, require, runs_triton
+from mmvq_kernels.backends import Backend, require, runs_triton, through_operator
 from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
 
@@ -60,7 +60,7 @@ def nearest_code(
     _check(x, codebook, precision)
     require("nearest_code", backend, x, codebook)
     x, codebook = x.detach(), codebook.detach()
-    if backend == "torch":
+    if not through_operator(backend, x):
         return _search_torch(x, codebook)
     indices: Tensor = _nearest_code(x, codebook, precision == "fast")
     return indices

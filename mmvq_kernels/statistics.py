@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvq_kernels.backends import Backend, require, runs_triton
+from mmvq_kernels.backends import Backend, require, runs_triton, through_operator
 from mmvq_kernels.messages import message
 
 
@@ -59,10 +59,10 @@ def code_statistics(
     _check(values, indices, groups)
     require("code_statistics", backend, values)
     args = values.detach(), indices, num_codes, groups, 1 if groups is None else num_groups
-    if backend == "torch":
-        counts, sums = _code_statistics_torch(*args)
-    else:
+    if through_operator(backend, values):
         counts, sums = _code_statistics(*args, deterministic)
+    else:
+        counts, sums = _code_statistics_torch(*args)
     return (counts.squeeze(0) if groups is None else counts), sums
 
 
