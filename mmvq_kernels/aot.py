@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not here, and read what came out.
 
-    python -m mmvq_kernels.aot [--table] [--jobs 2]
+    python -m mmvq_kernels.aot [--table | --report] [--only NAME] [--jobs 2]
 
 A kernel that compiles may still spill its registers, ask for more shared memory than there is, or
 consist of a lone trap. `audit` records the launches of `WORKLOADS` on fake CUDA tensors, so that
@@ -311,9 +311,15 @@ def main(argv: list[str] | None = None) -> int:
     """Print the audit; the exit status is 1 when a kernel violates a rule."""
     parser = argparse.ArgumentParser(prog="python -m mmvq_kernels.aot", description=__doc__)
     parser.add_argument("--table", action="store_true", help="registers and shared memory, as JSON")
+    parser.add_argument("--report", action="store_true", help="a static roofline; compiles nothing")
     parser.add_argument("--only", default="", help="workloads whose names start so")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args(argv)
+    if options.report:
+        from mmvq_kernels.roofline import report
+
+        print(report())
+        return 0
     outcomes = audit(options.jobs, options.only)
     if options.table:
         print(json.dumps(table(outcomes), indent=1))

@@ -23,15 +23,22 @@ COMMITTED = json.loads((Path(__file__).parent / "aot_resources.json").read_text(
 REGISTERS = 16
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_every_kernel_compiles_to_what_it_should(tmp_path: Path) -> None:
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+
+
+def aot(option: str, cache: Path) -> str:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mmvq_kernels.aot", "--table"]
+    env |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mmvq_kernels.aot", option]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    ((version, found),) = json.loads(done.stdout).items()
+    return done.stdout
+
+
+@needs_triton
+def test_every_kernel_compiles_to_what_it_should(tmp_path: Path) -> None:
+    ((version, found),) = json.loads(aot("--table", tmp_path)).items()
     assert len(found) > 50
     if version not in COMMITTED:
         pytest.skip(f"no violation; no table of resources for triton {version} to compare with")
@@ -39,6 +46,17 @@ def test_every_kernel_compiles_to_what_it_should(tmp_path: Path) -> None:
     for key, (registers, shared) in COMMITTED[version].items():
         assert abs(found[key][0] - registers) <= REGISTERS, key
         assert found[key][1] == shared, key
+
+
+@needs_triton
+def test_the_roofline_covers_every_size(tmp_path: Path) -> None:
+    header, _, *rows = aot("--report", tmp_path).splitlines()
+    assert len(rows) == 24
+    assert all(row.count("|") == header.count("|") for row in rows)
+    # 65,536 rows of 256: 512 blocks of 128; three products of 2 * 65,536 * 1,024 * 256 operations
+    (row,) = [row for row in rows if row.startswith("| 65,536 | 1,024 | 256 |")]
+    assert row.split(" | ")[3] == "512"
+    assert row.split(" | ")[6] == "103.1"
 
 
 def test_what_counts_as_a_violation() -> None:
