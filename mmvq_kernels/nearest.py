@@ -14,9 +14,10 @@ from mmvq_kernels.backends import Backend, require, runs_triton, through_operato
 from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
 
-_BLOCK_BYTES = (
-    1 << 22
-)  # scores held at a time: large enough for the matrix product, small for cache
+_TILE = 1024  # codes in a block of scores, a multiple of _GROUP
+_GROUP = 16  # neighbouring codes whose least score is taken first
+_BLOCK_BYTES = 1 << 21  # of scores at a time: large for a matrix product, small for a cache
+_ONEDNN = torch.backends.mkldnn.is_available()
 
 Precision = Literal["exact", "fast"]
 
@@ -88,21 +89,59 @@ def _(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
 def _search_torch(x: Tensor, codebook: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return _nearest_code_torch(x.to(dtype), codebook.to(dtype))
+        return _nearest_code_torch(x, codebook.to(dtype))
 
 
 def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
-    mean = codebook.mean(0)  # [D]
-    codes = codebook - mean  # [L, D]
-    half_norm = codes.square().sum(1) / 2 + codes @ mean  # [L]
-    half_norm.masked_fill_(repeats_an_earlier_row(codebook), torch.inf)  # the lowest index wins
-    rows = max(1, _BLOCK_BYTES // (half_norm.numel() * x.element_size()))
-    indices = x.new_empty(x.shape[0], dtype=torch.long)
-    for block, out in zip(x.split(rows), indices.split(rows), strict=True):
-        scores = torch.addmm(half_norm, block, codes.T, alpha=-1)  # [rows, L]
-        best = scores.argmin(1, keepdim=True)
-        out.copy_(torch.where(scores.gather(1, best).isfinite(), best, 0).squeeze(1))
-    return indices
+    """Tiles of codes against blocks of rows; one block of scores exists at a time."""
+    (N, D), L = x.shape, codebook.shape[0]
+    room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32) // codebook.element_size()
+    block = codebook.new_ones(max(1, min(N, room // min(L, _TILE))), D + 1)
+    best = codebook.new_full((N,), torch.inf)
+    indices = torch.zeros_like(best, dtype=torch.long)
+    mean, repeated = codebook.mean(0), repeats_an_earlier_row(codebook)
+    for start in range(0, L, _TILE):
+        tile = slice(start, start + _TILE)
+        codes = _scorers(codebook[tile], mean, repeated[tile])  # [C, D + 1]
+        blocks = (tensor.split(len(block)) for tensor in (x, best, indices))
+        for rows, least, index in zip(*blocks, strict=True):
+            block[: len(rows), :D] = rows
+            score, code = _least(_product(codes, block[: len(rows)]))  # [R]
+            index.copy_(torch.where(score < least, start + code, index))
+            least.copy_(torch.minimum(least, score))  # keeps a NaN
+    return torch.where(best.isfinite(), indices, 0)
+
+
+def _least(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The least of each column of `[C, R]` and its lowest index: by groups, then inside the best.
+
+    This reads scores at the speed of a plain minimum; an arg-reduction of them all costs more than
+    their product at small D.
+    """
+    groups = scores.unflatten(0, (-1, _GROUP))  # [C / 16, 16, R]
+    least, group = groups.amin(1).min(0)
+    members = groups.gather(0, group.expand(1, _GROUP, -1)).squeeze(0)  # [16, R]
+    return least, group * _GROUP + members.min(0).indices
+
+
+def _scorers(codes: Tensor, mean: Tensor, repeated: Tensor) -> Tensor:
+    """Rows `(-e', h)`, whose product with `(x, 1)` is the score, in whole groups."""
+    L, D = codes.shape
+    centred = codes - mean
+    out = codes.new_zeros(L + -L % _GROUP, D + 1)
+    out[:L, :D] = -centred
+    out[:, D] = torch.inf
+    half_norm = (codes + mean).mul_(centred).sum(1) / 2  # |e'|^2 / 2 + mean . e'
+    out[:L, D] = half_norm.masked_fill_(repeated, torch.inf)  # the lowest index wins
+    return out
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b.T`; on a CPU by oneDNN, up to twice as fast as the library behind `torch.mm`."""
+    if _ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return product
+    return a @ b.T
 
 
 def _check(x: Tensor, codebook: Tensor, precision: str) -> None:

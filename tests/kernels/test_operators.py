@@ -118,6 +118,20 @@ def test_a_step_compiles_to_one_graph_of_three_operators() -> None:
     assert [str(node.target) for node in ours(graph)] == OPERATORS
 
 
+def test_the_torch_backend_is_traced_as_it_is() -> None:
+    """By its own name there is no operator: its blocks, tiles and oneDNN go into the graph."""
+    x, codebook = uniform(3000, 8).float(), uniform(1100, 8, seed=1).float()
+
+    def search(x: Tensor) -> Tensor:
+        return mmvq_kernels.nearest_code(x, codebook, backend="torch")
+
+    compiled = torch.compile(search, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), search(x))
+    with FakeTensorMode() as mode:
+        fake = mmvq_kernels.nearest_code(mode.from_tensor(x), mode.from_tensor(codebook))
+    assert fake.shape == (3000,)
+
+
 def test_a_step_exports_for_a_gpu_that_is_not_here() -> None:
     with FakeTensorMode():
         x = torch.empty(N, D, device="cuda")
