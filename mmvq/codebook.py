@@ -105,6 +105,7 @@ class EMACodebook(nn.Module):
             )
         voters = torch.zeros(groups, dtype=torch.bool)
         voters[list(sources)] = True
+        self._all_vote = bool(voters.all())
         self.register_buffer("codes", codes)
         self.register_buffer("sums", codes.clone())
         self.register_buffer("counts", torch.ones(size, dtype=dtype))
@@ -191,10 +192,11 @@ class EMACodebook(nn.Module):
             )
         if groups is None:
             groups = torch.zeros_like(indices)
-        # A group outside update_from is counted, but adds nothing to the sums.
-        voting = self.voters.index_select(0, groups)[:, None]
+        values = values.to(self.codes.dtype)
+        if not self._all_vote:  # a group outside update_from is counted, but adds nothing
+            values = torch.where(self.voters.index_select(0, groups)[:, None], values, 0)
         counts, sums = F.code_statistics(
-            torch.where(voting, values.to(self.codes.dtype), 0),
+            values,
             indices,
             self.size,
             groups=groups,

@@ -5,13 +5,17 @@ The Triton kernels are in `mmvq_kernels/gpu/distribution.py`, which only a GPU i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mmvq_kernels.backends import Backend, require, runs_triton
 from mmvq_kernels.messages import message
+
+_BLOCK_BYTES = 1 << 22  # of distances held at a time, of one clip at least
 
 
 def code_log_probabilities_ref(x: Tensor, codebook: Tensor) -> Tensor:
@@ -28,8 +32,8 @@ def code_log_probabilities(
 
     $$\ln P(l) = \ln \frac{1}{T} \sum_t \mathrm{softmax}_l(-\lVert x_t - e_l \rVert_2)$$
 
-    Differentiable in x and the codebook; where x equals a code, the gradient of that distance is 0.
-    On a GPU, no `[B, T, L]` tensor is made, neither forward nor backward.
+    Differentiable (once) in x and the codebook; where x equals a code, the gradient of that
+    distance is 0. No `[B, T, L]` tensor is made, neither forward nor backward.
 
     Args:
         x: features of B clips, `[B, T, D]`, any float dtype.
@@ -51,16 +55,41 @@ def code_log_probabilities(
     x = torch.where(valid[..., None], x, 0)
     used = valid | ~valid.any(1, keepdim=True)
     if backend == "torch" or x.device.type != "cuda" or torch.float64 in (x.dtype, codebook.dtype):
-        return _log_probabilities_torch(x, codebook, used)
-    log_p: Tensor = _code_log_probabilities(x, codebook, used)[0]
+        log_p: Tensor = _LogProbabilities.apply(x, codebook, used)  # type: ignore[no-untyped-call]
+        return log_p
+    log_p = _code_log_probabilities(x, codebook, used)[0]
     return log_p
 
 
+class _LogProbabilities(torch.autograd.Function):
+    """The torch path, a few clips at a time; backward computes their distances anew."""
+
+    @staticmethod
+    def forward(x: Tensor, codebook: Tensor, used: Tensor) -> Tensor:
+        return _log_probabilities_torch(x, codebook, used)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        of_codes: bool = ctx.needs_input_grad[1]
+        x, codebook, used, log_p = ctx.saved_tensors
+        of_x, of_codebook = _backward_torch(grad, x, codebook, used, log_p, of_codes)
+        return of_x, of_codebook if of_codes else None, None
+
+
 def _log_probabilities_torch(x: Tensor, codebook: Tensor, used: Tensor) -> Tensor:
-    distance = _distances(_squares(*_centre(x, codebook)))
-    weights = torch.where(used, 0.0, -torch.inf).to(distance.dtype)  # [B, T]
-    log_sum = ((-distance).log_softmax(-1) + weights[..., None]).logsumexp(1)
-    return log_sum - weights.exp().sum(1, keepdim=True).log()
+    x, codes = _centre(x, codebook)
+    weights = torch.where(used, 0.0, -torch.inf).to(x.dtype)  # [B, T]
+    log_p = x.new_empty(x.shape[0], codes.shape[0])
+    for clips in _blocks(x, codes):
+        distance = _squares(x[clips], codes).clamp_(min=_least(x)).sqrt_()  # [b, T, L]
+        log_p_t = distance.neg_().log_softmax(-1).add_(weights[clips, :, None])
+        log_p[clips] = log_p_t.logsumexp(1)
+    return log_p.sub_(weights.exp().sum(1, keepdim=True).log())
 
 
 def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,13 +99,23 @@ def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _squares(x: Tensor, codes: Tensor) -> Tensor:
+    """`|x - e|^2` up to rounding, and so sometimes below 0: `[B, T, D]` -> `[B, T, L]`."""
     with torch.autocast(x.device.type, enabled=False):
         product = x @ codes.T
-    return x.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * product  # [B, T, L]
+    norms = x.square().sum(-1, keepdim=True), codes.square().sum(-1)
+    return product.mul_(-2).add_(norms[0]).add_(norms[1])
 
 
-def _distances(squares: Tensor) -> Tensor:
-    return squares.clamp(min=torch.finfo(squares.dtype).eps).sqrt()  # d/dx = 0 at a code
+def _least(x: Tensor) -> float:
+    """Squares below it are a vector on a code: no gradient."""
+    return torch.finfo(x.dtype).eps
+
+
+def _blocks(x: Tensor, codes: Tensor) -> Iterator[slice]:
+    room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32)
+    clips = max(1, room // max(1, x.shape[1] * codes.shape[0] * x.element_size()))
+    for start in range(0, x.shape[0], clips):
+        yield slice(start, start + clips)
 
 
 @torch.library.custom_op("mmvq::code_log_probabilities", mutates_args=())
@@ -152,19 +191,21 @@ def _backward_torch(
     grad: Tensor, x: Tensor, codebook: Tensor, used: Tensor, log_p: Tensor, of_codes: bool
 ) -> tuple[Tensor, Tensor]:
     x_dtype, (x, codes) = x.dtype, _centre(x, codebook)
-    squares = _squares(x, codes)
-    distance = _distances(squares)
-    log_p_t = (-distance).log_softmax(-1)  # [B, T, L]
-    log_n = used.sum(1).to(distance.dtype).log()[:, None, None]
-    pull = grad[:, None] * (log_p_t - log_n - log_p[:, None]).exp()
-    pull = torch.where(used[..., None], pull, 0)
-    q = (log_p_t.exp() * pull.sum(-1, keepdim=True) - pull) / distance
-    q = torch.where(squares >= torch.finfo(q.dtype).eps, q, 0)
-    of_x = (x * q.sum(-1, keepdim=True) - q @ codes).to(x_dtype)
-    if not of_codes:
-        return of_x, codebook.new_empty(0)
-    q, x = q.flatten(0, 1), x.flatten(0, 1)
-    return of_x, (codes * q.sum(0)[:, None] - q.T @ x).to(codebook.dtype)
+    shift = used.sum(1, keepdim=True).to(x.dtype).log()[..., None] + log_p[:, None]  # [B, 1, L]
+    of_x, of_codebook = torch.empty_like(x), torch.zeros_like(codes[: len(codes) * of_codes])
+    for clips in _blocks(x, codes):
+        squares = _squares(x[clips], codes)
+        distance = squares.clamp(min=_least(x)).sqrt_()
+        log_p_t = (-distance).log_softmax(-1)  # [b, T, L]
+        pull = (log_p_t - shift[clips]).exp_().mul_(grad[clips, None])
+        pull = pull.masked_fill_(~used[clips, :, None], 0)
+        q = log_p_t.exp_().mul_(pull.sum(-1, keepdim=True)).sub_(pull).div_(distance)
+        q = q.masked_fill_(squares < _least(x), 0)
+        of_x[clips] = x[clips] * q.sum(-1, keepdim=True) - q @ codes
+        if of_codes:
+            q = q.flatten(0, 1)
+            of_codebook.addcmul_(codes, q.sum(0)[:, None]).sub_(q.T @ x[clips].flatten(0, 1))
+    return of_x.to(x_dtype), of_codebook.to(codebook.dtype) if of_codes else codebook.new_empty(0)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
