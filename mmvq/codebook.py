@@ -105,6 +105,7 @@ class EMACodebook(nn.Module):
             )
         voters = torch.zeros(groups, dtype=torch.bool)
         voters[list(sources)] = True
+        self._all_vote = bool(voters.all())
         self.register_buffer("codes", codes)
         self.register_buffer("sums", codes.clone())
         self.register_buffer("counts", torch.ones(size, dtype=dtype))
@@ -148,7 +149,7 @@ class EMACodebook(nn.Module):
         """
         if self._ready:
             return
-        keep = values.isfinite().all(1)
+        keep = F.finite_rows(values)
         if usable is not None:
             keep = keep & usable
         if groups is None:
@@ -201,11 +202,12 @@ class EMACodebook(nn.Module):
         self.match_dtype(values.dtype)
         groups = torch.zeros_like(indices) if groups is None else groups
         values, indices, groups = values.flatten(0, -2), indices.flatten(), groups.flatten()
-        indices = torch.where(values.isfinite().all(1), indices, -1)
-        # A group outside update_from is counted, but adds nothing to the sums.
-        voting = self.voters.index_select(0, groups)[:, None]
+        indices = torch.where(F.finite_rows(values), indices, -1)
+        values = values.to(self.codes.dtype)
+        if not self._all_vote:  # a group outside update_from is counted, but adds nothing
+            values = torch.where(self.voters.index_select(0, groups)[:, None], values, 0)
         counts, sums = F.code_statistics(
-            torch.where(voting, values.to(self.codes.dtype), 0),
+            values,
             indices,
             self.size,
             groups=groups,

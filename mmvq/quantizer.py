@@ -208,8 +208,9 @@ class MultiModalEMAQuantizer(nn.Module):
         indices: dict[str, Tensor] = {}
         for name, chosen in _unflat(index, z).items():
             q = gradient(z[name], codes[name].to(z[name].dtype))
-            q = torch.where(valid[name][..., None], q, 0)
-            chosen = torch.where(valid[name], chosen, -1)
+            if masks is not None and name in masks:
+                q = torch.where(valid[name][..., None], q, 0)
+                chosen = torch.where(valid[name], chosen, -1)
             flat = features[name].ndim == 2
             quantized[name] = q.squeeze(1) if flat else q
             indices[name] = chosen.squeeze(1) if flat else chosen
@@ -223,7 +224,7 @@ class MultiModalEMAQuantizer(nn.Module):
         book = self.ema_codebook
         for x in z.values():
             book.match_dtype(x.dtype)
-        finite = {name: valid[name] & x.isfinite().all(-1) for name, x in z.items()}
+        finite = {name: valid[name] & F.finite_rows(x) for name, x in z.items()}
         z = {
             name: torch.where(finite[name][..., None], x, 0).to(book.codes.dtype)
             for name, x in z.items()

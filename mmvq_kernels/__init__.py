@@ -1,10 +1,12 @@
-"""Nearest-code search, code statistics and EMA updates: the speed under `mmvq`.
+"""Nearest-code search, code statistics, EMA updates and code distributions: the speed under `mmvq`.
 
 The functions work on flat tensors, know nothing of modules or modalities, and never import `mmvq`.
-Each file reads in the same order: the obvious reference, then the path that ships.
+Each file reads in the same order: the obvious reference, then the path that ships;
+the Triton kernels of a file are in the file of that name in `mmvq_kernels/gpu`.
 """
 
 from mmvq_kernels.backends import Backend, available_backends, reason_unavailable
+from mmvq_kernels.distribution import code_log_probabilities
 from mmvq_kernels.ema import ema_update_
 from mmvq_kernels.nearest import nearest_code
 from mmvq_kernels.statistics import code_statistics
@@ -12,6 +14,7 @@ from mmvq_kernels.statistics import code_statistics
 __all__ = [
     "Backend",
     "available_backends",
+    "code_log_probabilities",
     "code_statistics",
     "ema_update_",
     "nearest_code",

@@ -1,15 +1,27 @@
-"""Which implementation runs: `auto`, `torch` or `triton`."""
+"""Which implementation runs: `auto`, `torch` or `triton`.
+
+`auto` takes the Triton kernels for tensors of up to float32 on a GPU that runs them, the torch path
+for all others. Each operation is a torch custom operator that decides when it runs, so that a
+compiled or exported graph holds the operator and not one of the two. On a CPU without a graph to
+trace, the torch path is called as it is: the first call of an operator imports torch's compiler.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from mmvq_kernels.messages import message
 
 Backend = Literal["auto", "torch", "triton"]
+
+_OLDEST = (8, 0)  # compute capability with tf32 and bfloat16 matrix instructions
+_logger = logging.getLogger(__name__)
 
 
 def reason_unavailable(backend: str) -> str | None:
@@ -25,7 +37,9 @@ def reason_unavailable(backend: str) -> str | None:
         return "triton is not installed (pip install 'mmvq[triton]')"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    return "this version of mmvq_kernels ships the torch path only"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < _OLDEST:
+        return "the GPU's compute capability is below 8.0"
+    return None
 
 
 def available_backends() -> tuple[str, ...]:
@@ -33,15 +47,17 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in ("triton", "torch") if reason_unavailable(name) is None)
 
 
-def require(where: str, backend: str) -> None:
-    """Raise unless `backend` can run here, in the name of `where`.
+def require(where: str, backend: str, *tensors: Tensor) -> None:
+    """Raise unless `backend` can run here on `tensors`, in the name of `where`.
 
     Raises:
         ValueError: the name is not a backend.
         RuntimeError: it is one, but cannot run; the message says why.
     """
     _check(where, backend)
-    reason = reason_unavailable(backend)
+    if backend != "triton":
+        return
+    reason = reason_unavailable(backend) or _reason_against(*tensors)
     if reason is not None:
         raise RuntimeError(
             message(
@@ -51,6 +67,32 @@ def require(where: str, backend: str) -> None:
                 backend=backend,
             )
         )
+
+
+def through_operator(backend: str, x: Tensor) -> bool:
+    """Whether an operation on `x` goes through its custom operator."""
+    return backend != "torch" and (x.device.type == "cuda" or torch.compiler.is_compiling())
+
+
+def runs_triton(*tensors: Tensor) -> bool:
+    """Whether an operation on these tensors goes to its Triton kernels."""
+    return _reason_against(*tensors) is None and _gpu_runs_triton()
+
+
+@functools.cache
+def _gpu_runs_triton() -> bool:
+    reason = reason_unavailable("triton")
+    _logger.debug("auto: %s", "Triton kernels" if reason is None else f"torch path, as {reason}")
+    return reason is None
+
+
+def _reason_against(*tensors: Tensor) -> str | None:
+    for x in tensors:
+        if x.device.type != "cuda":
+            return f"a tensor is on the {x.device.type}"
+        if x.dtype == torch.float64:
+            return "its kernels compute in float32 and a tensor is float64"
+    return None
 
 
 def _check(where: str, backend: str) -> None:

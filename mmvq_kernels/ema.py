@@ -1,11 +1,14 @@
-"""The exponential moving average of a codebook (Eq. 7), written in place."""
+"""The exponential moving average of a codebook (Eq. 7), written in place.
+
+The Triton kernels are in `mmvq_kernels/gpu/ema.py`, which only a GPU imports.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mmvq_kernels.backends import Backend, require
+from mmvq_kernels.backends import Backend, require, runs_triton, through_operator
 from mmvq_kernels.messages import message
 
 
@@ -39,7 +42,7 @@ def ema_update_(
         batch_sums: `s`, `[L, D]`, from `code_statistics`.
         batch_counts: `n`, `[L]`.
         decay: gamma in [0, 1].
-        eps: Laplace smoothing.
+        eps: Laplace smoothing. With 0, a code whose N has faded to 0 stays where it is.
         dead: bool `[L]`, the codes to replace.
         replacement: `[L, D]`, read where `dead`.
         backend: `"auto"`, `"torch"` or `"triton"`.
@@ -48,24 +51,90 @@ def ema_update_(
         ValueError: shapes that do not fit, or only one of `dead` and `replacement`.
         RuntimeError: the backend cannot run here.
     """
-    require("ema_update_", backend)
     _check(codes, sums, counts, batch_sums, batch_counts, dead, replacement)
+    require("ema_update_", backend, codes, sums, counts)
+    args = codes, sums, counts, batch_sums, batch_counts, decay, eps, dead, replacement
     with torch.no_grad():
-        batch_counts, batch_sums = batch_counts.to(counts.dtype), batch_sums.to(sums.dtype)
-        some = batch_counts.sum() > 0
-        keep = torch.where(some, counts.new_full((), decay), 1.0)
-        counts.mul_(keep).addcmul_(batch_counts, 1 - keep)
-        sums.mul_(keep).addcmul_(batch_sums, 1 - keep)
-        total = counts.sum()
-        if dead is not None and replacement is not None:
-            dead = dead & some
-            mass = (counts * dead).sum() / dead.sum().clamp(min=1)
-            counts.copy_(torch.where(dead, mass, counts))
-        smoothed = (counts + eps) / (total + counts.numel() * eps) * total  # [L]
-        if dead is not None and replacement is not None:
-            revived = replacement.to(sums.dtype) * smoothed[:, None]
-            sums.copy_(torch.where(dead[:, None], revived, sums))
-        codes.copy_(torch.where(some, sums / smoothed[:, None], codes))
+        (_ema_update if through_operator(backend, codes) else _ema_update_torch)(*args)
+
+
+@torch.library.custom_op("mmvq::ema_update_", mutates_args=("codes", "sums", "counts"))
+def _ema_update(
+    codes: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    batch_sums: Tensor,
+    batch_counts: Tensor,
+    decay: float,
+    eps: float,
+    dead: Tensor | None,
+    replacement: Tensor | None,
+) -> None:
+    _ema_update_torch(codes, sums, counts, batch_sums, batch_counts, decay, eps, dead, replacement)
+
+
+@_ema_update.register_kernel("cuda")
+def _(
+    codes: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    batch_sums: Tensor,
+    batch_counts: Tensor,
+    decay: float,
+    eps: float,
+    dead: Tensor | None,
+    replacement: Tensor | None,
+) -> None:
+    args = codes, sums, counts, batch_sums, batch_counts, decay, eps, dead, replacement
+    if not runs_triton(codes, sums, counts):
+        return _ema_update_torch(*args)
+    from mmvq_kernels.gpu.ema import update_
+
+    return update_(*args)
+
+
+@_ema_update.register_fake
+def _(
+    codes: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    batch_sums: Tensor,
+    batch_counts: Tensor,
+    decay: float,
+    eps: float,
+    dead: Tensor | None,
+    replacement: Tensor | None,
+) -> None:
+    return None
+
+
+def _ema_update_torch(
+    codes: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    batch_sums: Tensor,
+    batch_counts: Tensor,
+    decay: float,
+    eps: float,
+    dead: Tensor | None,
+    replacement: Tensor | None,
+) -> None:
+    batch_counts, batch_sums = batch_counts.to(counts.dtype), batch_sums.to(sums.dtype)
+    some = batch_counts.sum() > 0
+    keep = torch.where(some, counts.new_full((), decay), 1.0)
+    counts.mul_(keep).addcmul_(batch_counts, 1 - keep)
+    sums.mul_(keep).addcmul_(batch_sums, 1 - keep)
+    total = counts.sum()
+    if dead is not None and replacement is not None:
+        dead = dead & some
+        mass = (counts * dead).sum() / dead.sum().clamp(min=1)
+        counts.copy_(torch.where(dead, mass, counts))
+    smoothed = (counts + eps) / (total + counts.numel() * eps) * total  # [L]
+    if dead is not None and replacement is not None:
+        revived = replacement.to(sums.dtype) * smoothed[:, None]
+        sums.copy_(torch.where(dead[:, None], revived, sums))
+    held = some & (smoothed > 0)[:, None]  # with eps = 0, a code may have no mass left at all
+    codes.copy_(torch.where(held, sums / smoothed[:, None], codes))
 
 
 def _check(

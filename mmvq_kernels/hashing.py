@@ -10,6 +10,7 @@ _ROUNDS = (  # an odd multiplier of 64 bits, a shift
     (-0x40A7B892E31B1A47, 27),
     (-0x6B2FB644ECCEEE15, 31),
 )
+_BLOCK = 1 << 16  # words hashed at a time, for the cache
 
 
 def mix(keys: Tensor) -> Tensor:
@@ -23,11 +24,24 @@ def mix(keys: Tensor) -> Tensor:
 
 
 def repeats_an_earlier_row(rows: Tensor) -> Tensor:
-    """Bool `[L]`: whether a row of `[L, D]` has the same values as one above it."""
-    integer = torch.int32 if rows.element_size() == 4 else torch.int64
-    bits = (rows + 0.0).view(integer)  # + 0.0: one zero, not two
-    places = mix(torch.arange(1, rows.shape[1] + 1, device=rows.device))  # [D]
-    keys, order = mix(bits + places).sum(1).sort(stable=True)
+    """Bool `[L]`: whether a row of `[L, D]` (float32 or float64) has the values of one above it.
+
+    A row is the sum of its 32-bit words, each times its own odd number, modulo 2^64: rows that
+    differ in one word never meet, others as seldom as random keys do.
+    """
+    words = rows.shape[1] * rows.element_size() // 4
+    factors = mix(torch.arange(1, words + 1, device=rows.device)).bitwise_or_(1)
+    keys = torch.empty_like(rows[:, 0], dtype=torch.long)
+    length = max(1, _BLOCK // words) if rows.device.type == "cpu" else len(rows)
+    for block, out in zip(rows.split(length), keys.split(length), strict=True):
+        bits = (block + 0.0).contiguous().view(torch.int32)  # + 0.0: one zero, not two
+        bits = (bits >> 16).bitwise_xor_(bits)  # no two words differ in their high bits alone
+        out.copy_((bits * factors).sum(1))
+    return repeats_an_earlier_key(keys)
+
+
+def repeats_an_earlier_key(keys: Tensor) -> Tensor:
+    """Bool `[L]`: whether an int64 key of `[L]` equals one before it."""
+    keys, order = keys.sort(stable=True)
     repeated = torch.zeros_like(order, dtype=torch.bool)
-    repeated[order[1:]] = keys[1:] == keys[:-1]
-    return repeated
+    return repeated.scatter_(0, order.narrow(0, 1, len(order) - 1), keys.diff() == 0)

@@ -1,11 +1,14 @@
-"""Counts and sums of the vectors assigned to each code: the brackets of Eq. 7."""
+"""Counts and sums of the vectors assigned to each code: the brackets of Eq. 7.
+
+The Triton kernels are in `mmvq_kernels/gpu/statistics.py`, which only a GPU imports.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mmvq_kernels.backends import Backend, require
+from mmvq_kernels.backends import Backend, require, runs_triton, through_operator
 from mmvq_kernels.messages import message
 
 
@@ -27,11 +30,12 @@ def code_statistics(
     *,
     groups: Tensor | None = None,
     num_groups: int = 1,
+    deterministic: bool = True,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """How many rows chose each code, and their sum: `n_i` and `sum_j v_ij` of Eq. 7.
 
-    Deterministic: the same rows in the same order give the same bits.
+    Deterministic by default: the same rows in the same order give the same bits.
 
     Args:
         values: the vectors to add up, `[N, D]`, any float dtype; summed in at least float32.
@@ -40,6 +44,8 @@ def code_statistics(
         groups: int64 `[N]` in `[0, num_groups)`, the group (modality) of each row, to count each
             group apart.
         num_groups: G.
+        deterministic: False lets a GPU add up with float atomics, without a sort: the last bits of
+            the sums then change from run to run (the torch path is always deterministic).
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
@@ -50,9 +56,62 @@ def code_statistics(
         TypeError: values that are not floating point, indices or groups that are not int64.
         RuntimeError: the backend cannot run here.
     """
-    require("code_statistics", backend)
     _check(values, indices, groups)
-    values = values.detach()
+    require("code_statistics", backend, values)
+    args = values.detach(), indices, num_codes, groups, 1 if groups is None else num_groups
+    if through_operator(backend, values):
+        counts, sums = _code_statistics(*args, deterministic)
+    else:
+        counts, sums = _code_statistics_torch(*args)
+    return (counts.squeeze(0) if groups is None else counts), sums
+
+
+@torch.library.custom_op("mmvq::code_statistics", mutates_args=())
+def _code_statistics(
+    values: Tensor,
+    indices: Tensor,
+    num_codes: int,
+    groups: Tensor | None,
+    num_groups: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    return _code_statistics_torch(values, indices, num_codes, groups, num_groups)
+
+
+@_code_statistics.register_kernel("cuda")
+def _(
+    values: Tensor,
+    indices: Tensor,
+    num_codes: int,
+    groups: Tensor | None,
+    num_groups: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    if not runs_triton(values):
+        return _code_statistics_torch(values, indices, num_codes, groups, num_groups)
+    from mmvq_kernels.gpu.statistics import accumulate
+
+    args = values, indices, num_codes, groups, num_groups
+    return accumulate(*args, deterministic=deterministic)
+
+
+@_code_statistics.register_fake
+def _(
+    values: Tensor,
+    indices: Tensor,
+    num_codes: int,
+    groups: Tensor | None,
+    num_groups: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    counts = values.new_empty((num_groups, num_codes), dtype=dtype)
+    return counts, values.new_empty((num_codes, values.shape[1]), dtype=dtype)
+
+
+def _code_statistics_torch(
+    values: Tensor, indices: Tensor, num_codes: int, groups: Tensor | None, num_groups: int
+) -> tuple[Tensor, Tensor]:
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     left_out = indices < 0
     rows = torch.where(left_out, num_codes, indices)  # the last bin is thrown away
@@ -60,8 +119,7 @@ def code_statistics(
     bins = rows if groups is None else groups * (num_codes + 1) + rows
     ones = values.new_ones(values.shape[0], 1)
     counts = _add_rows(ones, bins, num_groups * (num_codes + 1))
-    counts = counts.view(num_groups, num_codes + 1)[:, :num_codes]
-    return (counts[0] if groups is None else counts), sums
+    return counts.view(num_groups, num_codes + 1)[:, :num_codes].contiguous(), sums
 
 
 def _add_rows(values: Tensor, bins: Tensor, num_bins: int) -> Tensor:

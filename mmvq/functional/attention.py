@@ -29,16 +29,19 @@ def cross_attend(z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str, Te
     moving average carry no gradient, learned projections would never train, so there are none. The
     released code uses `aligned_partner` instead.
     """
-    total, present = torch.zeros_like(z), torch.zeros_like(z[..., :1])
-    for name, other in others.items():
+    if not others:
+        return z.clone()
+    seen = torch.stack([masks[name].any(1) for name in others]).to(z.dtype)  # [|O|, B]
+    present = seen.sum(0)  # [B]
+    shares = (seen / present.clamp(min=1))[..., None, None]  # [|O|, B, 1, 1]
+    r = z * (present == 0)[:, None, None]
+    for (name, other), share in zip(others.items(), shares, strict=True):
         valid = masks[name]  # [B, S]
         logits = z @ other.mT / z.shape[-1] ** 0.5  # [B, T, S]
         lowest = torch.finfo(logits.dtype).min
         weights = logits.masked_fill(~valid[:, None], lowest).softmax(-1)
-        seen = valid.any(1)[:, None, None].to(z.dtype)  # [B, 1, 1]
-        total = total + seen * (weights @ torch.where(valid[..., None], other, 0))
-        present = present + seen
-    return torch.where(present > 0, total / present.clamp(min=1), z)
+        r = torch.baddbmm(r, share * weights, torch.where(valid[..., None], other, 0))
+    return r
 
 
 def cross_attend_ref(

@@ -87,11 +87,12 @@ def _distance(
 ) -> Tensor:
     z, e = features[a], codes[b].detach()
     dtype = torch.promote_types(torch.promote_types(z.dtype, e.dtype), torch.float32)
-    difference = z.to(dtype) - e.to(dtype)
+    z, e = z.to(dtype), e.to(dtype)
     count: Tensor | int = z.shape[:-1].numel()
     if masks is not None:
         valid = masks[a] & masks[b]
-        difference = torch.where(valid[..., None], difference, 0)
+        z, e = (torch.where(valid[..., None], x, 0) for x in (z, e))
         count = valid.sum()
     width = z.shape[-1] if reduction == "mean" else 1
-    return difference.square().sum() / torch.as_tensor(count * width).clamp(min=1)
+    squares = torch.nn.functional.mse_loss(z, e, reduction="sum")
+    return squares / torch.as_tensor(count * width).clamp(min=1)

@@ -9,24 +9,9 @@ import torch
 from torch import Tensor
 
 from mmvq.functional.contrastive import matched_cross_entropy
+from mmvq_kernels import code_log_probabilities
 
-
-def code_log_probabilities(x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The logarithm of `code_probabilities`, finite everywhere."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    mean = codebook.detach().mean(0).to(dtype)
-    x, codebook = x.to(dtype) - mean, codebook.to(dtype) - mean
-    valid = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask  # [B, T]
-    x = torch.where(valid[..., None], x, 0)
-    with torch.autocast(x.device.type, enabled=False):
-        product = x @ codebook.T
-    squared = x.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * product
-    distance = squared.clamp(min=torch.finfo(dtype).eps).sqrt()  # [B, T, L]; d/dx = 0 at a code
-    log_p = (-distance).log_softmax(-1)
-    some = valid.any(1)[:, None]  # [B, 1]
-    weights = torch.where(valid | ~some, 0.0, -torch.inf).to(dtype)  # [B, T]
-    log_sum = (log_p + weights[..., None]).logsumexp(1)
-    return log_sum - weights.exp().sum(1, keepdim=True).log()
+__all__ = ["code_log_probabilities", "code_matching", "code_matching_ref", "code_probabilities"]
 
 
 def code_probabilities(x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> Tensor:

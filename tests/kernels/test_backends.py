@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import mmvq_kernels as kernels
+from mmvq_kernels import backends
 
 x = torch.ones(2, 3)
 CALLS: dict[str, Callable[[kernels.Backend], object]] = {
@@ -43,7 +46,6 @@ def test_torch_can_always_run() -> None:
         (False, False, "triton is not installed (pip install 'mmvq[triton]')"),
         (False, True, "triton is not installed (pip install 'mmvq[triton]')"),
         (True, False, "torch sees no GPU"),
-        (True, True, "this version of mmvq_kernels ships the torch path only"),
     ],
 )
 @pytest.mark.parametrize("name", CALLS)
@@ -62,6 +64,42 @@ def test_why_triton_cannot_run(
     )
 
 
+def test_an_old_gpu_runs_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_is(monkeypatch, installed=True, gpu=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert kernels.reason_unavailable("triton") == "the GPU's compute capability is below 8.0"
+    assert kernels.available_backends() == ("torch",)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_triton_takes_tensors_of_the_gpu_only(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    triton_is(monkeypatch, installed=True, gpu=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert kernels.available_backends() == ("triton", "torch")
+    with pytest.raises(RuntimeError, match="cannot run because a tensor is on the cpu"):
+        CALLS[name]("triton")
+
+
+def test_auto_says_once_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_gpu = Mock(device=torch.device("cuda"), dtype=torch.float32)
+    double = Mock(device=torch.device("cuda"), dtype=torch.float64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for gpu, said in ((True, "auto: Triton kernels"), (False, "torch path, as torch sees no GPU")):
+        triton_is(monkeypatch, installed=True, gpu=gpu)
+        backends._gpu_runs_triton.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, "mmvq_kernels"):
+            assert not backends.runs_triton(x)
+            assert not backends.runs_triton(double)
+            assert caplog.messages == []
+            assert [backends.runs_triton(on_gpu) for _ in range(3)] == [gpu] * 3
+        (record,) = caplog.messages
+        assert said in record
+    backends._gpu_runs_triton.cache_clear()
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_auto_and_torch_are_the_same_here(name: str) -> None:
     def run(backend: kernels.Backend) -> list[Tensor]:
@@ -74,9 +112,11 @@ def test_auto_and_torch_are_the_same_here(name: str) -> None:
 
 def test_the_kernels_never_import_mmvq() -> None:
     code = (
-        "import sys, mmvq_kernels, pkgutil, importlib\n"
+        "import sys, mmvq_kernels, pkgutil, importlib, importlib.util\n"
+        "assert 'triton' not in sys.modules\n"
         "for part in pkgutil.walk_packages(mmvq_kernels.__path__, 'mmvq_kernels.'):\n"
-        "    importlib.import_module(part.name)\n"
+        "    if '.gpu' not in part.name or importlib.util.find_spec('triton'):\n"
+        "        importlib.import_module(part.name)\n"
         "assert not [name for name in sys.modules if name.split('.')[0] == 'mmvq']\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +15,21 @@ from torch import Tensor
 from mmvq_kernels import nearest_code
 from mmvq_kernels.nearest import nearest_code_ref
 
+ROOT = Path(__file__).parents[2]
 SIZES = [(1, 1, 1), (63, 1, 8), (2, 7, 1), (97, 101, 13), (257, 400, 32), (0, 5, 3), (5, 2, 257)]
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
 def distances(x: Tensor, codebook: Tensor) -> Tensor:
     return (x.double()[:, None] - codebook.double()).square().sum(-1)
+
+
+def integers(dtype: torch.dtype, half: int) -> tuple[Tensor, Tensor]:
+    """Codes of mean 0 and vectors: small integers, so that scores are exact and many are equal."""
+    generator = torch.Generator().manual_seed(half)
+    codes = torch.randint(-4, 5, (half, 6), generator=generator).to(dtype)
+    x = torch.randint(-9, 10, (77, 6), generator=generator).to(dtype)
+    return torch.cat([codes, -codes]), x
 
 
 def lowest_nearest(x: Tensor, codebook: Tensor) -> Tensor:
@@ -120,16 +132,59 @@ def test_a_codebook_far_from_the_origin(dtype: torch.dtype, offset: float) -> No
 def test_blocks_of_any_size(
     dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small integers around mean 0 make every score exact, whatever the order of the sums."""
-    codebook = torch.randint(-4, 5, (32, 6)).to(dtype)
-    codebook = torch.cat([codebook, -codebook])  # 64 rows of mean 0
-    x = torch.randint(-9, 10, (77, 6)).to(dtype)
-    expected = lowest_nearest(x, codebook)
+    codebook, x = integers(dtype, 32)
     monkeypatch.setattr("mmvq_kernels.nearest._BLOCK_BYTES", block_bytes)
-    indices = nearest_code(x, codebook)
-    d = distances(x, codebook)
-    assert torch.equal(d.gather(1, indices[:, None]), d.gather(1, expected[:, None]))
+    assert torch.equal(nearest_code(x, codebook), lowest_nearest(x, codebook))
     assert nearest_code(x[:0], codebook).shape == (0,)
+
+
+@FLOATS
+@pytest.mark.parametrize("half", [8, 15, 16, 17, 40, 100])
+@pytest.mark.parametrize("tile", [16, 48, 1024])
+@pytest.mark.parametrize("onednn", [False, True])
+def test_ties_across_groups_and_tiles_go_to_the_lowest_index(
+    dtype: torch.dtype, half: int, tile: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codebook, x = integers(dtype, half)
+    if onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr("mmvq_kernels.nearest._TILE", tile)
+    monkeypatch.setattr("mmvq_kernels.nearest._ONEDNN", onednn)
+    assert torch.equal(nearest_code(x, codebook), lowest_nearest(x, codebook))
+    ties = distances(x, codebook)
+    assert half < 32 or ((ties == ties.amin(1, keepdim=True)).sum(1) > 1).any()
+
+
+@FLOATS
+@pytest.mark.parametrize("place", [3, 20, 40])
+def test_a_row_that_overflows_in_one_tile_gets_0(
+    dtype: torch.dtype, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmvq_kernels.nearest._TILE", 16)
+    codebook = uniform(48, 2, dtype=dtype)
+    codebook[0] = torch.tensor([-100.0, 0.0])
+    codebook[place] = torch.tensor([100.0, 0.0])
+    x = uniform(9, 2, dtype=dtype, seed=1)
+    good = nearest_code(x, codebook)
+    assert (good > 0).all()
+    x[4] = torch.tensor([torch.finfo(dtype).max / 4, 0.0])  # -inf for one code, finite for many
+    good[4] = 0
+    assert torch.equal(nearest_code(x, codebook), good)
+
+
+def test_memory_does_not_grow_with_rows_times_codes() -> None:
+    """4,096 x 65,536 scores are 1 GiB in float32, the largest tensors here 4 MiB."""
+    code = (
+        "import resource, torch\n"
+        "from mmvq_kernels import nearest_code\n"
+        "x, codebook = torch.rand(4096, 16), torch.rand(65536, 16)\n"
+        "nearest_code(x[:9], codebook[:9])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "nearest_code(x, codebook)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], timeout=120, cwd=ROOT)
+    assert int(out) < 100 * 1024  # KiB
 
 
 @FLOATS
@@ -149,3 +204,13 @@ def test_inputs_stay_as_they_are_and_no_graph_is_built() -> None:
     assert not nearest_code(x, codebook).requires_grad
     assert torch.equal(x, before[0])
     assert torch.equal(codebook, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("L", [5, 7, 23])
+def test_ties_on_a_lattice_go_to_the_lowest_index(dtype: torch.dtype, L: int) -> None:
+    """Codes with integer, vectors with half-integer coordinates: many distances are equal."""
+    generator = torch.Generator().manual_seed(L)
+    codebook = torch.randint(-3, 4, (L, 2), generator=generator).to(dtype)
+    x = torch.randint(-8, 9, (2000, 2), generator=generator).to(dtype) / 2
+    assert torch.equal(nearest_code(x, codebook), nearest_code_ref(x, codebook))

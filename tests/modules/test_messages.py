@@ -462,6 +462,20 @@ MODULES = [
 
 KERNELS = [
     Case(
+        lambda: kernels.code_log_probabilities(z, codes[:, :3]),
+        ValueError,
+        "code_log_probabilities: x [B, T, D] and codebook [L, D] must share their last dimension",
+        "x: float32[2, 5, 4]   codebook: float32[8, 3]",
+        "give every clip a time axis and project it to the codebook's width",
+    ),
+    Case(
+        lambda: kernels.code_log_probabilities(z, codes, torch.ones(2, 4, dtype=torch.bool)),
+        ValueError,
+        "code_log_probabilities: mask must be bool [B, T]",
+        "x: float32[2, 5, 4]   mask: bool[2, 4]",
+        "give every segment one entry, True where it is valid",
+    ),
+    Case(
         lambda: kernels.nearest_code(codes.long(), codes),
         TypeError,
         "nearest_code: x and codebook must be floating point",

@@ -32,6 +32,7 @@ PUBLIC = [
 KERNELS = [
     "Backend",
     "available_backends",
+    "code_log_probabilities",
     "code_statistics",
     "ema_update_",
     "nearest_code",
@@ -147,7 +148,7 @@ SIGNATURES: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     mmvq_kernels.code_statistics: (
         {"values": REQUIRED, "indices": REQUIRED, "num_codes": REQUIRED},
-        {"groups": None, "num_groups": 1, "backend": "auto"},
+        {"groups": None, "num_groups": 1, "deterministic": True, "backend": "auto"},
     ),
     mmvq_kernels.ema_update_: (
         {

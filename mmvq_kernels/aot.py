@@ -1,0 +1,336 @@
+"""Compile every kernel for GPUs that are not here, and read what came out.
+
+    python -m mmvq_kernels.aot [--table | --report] [--only NAME] [--jobs 2]
+
+A kernel that compiles may still spill its registers, ask for more shared memory than there is, or
+consist of a lone trap. `audit` records the launches of `WORKLOADS` on fake CUDA tensors, so that
+what is compiled is what would be launched, and compiles each for the GPUs of `TARGETS`;
+`violations` lists what is wrong with the outcome. Needs triton, no GPU, and a process in which
+TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class Target(NamedTuple):
+    """A GPU: what triton calls it, and what one multiprocessor of it holds."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int  # bytes a block may have
+    registers: int  # 32-bit registers of a multiprocessor
+    warps: int  # resident at most
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 << 10, 65536, 64),
+    "sm_90": Target("cuda", 90, 32, 227 << 10, 65536, 64),
+    "sm_100": Target("cuda", 100, 32, 227 << 10, 65536, 64),
+    "gfx942": Target("hip", "gfx942", 64, 64 << 10, 4 * 512 * 64, 32),
+}
+_MATRIX = {  # target, precision -> the instruction that must do the products
+    "sm_80": {"tf32x3": r"mma\.sync\S*tf32", "tf32": r"mma\.sync\S*tf32", "bf16": r"mma\S*bf16"},
+    "sm_90": {"tf32x3": r"wgmma\S*tf32", "tf32": r"wgmma\S*tf32", "bf16": r"wgmma\S*bf16"},
+    "sm_100": {
+        "tf32x3": r"tcgen05\.mma\S*tf32",
+        "tf32": r"tcgen05\.mma\S*tf32",
+        "bf16": r"tcgen05\.mma\S*f16",
+    },
+    "gfx942": {
+        "ieee": r"v_mfma_f32_\w+x\d_?f32",
+        "tf32": r"v_mfma\w*xf32",
+        "bf16": r"v_mfma\w*bf16",
+    },
+}
+_WIDE = {  # 16 bytes for each thread at once, from or to global memory
+    "cuda": r"(ld|st)\.global\S*\.v(4\.[bfu]32|2\.[bu]64|8\.)|cp\.async\.cg\.\S+ .* 0x10",
+    "hip": r"(global|buffer)_(load|store)_dwordx4",
+}
+_ATOMIC = {"cuda": r"\b(?:red|atom)\.\S+", "hip": r"\b(?:global|buffer|flat)_atomic_\w+"}
+_ORDERLESS = r"(min\.s64|smin_x2)"  # integer minima: the order of arrival does not show
+
+
+class Launch(NamedTuple):
+    """One recorded launch."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a kernel became on a target."""
+
+    kernel: str
+    target: str
+    precision: str  # of its matrix products, "" without any
+    atomics_allowed: bool
+    aligned: bool  # all sizes divide by 16, so that wide access must appear
+    registers: int
+    spills: int  # bytes of stack, or spilled registers
+    shared: int
+    warps: int
+    warps_resident: int  # for each multiprocessor
+    matrix: bool
+    wide: bool
+    trap: bool
+    atomics: tuple[str, ...]
+
+
+def record(work: Callable[[], object]) -> list[Launch]:
+    """The launches that `work` makes on fake tensors; nothing runs."""
+    from mmvq_kernels.gpu import launching
+
+    launches: list[Launch] = []
+    original = launching.launch
+    launching.launch = lambda kernel, grid, *args, **options: (
+        launches.append(Launch(kernel, grid, args, options)) if 0 not in grid else None
+    )
+    try:
+        with FakeTensorMode():
+            work()
+    finally:
+        launching.launch = original
+    return launches
+
+
+def _fake(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def _search(N: int, L: int, D: int, dtype: torch.dtype, fast: bool) -> None:
+    from mmvq_kernels.gpu.nearest import search
+
+    search(_fake(N, D, dtype=dtype), _fake(L, D), fast=fast)
+
+
+def _statistics(N: int, L: int, D: int, dtype: torch.dtype, deterministic: bool = True) -> None:
+    from mmvq_kernels.gpu.statistics import accumulate
+
+    indices, groups = _fake(N, dtype=torch.int64), _fake(N, dtype=torch.int64)
+    accumulate(_fake(N, D, dtype=dtype), indices, L, groups, 2, deterministic=deterministic)
+
+
+def _ema(L: int, D: int, reset: bool) -> None:
+    from mmvq_kernels.gpu.ema import update_
+
+    dead = _fake(L, dtype=torch.bool) if reset else None
+    replacement = _fake(L, D) if reset else None
+    state = _fake(L, D), _fake(L, D), _fake(L)
+    update_(*state, _fake(L, D), _fake(L), 0.99, 1e-5, dead, replacement)
+
+
+def _distribution(B: int, T: int, L: int, D: int) -> None:
+    from mmvq_kernels.gpu.distribution import backward, forward
+
+    x, codebook, used = _fake(B, T, D), _fake(L, D), _fake(B, T, dtype=torch.bool)
+    log_p, normalizers = forward(x, codebook, used)
+    backward(_fake(B, L), x, codebook, used, log_p, normalizers, True)
+
+
+_F, _B = torch.float32, torch.bfloat16
+WORKLOADS: dict[str, Callable[[], object]] = {
+    "nearest": lambda: _search(65536, 1024, 256, _F, False),
+    "nearest, few rows": lambda: _search(1600, 400, 256, _F, False),
+    "nearest, D 8": lambda: _search(65536, 1024, 8, _F, False),
+    "nearest, odd sizes": lambda: _search(1601, 401, 257, _F, False),
+    "nearest, bf16": lambda: _search(65536, 1024, 256, _B, False),
+    "nearest, fast": lambda: _search(65536, 1024, 256, _F, True),
+    "nearest, fast bf16": lambda: _search(65536, 1024, 256, _B, True),
+    "statistics": lambda: _statistics(65536, 1024, 256, _F),
+    "statistics, odd sizes": lambda: _statistics(1601, 401, 257, _F),
+    "statistics, bf16": lambda: _statistics(65536, 1024, 256, _B),
+    "statistics, atomics": lambda: _statistics(65536, 1024, 256, _F, False),
+    "ema": lambda: _ema(1024, 256, False),
+    "ema, reset": lambda: _ema(1024, 256, True),
+    "ema, odd sizes": lambda: _ema(401, 257, True),
+    "distribution": lambda: _distribution(80, 10, 1024, 256),
+    "distribution, odd sizes": lambda: _distribution(17, 11, 401, 257),
+}
+
+
+def compile_launch(launch: Launch, target: Target) -> Any:
+    """What the runtime would compile for these arguments: triton's compiled kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mmvq_kernels.gpu.launching import fit
+
+    kernel, _, args, _ = launch
+    options = fit(launch.options, amd=target.backend == "hip")
+    names = {torch.float32: "*fp32", _B: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+    names |= {torch.uint8: "*u8", torch.int32: "*i32"}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for i, name in enumerate(kernel.arg_names):
+        value = args[i] if i < len(args) else options.pop(name)
+        if i >= len(args) or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = names[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    where = GPUTarget(target.backend, target.arch, target.warp)
+    return triton.compile(source, target=where, options=options)
+
+
+def examine(launch: Launch, target_name: str) -> Outcome:
+    """Compile a launch for a target and read the machine code."""
+    from mmvq_kernels.gpu.launching import fit
+
+    target = TARGETS[target_name]
+    options = fit(launch.options, amd=target.backend == "hip")
+    compiled = compile_launch(launch, target)
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    if target.backend == "cuda":
+        text = compiled.asm["ptx"]
+        usage, code = _disassemble(compiled.asm["cubin"])
+        registers = int(re.findall(r"REG:(\d+)", usage)[0])
+        spills = int(re.findall(r"STACK:(\d+)", usage)[0]) + len(re.findall(r"\b(LDL|STL)\b", code))
+        by_registers = target.registers // (_in_eights(registers) * target.warp * warps)
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
+        spills = sum(
+            map(
+                int, re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
+            )
+        )
+        by_registers = 4 * min(8, 512 // _in_eights(registers)) // warps
+    blocks = min(by_registers, target.warps // warps, target.shared // shared if shared else 32)
+    precision = options.get("PRECISION", "")
+    return Outcome(
+        kernel=launch.kernel.__name__,
+        target=target_name,
+        precision=precision,
+        atomics_allowed=bool(options.get("SPLIT") or "atomic" in launch.kernel.__name__),
+        aligned=all(x % 16 == 0 for x in launch.args if type(x) is int and x > 8),
+        registers=registers,
+        spills=spills,
+        shared=shared,
+        warps=warps,
+        warps_resident=blocks * warps,
+        matrix=bool(precision and re.search(_MATRIX[target_name][precision], text)),
+        wide=re.search(_WIDE[target.backend], text) is not None,
+        trap=re.search(r"^\s*(s_)?trap\b", text, re.MULTILINE) is not None,
+        atomics=tuple(sorted(set(re.findall(_ATOMIC[target.backend], text)))),
+    )
+
+
+def _in_eights(registers: int) -> int:
+    """Registers are handed out in eights."""
+    return -(-registers // 8) * 8
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    import triton.backends.nvidia
+
+    tools = Path(triton.backends.nvidia.__path__[0]) / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [tools / tool, flag, file.name], capture_output=True, text=True, check=True
+            )
+            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    return usage.stdout, code.stdout
+
+
+def violations(outcome: Outcome) -> list[str]:
+    """What is wrong with a compiled kernel; empty when nothing is."""
+    o, target = outcome, TARGETS[outcome.target]
+    stray = [
+        a
+        for a in o.atomics
+        if not (o.atomics_allowed and (re.search(_ORDERLESS, a) or "atomic_" in o.kernel))
+    ]
+    wrong = {
+        f"spills {o.spills}": o.spills > 0,
+        f"{o.shared} bytes of shared memory": o.shared > target.shared,
+        f"{o.warps_resident} warps on a multiprocessor": o.warps_resident < 8,
+        f"no {o.precision} matrix instruction": o.precision and not o.matrix,
+        "no 16-byte access": o.aligned and not o.wide,
+        "a trap": o.trap,
+        f"atomics {stray}": stray,
+    }
+    return [text for text, is_wrong in wrong.items() if is_wrong]
+
+
+def audit(jobs: int = 2, only: str = "") -> dict[str, Outcome]:
+    """Every distinct kernel of every workload on every target, by `workload/kernel/target`."""
+    tasks = [(name, target) for target in TARGETS for name in WORKLOADS if name.startswith(only)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        parts = list(pool.map(_audit_workload, *zip(*tasks, strict=True)))
+    return {key: outcome for part in parts for key, outcome in part.items()}
+
+
+def _audit_workload(name: str, target: str) -> dict[str, Outcome]:
+    torch.set_num_threads(1)
+    return {
+        f"{name}/{launch.kernel.__name__}/{target}": examine(launch, target)
+        for launch in record(WORKLOADS[name])
+    }
+
+
+def table(outcomes: dict[str, Outcome]) -> dict[str, dict[str, list[int]]]:
+    """Triton's version -> workload/kernel/target -> registers for a thread, bytes shared."""
+    import triton
+
+    return {triton.__version__: {key: [o.registers, o.shared] for key, o in outcomes.items()}}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the audit; the exit status is 1 when a kernel violates a rule."""
+    parser = argparse.ArgumentParser(prog="python -m mmvq_kernels.aot", description=__doc__)
+    parser.add_argument("--table", action="store_true", help="registers and shared memory, as JSON")
+    parser.add_argument("--report", action="store_true", help="a static roofline; compiles nothing")
+    parser.add_argument("--only", default="", help="workloads whose names start so")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    options = parser.parse_args(argv)
+    if options.report:
+        from mmvq_kernels.roofline import report
+
+        print(report())
+        return 0
+    outcomes = audit(options.jobs, options.only)
+    if options.table:
+        print(json.dumps(table(outcomes), indent=1))
+    else:
+        for key, o in outcomes.items():
+            print(f"{key}: {o.registers} registers, {o.shared} B shared, {o.warps_resident} warps")
+    broken = {key: v for key, outcome in outcomes.items() if (v := violations(outcome))}
+    for key, wrong in broken.items():
+        print(f"{key}: {', '.join(wrong)}", file=sys.stderr)
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

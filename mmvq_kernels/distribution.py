@@ -1,0 +1,245 @@
+"""How likely a clip is to use each code, the distribution under L_cmcm.
+
+The Triton kernels are in `mmvq_kernels/gpu/distribution.py`, which only a GPU imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmvq_kernels.backends import Backend, require, runs_triton
+from mmvq_kernels.messages import message
+
+_BLOCK_BYTES = 1 << 22  # of distances held at a time, of one clip at least
+
+
+def code_log_probabilities_ref(x: Tensor, codebook: Tensor) -> Tensor:
+    """`ln mean_t softmax_l(-|x_t - e_l|)` in float64, every difference written out."""
+    distance: Tensor = (x.double()[:, :, None] - codebook.double()).norm(dim=-1)  # [B, T, L]
+    p: Tensor = (-distance).softmax(-1).mean(1)
+    return p.log()
+
+
+def code_log_probabilities(
+    x: Tensor, codebook: Tensor, mask: Tensor | None = None, *, backend: Backend = "auto"
+) -> Tensor:
+    r"""The logarithm of how likely a clip is to use each code, finite everywhere.
+
+    $$\ln P(l) = \ln \frac{1}{T} \sum_t \mathrm{softmax}_l(-\lVert x_t - e_l \rVert_2)$$
+
+    Differentiable (once) in x and the codebook; where x equals a code, the gradient of that
+    distance is 0. No `[B, T, L]` tensor is made, neither forward nor backward.
+
+    Args:
+        x: features of B clips, `[B, T, D]`, any float dtype.
+        codebook: codes, `[L, D]`.
+        mask: bool `[B, T]`, True = valid; the mean is over valid segments, and what lies under a
+            False is not read. A clip without a valid segment is one of zeros.
+        backend: `"auto"`, `"torch"` or `"triton"`.
+
+    Returns:
+        `[B, L]`, in at least float32.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        RuntimeError: the backend cannot run here.
+    """
+    _check(x, codebook, mask)
+    require("code_log_probabilities", backend, x, codebook)
+    valid = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask  # [B, T]
+    x = torch.where(valid[..., None], x, 0)
+    used = valid | ~valid.any(1, keepdim=True)
+    if backend == "torch" or x.device.type != "cuda" or torch.float64 in (x.dtype, codebook.dtype):
+        log_p: Tensor = _LogProbabilities.apply(x, codebook, used)  # type: ignore[no-untyped-call]
+        return log_p
+    log_p = _code_log_probabilities(x, codebook, used)[0]
+    return log_p
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """The torch path, a few clips at a time; backward computes their distances anew."""
+
+    @staticmethod
+    def forward(x: Tensor, codebook: Tensor, used: Tensor) -> Tensor:
+        return _log_probabilities_torch(x, codebook, used)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        of_codes: bool = ctx.needs_input_grad[1]
+        x, codebook, used, log_p = ctx.saved_tensors
+        of_x, of_codebook = _backward_torch(grad, x, codebook, used, log_p, of_codes)
+        return of_x, of_codebook if of_codes else None, None
+
+
+def _log_probabilities_torch(x: Tensor, codebook: Tensor, used: Tensor) -> Tensor:
+    x, codes = _centre(x, codebook)
+    weights = torch.where(used, 0.0, -torch.inf).to(x.dtype)  # [B, T]
+    log_p = x.new_empty(x.shape[0], codes.shape[0])
+    for clips in _blocks(x, codes):
+        distance = _squares(x[clips], codes).clamp_(min=_least(x)).sqrt_()  # [b, T, L]
+        log_p_t = distance.neg_().log_softmax(-1).add_(weights[clips, :, None])
+        log_p[clips] = log_p_t.logsumexp(1)
+    return log_p.sub_(weights.exp().sum(1, keepdim=True).log())
+
+
+def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    mean = codebook.detach().mean(0).to(dtype)
+    return x.to(dtype) - mean, codebook.to(dtype) - mean
+
+
+def _squares(x: Tensor, codes: Tensor) -> Tensor:
+    """`|x - e|^2` up to rounding, and so sometimes below 0: `[B, T, D]` -> `[B, T, L]`."""
+    with torch.autocast(x.device.type, enabled=False):
+        product = x @ codes.T
+    norms = x.square().sum(-1, keepdim=True), codes.square().sum(-1)
+    return product.mul_(-2).add_(norms[0]).add_(norms[1])
+
+
+def _least(x: Tensor) -> float:
+    """Squares below it are a vector on a code: no gradient."""
+    return torch.finfo(x.dtype).eps
+
+
+def _blocks(x: Tensor, codes: Tensor) -> Iterator[slice]:
+    room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32)
+    clips = max(1, room // max(1, x.shape[1] * codes.shape[0] * x.element_size()))
+    for start in range(0, x.shape[0], clips):
+        yield slice(start, start + clips)
+
+
+@torch.library.custom_op("mmvq::code_log_probabilities", mutates_args=())
+def _code_log_probabilities(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    return _log_probabilities_torch(x, codebook, used), x.new_zeros(
+        x.shape[:2], dtype=torch.float32
+    )
+
+
+@_code_log_probabilities.register_kernel("cuda")
+def _(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    if not runs_triton(x, codebook):
+        return _log_probabilities_torch(x, codebook, used), x.new_zeros(
+            x.shape[:2], dtype=torch.float32
+        )
+    from mmvq_kernels.gpu.distribution import forward
+
+    return forward(x, codebook, used)
+
+
+@_code_log_probabilities.register_fake
+def _(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    log_p = x.new_empty((x.shape[0], codebook.shape[0]), dtype=dtype)
+    return log_p, x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("mmvq::code_log_probabilities_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    used: Tensor,
+    log_p: Tensor,
+    normalizers: Tensor,
+    of_codes: bool,
+) -> tuple[Tensor, Tensor]:
+    return _backward_torch(grad, x, codebook, used, log_p, of_codes)
+
+
+@_backward.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    used: Tensor,
+    log_p: Tensor,
+    normalizers: Tensor,
+    of_codes: bool,
+) -> tuple[Tensor, Tensor]:
+    if not runs_triton(x, codebook):
+        return _backward_torch(grad, x, codebook, used, log_p, of_codes)
+    from mmvq_kernels.gpu.distribution import backward
+
+    of_x, of_codebook = backward(grad, x, codebook, used, log_p, normalizers, of_codes)
+    return of_x.to(x.dtype), of_codebook.to(codebook.dtype)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    used: Tensor,
+    log_p: Tensor,
+    normalizers: Tensor,
+    of_codes: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), codebook.new_empty(codebook.shape if of_codes else 0)
+
+
+def _backward_torch(
+    grad: Tensor, x: Tensor, codebook: Tensor, used: Tensor, log_p: Tensor, of_codes: bool
+) -> tuple[Tensor, Tensor]:
+    x_dtype, (x, codes) = x.dtype, _centre(x, codebook)
+    shift = used.sum(1, keepdim=True).to(x.dtype).log()[..., None] + log_p[:, None]  # [B, 1, L]
+    of_x, of_codebook = torch.empty_like(x), torch.zeros_like(codes[: len(codes) * of_codes])
+    for clips in _blocks(x, codes):
+        squares = _squares(x[clips], codes)
+        distance = squares.clamp(min=_least(x)).sqrt_()
+        log_p_t = (-distance).log_softmax(-1)  # [b, T, L]
+        pull = (log_p_t - shift[clips]).exp_().mul_(grad[clips, None])
+        pull = pull.masked_fill_(~used[clips, :, None], 0)
+        q = log_p_t.exp_().mul_(pull.sum(-1, keepdim=True)).sub_(pull).div_(distance)
+        q = q.masked_fill_(squares < _least(x), 0)
+        of_x[clips] = x[clips] * q.sum(-1, keepdim=True) - q @ codes
+        if of_codes:
+            q = q.flatten(0, 1)
+            of_codebook.addcmul_(codes, q.sum(0)[:, None]).sub_(q.T @ x[clips].flatten(0, 1))
+    return of_x.to(x_dtype), of_codebook.to(codebook.dtype) if of_codes else codebook.new_empty(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    of_codes: bool = ctx.needs_input_grad[1]
+    of_x, of_codebook = _backward(grad, *ctx.saved_tensors, of_codes)
+    return of_x, of_codebook if of_codes else None, None
+
+
+_code_log_probabilities.register_autograd(_differentiate, setup_context=_setup)
+
+
+def _check(x: Tensor, codebook: Tensor, mask: Tensor | None) -> None:
+    if x.ndim != 3 or codebook.ndim != 2 or x.shape[2] != codebook.shape[1]:
+        raise ValueError(
+            message(
+                "code_log_probabilities",
+                "x [B, T, D] and codebook [L, D] must share their last dimension",
+                hint="give every clip a time axis and project it to the codebook's width",
+                x=x,
+                codebook=codebook,
+            )
+        )
+    if mask is not None and mask.shape != x.shape[:2]:
+        raise ValueError(
+            message(
+                "code_log_probabilities",
+                "mask must be bool [B, T]",
+                hint="give every segment one entry, True where it is valid",
+                x=x,
+                mask=mask,
+            )
+        )

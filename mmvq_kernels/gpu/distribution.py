@@ -1,0 +1,289 @@
+r"""How likely a clip is to use each code, forward and backward, without a `[B T, L]` tensor.
+
+With $d_{tl} = \lVert x_t - e_l \rVert$, $z_t = \ln \sum_l e^{-d_{tl}}$ and a clip of n segments,
+$\ln P_l = \ln \sum_t e^{-d_{tl} - z_t} - \ln n$. Forward: `normalizer_kernel` leaves z,
+`clip_kernel` averages over the segments of a clip. Backward, with $g = \partial L / \partial \ln P$
+and $w_{tl} = e^{-d_{tl} - z_t - \ln n - \ln P_l}$, everything but z and P made anew:
+
+$$\frac{\partial L}{\partial d_{tl}} = e^{-d_{tl} - z_t} a_t - g_l w_{tl}, \qquad
+  a_t = \sum_l g_l w_{tl}$$
+
+`pull_kernel` makes a, `gradient_kernel` the gradient of the vectors or, with the roles exchanged,
+that of the codes. Few vectors leave a GPU idle, so the sums over codes are split over programs and
+the parts added in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mmvq_kernels.gpu import launching
+from mmvq_kernels.gpu.launching import cdiv
+
+_SMALLEST = torch.finfo(torch.float32).eps  # of a squared distance; its gradient is 0 below
+_MOST_PARTS = 8
+
+
+@triton.jit
+def _squares(
+    still, moving, still_norms, moving_norms, i, j, NI, NJ, D,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Squared distances `[BLOCK_I, BLOCK_J]` between rows i of `still` and rows j of `moving`."""
+    products = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    for column in tl.range(0, D, BLOCK_D):
+        columns = column + tl.arange(0, BLOCK_D)
+        a = tl.load(
+            still + i.to(tl.int64)[:, None] * D + columns[None, :],
+            mask=(i < NI)[:, None] & (columns < D)[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            moving + j.to(tl.int64)[None, :] * D + columns[:, None],
+            mask=(j < NJ)[None, :] & (columns < D)[:, None],
+            other=0.0,
+        )
+        products = tl.dot(a, b, products, input_precision=PRECISION)
+    a_norms = tl.load(still_norms + i, mask=i < NI, other=0.0)[:, None]
+    b_norms = tl.load(moving_norms + j, mask=j < NJ, other=0.0)[None, :]
+    return a_norms + b_norms - 2 * products
+
+
+@triton.jit
+def normalizer_kernel(
+    x, codes, x_norms, code_norms,
+    out,  # fp32 [parts, N]: ln sum_l exp(-d) over a part of the codes
+    N, L, D, share, SMALLEST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Per program, BLOCK_I vectors against `share` codes."""
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    first = tl.program_id(1) * share
+    top = tl.full([BLOCK_I], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_I], tl.float32)
+    for start in tl.range(first, tl.minimum(first + share, L), BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        s = _squares(
+            x, codes, x_norms, code_norms, i, j, N, L, D, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
+        )
+        logits = tl.where((j < L)[None, :], -tl.sqrt(tl.maximum(s, SMALLEST)), -float("inf"))
+        higher = tl.maximum(top, tl.max(logits, axis=1))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
+        top = higher
+    tl.store(out + tl.program_id(1) * N + i, top + tl.log(total), mask=i < N)
+
+
+@triton.jit
+def clip_kernel(
+    codes, x, code_norms, x_norms,
+    normalizers,  # fp32 [N]
+    used,  # uint8 [N]: whether a segment counts
+    log_lengths,  # fp32 [B]: ln n
+    out,  # fp32 [B, L]: ln P
+    T, N, L, D, SMALLEST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Per program, BLOCK_I codes and one clip."""
+    clip = tl.program_id(1)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    top = tl.full([BLOCK_I], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_I], tl.float32)
+    for start in tl.range(0, T, BLOCK_J):
+        t = start + tl.arange(0, BLOCK_J)
+        j = tl.where(t < T, clip * T + t, N)
+        s = _squares(
+            codes, x, code_norms, x_norms, i, j, L, N, D, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
+        )
+        z = tl.load(normalizers + j, mask=j < N, other=0.0)
+        counts = tl.load(used + j, mask=j < N, other=0) != 0
+        v = -tl.sqrt(tl.maximum(s, SMALLEST)) - z[None, :]
+        v = tl.where(counts[None, :], v, -float("inf"))
+        higher = tl.maximum(top, tl.max(v, axis=1))
+        base = tl.where(higher == -float("inf"), 0.0, higher)  # no segment has counted yet
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(v - base[:, None]), axis=1)
+        top = higher
+    log_p = top + tl.log(total) - tl.load(log_lengths + clip)
+    tl.store(out + clip.to(tl.int64) * L + i, log_p, mask=i < L)
+
+
+@triton.jit
+def _pulls(row, code, d, normalizers, used, log_lengths, log_p, grad, T, N, L):
+    """`p` and `g w` of vectors `row` and codes `code`, two index arrays that broadcast."""
+    inside = (row < N) & (code < L)
+    clip = row // T
+    cells = clip.to(tl.int64) * L + code
+    z = tl.load(normalizers + row, mask=row < N, other=0.0)
+    log_n = tl.load(log_lengths + clip, mask=row < N, other=0.0)
+    counts = (tl.load(used + row, mask=row < N, other=0) != 0) & inside
+    p = tl.where(inside, tl.exp(-d - z), 0.0)
+    w = tl.exp(-d - z - log_n - tl.load(log_p + cells, mask=inside, other=0.0))
+    return p, tl.where(counts, tl.load(grad + cells, mask=inside, other=0.0) * w, 0.0)
+
+
+@triton.jit
+def pull_kernel(
+    x, codes, x_norms, code_norms, normalizers, used, log_lengths, log_p,
+    grad,  # fp32 [B, L]
+    out,  # fp32 [parts, N]: sum_l g w over a part of the codes
+    T, N, L, D, share, SMALLEST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Per program, BLOCK_I vectors against `share` codes."""
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    first = tl.program_id(1) * share
+    total = tl.zeros([BLOCK_I], tl.float32)
+    for start in tl.range(first, tl.minimum(first + share, L), BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        s = _squares(
+            x, codes, x_norms, code_norms, i, j, N, L, D, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
+        )
+        d = tl.sqrt(tl.maximum(s, SMALLEST))
+        _, gw = _pulls(
+            i[:, None], j[None, :], d, normalizers, used, log_lengths, log_p, grad, T, N, L
+        )
+        total += tl.sum(gw, axis=1)
+    tl.store(out + tl.program_id(1) * N + i, total, mask=i < N)
+
+
+@triton.jit
+def gradient_kernel(
+    still,  # [NI, D]: what the gradient is of
+    moving,  # [NJ, D]
+    still_norms, moving_norms, normalizers, used, log_lengths, log_p, grad,
+    pulls,  # fp32 [N]: a
+    out,  # fp32 [parts, NI, D]
+    T, N, L, NI, NJ, D, share, SMALLEST: tl.constexpr, OF_CODES: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Per program, BLOCK_OUT columns of the gradient of BLOCK_I rows, over `share` others."""
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    columns = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    first = tl.program_id(2) * share
+    weights = tl.zeros([BLOCK_I], tl.float32)
+    total = tl.zeros([BLOCK_I, BLOCK_OUT], tl.float32)
+    for start in tl.range(first, tl.minimum(first + share, NJ), BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        s = _squares(
+            still, moving, still_norms, moving_norms, i, j, NI, NJ, D,
+            BLOCK_I, BLOCK_J, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        d = tl.sqrt(tl.maximum(s, SMALLEST))
+        row = j[None, :] if OF_CODES else i[:, None]
+        code = i[:, None] if OF_CODES else j[None, :]
+        p, gw = _pulls(row, code, d, normalizers, used, log_lengths, log_p, grad, T, N, L)
+        a = tl.load(pulls + row, mask=row < N, other=0.0)
+        q = tl.where(s >= SMALLEST, (p * a - gw) / d, 0.0)  # twice dL / d(d^2)
+        others = tl.load(
+            moving + j.to(tl.int64)[:, None] * D + columns[None, :],
+            mask=(j < NJ)[:, None] & (columns < D)[None, :],
+            other=0.0,
+        )
+        weights += tl.sum(q, axis=1)
+        total = tl.dot(q, others, total, input_precision=PRECISION)
+    cells = i.to(tl.int64)[:, None] * D + columns[None, :]
+    inside = (i < NI)[:, None] & (columns < D)[None, :]
+    own = tl.load(still + cells, mask=inside, other=0.0)
+    part = tl.program_id(2).to(tl.int64) * NI * D
+    tl.store(out + part + cells, own * weights[:, None] - total, mask=inside)
+
+
+def forward(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """`ln P` fp32 `[B, L]` and the normalizers z fp32 `[B, T]`.
+
+    Args:
+        x: `[B, T, D]`, finite where not used.
+        codebook: `[L, D]`.
+        used: bool `[B, T]`, True for at least one segment of every clip.
+    """
+    (B, T, _), L = x.shape, codebook.shape[0]
+    rows, codes, norms, code_norms = _centre(x, codebook)
+    (N, D), flags, lengths = rows.shape, *_lengths(used)
+    tiles = _tiles(D)
+    parts, share = _split(rows, cdiv(N, 64), L)
+    partial = norms.new_empty(parts, N)
+    args: tuple[Any, ...] = (rows, codes, norms, code_norms, partial, N, L, D, share)
+    launching.launch(normalizer_kernel, (cdiv(N, 64), parts), *args, BLOCK_J=64, **tiles)
+    normalizers = partial.logsumexp(0)
+    log_p = norms.new_empty(B, L)
+    args = (codes, rows, code_norms, norms, normalizers, flags, lengths, log_p, T, N, L, D)
+    launching.launch(clip_kernel, (cdiv(L, 64), B), *args, BLOCK_J=16, **tiles)
+    return log_p, normalizers.view(B, T)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    used: Tensor,
+    log_p: Tensor,
+    normalizers: Tensor,
+    of_codes: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x fp32 `[B, T, D]` and, if `of_codes`, of the codebook fp32 `[L, D]`."""
+    (B, T, width), L = x.shape, codebook.shape[0]
+    rows, codes, norms, code_norms = _centre(x, codebook)
+    (N, D), flags, lengths = rows.shape, *_lengths(used)
+    tiles = _tiles(D)
+    known = (normalizers.contiguous(), flags, lengths, log_p.contiguous(), grad.contiguous())
+    parts, share = _split(rows, cdiv(N, 64), L)
+    partial = norms.new_empty(parts, N)
+    args: tuple[Any, ...] = (rows, codes, norms, code_norms, *known, partial, T, N, L, D, share)
+    launching.launch(pull_kernel, (cdiv(N, 64), parts), *args, BLOCK_J=32, **tiles)
+    pulls = partial.sum(0)
+
+    block_out = min(64, triton.next_power_of_2(D))
+    columns = cdiv(D, block_out)
+
+    def gradient(still: Tensor, moving: Tensor, a: Tensor, b: Tensor, codes_move: bool) -> Tensor:
+        NI, NJ = still.shape[0], moving.shape[0]
+        parts, share = _split(rows, cdiv(NI, 64) * columns, NJ)
+        out = norms.new_empty(parts, NI, D)
+        grid = (cdiv(NI, 64), columns, parts)
+        args = (still, moving, a, b, *known, pulls, out, T, N, L, NI, NJ, D, share)
+        sizes = {"BLOCK_J": 16, "BLOCK_OUT": block_out, "OF_CODES": not codes_move}
+        launching.launch(gradient_kernel, grid, *args, **(tiles | sizes | {"num_stages": 3}))
+        return out.sum(0).narrow(1, 0, width)
+
+    of_x = gradient(rows, codes, norms, code_norms, True).unflatten(0, (B, T))
+    if not of_codes:
+        return of_x, of_x.new_empty(0)
+    return of_x, gradient(codes, rows, code_norms, norms, False)
+
+
+def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Vectors `[N, D]` and codes about the mean code, D a multiple of 16, and squared norms."""
+    codebook = codebook.float()
+    mean = codebook.mean(0)
+    padding = (0, -x.shape[-1] % 16)
+    rows = pad((x.float() - mean).flatten(0, 1), padding)
+    codes = pad(codebook - mean, padding)
+    return rows, codes, rows.square().sum(1), codes.square().sum(1)
+
+
+def _lengths(used: Tensor) -> tuple[Tensor, Tensor]:
+    return used.contiguous().view(torch.uint8), used.sum(1).float().log()
+
+
+def _tiles(D: int) -> dict[str, Any]:
+    return {
+        "SMALLEST": _SMALLEST,
+        "BLOCK_I": 64,
+        "BLOCK_D": 16 if D == 16 else 32,
+        "PRECISION": "tf32x3",
+        "num_warps": 8,
+        "num_stages": 2,
+    }
+
+
+def _split(like: Tensor, programs: int, others: int) -> tuple[int, int]:
+    """In how many parts to cut `others` rows so that every processor has work; rows in each."""
+    wanted = cdiv(2 * launching.processors(like), max(programs, 1))
+    share = cdiv(cdiv(others, 64), min(wanted, _MOST_PARTS)) * 64
+    return cdiv(others, share), share

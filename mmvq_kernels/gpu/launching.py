@@ -1,0 +1,52 @@
+"""The one way a kernel of ours is launched, so that launches can be counted, recorded, audited."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ASSUMED_PROCESSORS = 132  # where there is no GPU to ask (compile audit, interpreter): an H100's
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Tensor | float | None, **options: Any
+) -> None:
+    """Run `kernel[grid](*args, **options)` on the device of the first tensor.
+
+    An empty grid launches nothing.
+    """
+    if 0 in grid:
+        return
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    with torch.cuda.device_of(first):
+        kernel[grid](*args, **fit(options, amd=torch.version.hip is not None))
+
+
+def fit(options: dict[str, Any], *, amd: bool) -> dict[str, Any]:
+    """The options for a vendor.
+
+    AMD's 64 KB of shared memory hold two stages, and its matrix instructions multiply float32 as it
+    is, so that nothing has to be split in three.
+    """
+    fitted = dict(options)
+    if not amd:
+        return fitted
+    if "num_stages" in fitted:
+        fitted["num_stages"] = min(fitted["num_stages"], 2)
+    if fitted.get("PRECISION") == "tf32x3":
+        fitted["PRECISION"] = "ieee"
+    return fitted
+
+
+def processors(like: Tensor) -> int:
+    """Multiprocessors of the device that holds `like`."""
+    if like.device.type != "cuda" or not torch.cuda.is_available():
+        return _ASSUMED_PROCESSORS
+    return torch.cuda.get_device_properties(like.device).multi_processor_count
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b`, rounded up."""
+    return -(-a // b)

@@ -1,0 +1,110 @@
+"""The code distribution and its gradient against the torch path in float64.
+
+FORWARD: a squared distance sums D squares twice and D tf32x3 products (three runs, six roundings),
+of centred entries below 2: off by (8 D + 18) roundings of 4 D, halved and divided by the smallest
+distance for the distance itself; ln P moves by at most twice that, plus a rounding for each of the
+steps to it. BACKWARD: tf32x3 has up to seven roundings where float32 has one, so at most seven
+times the error of the torch path in float32, and one rounding of the largest gradient.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import bools, close, rounding, uniform
+from torch import Tensor
+
+from mmvq_kernels.distribution import (
+    _backward_torch,
+    _log_probabilities_torch,
+    code_log_probabilities_ref,
+)
+from mmvq_kernels.gpu import launching
+from mmvq_kernels.gpu.distribution import backward, forward
+
+# one of all, D past a tile, T past a tile, L past a block, blocks that span clips
+SIZES = [(1, 1, 1, 1), (3, 10, 40, 8), (2, 19, 70, 13), (13, 5, 101, 33)]
+FLOAT, DOUBLE = torch.float32, torch.float64
+PROCESSORS = pytest.mark.parametrize("processors", [1, 132])  # whole, and in parts
+
+
+def draw(B: int, T: int, L: int, D: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    used = bools(B, T, share=0.6)
+    used[:, T // 2] = True
+    x = uniform(B, T, D, dtype=torch.float32)
+    return x.to(device), uniform(L, D, dtype=torch.float32, seed=1).to(device), used.to(device)
+
+
+def in_torch(grad: Tensor, x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = _log_probabilities_torch(x, codebook, used)
+    return _backward_torch(grad, x, codebook, used, log_p, True)
+
+
+@pytest.mark.parametrize(("B", "T", "L", "D"), SIZES)
+@PROCESSORS
+def test_forward(
+    B: int, T: int, L: int, D: int, processors: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "processors", lambda like: processors)
+    x, codebook, used = draw(B, T, L, D, device)
+    log_p, normalizers = forward(x, codebook, used)
+    assert log_p.shape == (B, L)
+    assert normalizers.shape == (B, T)
+    nearest = torch.cdist(x.double().flatten(0, 1), codebook.double()).min().item()
+    exact = _log_probabilities_torch(x.double(), codebook.double(), used)
+    off = rounding(torch.float32, 8 * D + 18, 4 * D) / 2 / nearest
+    close(log_p.cpu(), exact.cpu(), 2 * off + rounding(torch.float32, 24, exact.abs().max().item()))
+    everything, _ = forward(x, codebook, torch.ones_like(used))
+    exact = code_log_probabilities_ref(x, codebook)
+    close(
+        everything.cpu(),
+        exact.cpu(),
+        2 * off + rounding(torch.float32, 24, exact.abs().max().item()),
+    )
+
+
+@pytest.mark.parametrize(("B", "T", "L", "D"), SIZES[1:])
+@PROCESSORS
+def test_backward(
+    B: int, T: int, L: int, D: int, processors: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "processors", lambda like: processors)
+    x, codebook, used = draw(B, T, L, D, device)
+    grad = uniform(B, L, dtype=torch.float32, seed=2).to(device)
+    mine = backward(grad, x, codebook, used, *forward(x, codebook, used), True)
+    single, exact = (in_torch(grad.to(t), x.to(t), codebook.to(t), used) for t in (FLOAT, DOUBLE))
+    for found, torchs, wanted in zip(mine, single, exact, strict=True):
+        assert found.shape == wanted.shape
+        error = (torchs - wanted).abs().max().item()
+        largest = rounding(torch.float32, 1, wanted.abs().max().item())
+        close(found.cpu(), wanted.cpu(), 7 * error + largest)
+    assert (mine[0][~used] == 0).all()
+    alone, nothing = backward(grad, x, codebook, used, *forward(x, codebook, used), False)
+    assert torch.equal(alone, mine[0])
+    assert nothing.numel() == 0
+
+
+def test_finite_where_a_vector_equals_a_code(device: str) -> None:
+    x, codebook, used = draw(2, 3, 20, 8, device)
+    x[0, 0], x[1, 2] = codebook[3], codebook[4]
+    log_p, normalizers = forward(x, codebook, used)
+    grad = uniform(2, 20, dtype=torch.float32, seed=2).to(device)
+    for out in (log_p, *backward(grad, x, codebook, used, log_p, normalizers, True)):
+        assert out.isfinite().all()
+
+
+def test_far_codes_have_finite_logarithms(device: str) -> None:
+    x, codebook, used = draw(2, 3, 20, 8, device)
+    codebook[5] = 1000  # e^-2800 is 0 in float32
+    log_p, _ = forward(x, codebook, used)
+    assert log_p.isfinite().all()
+    assert log_p[:, 5].max() < -2000
+
+
+def test_same_bits_for_repetition(device: str) -> None:
+    x, codebook, used = draw(3, 10, 40, 8, device)
+    grad = uniform(3, 40, dtype=torch.float32, seed=2).to(device)
+    runs = [forward(x, codebook, used) for _ in range(2)]
+    runs = [(*out, *backward(grad, x, codebook, used, *out, True)) for out in runs]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)

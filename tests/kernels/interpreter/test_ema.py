@@ -1,0 +1,104 @@
+"""The kernels of the moving average against the torch path in float64.
+
+ATOL: counts of at least 0.5 and sums below 10 give codes below 20; a dozen roundings, and D or L
+more where a sum over codes is involved, bound the error.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import close, rounding, strided, uniform
+from torch import Tensor
+
+from mmvq_kernels import ema_update_
+from mmvq_kernels.gpu.ema import update_
+
+CASES = [(L, D, 0.9, 1e-3) for L, D in [(1, 1), (9, 4), (101, 13), (7, 257)]]
+CASES += [(9, 4, 0.99, 1e-5), (9, 4, 0.0, 0.1), (9, 4, 1.0, 0.0)]
+CASES += [(4100, 1, 0.9, 1e-3)]  # more than one block of codes
+State = tuple[Tensor, Tensor, Tensor]
+
+
+def state(L: int, D: int, device: str) -> State:
+    counts = (uniform(L, seed=1).abs() * 5 + 0.5).float()
+    sums = 10 * uniform(L, D, dtype=torch.float32)
+    return (sums / counts[:, None]).to(device), sums.to(device), counts.to(device)
+
+
+def batch(L: int, D: int, device: str) -> tuple[Tensor, Tensor]:
+    counts = torch.arange(L).remainder(7).float()
+    sums = uniform(L, D, dtype=torch.float32, seed=3) * counts[:, None]
+    return sums.to(device), counts.to(device)
+
+
+def reset(L: int, D: int, device: str) -> tuple[Tensor, Tensor]:
+    dead = (torch.arange(L) % 3 == 0) & (torch.arange(L) > 0)
+    replacement = torch.where(dead[:, None], uniform(L, D, dtype=torch.float32, seed=5), torch.nan)
+    return dead.to(device), replacement.to(device)
+
+
+@pytest.mark.parametrize(("L", "D", "decay", "eps"), CASES)
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_equals_the_torch_path_in_float64(
+    L: int, D: int, with_reset: bool, decay: float, eps: float, device: str
+) -> None:
+    mine = state(L, D, device)
+    wanted = tuple(x.double() for x in mine)
+    dead, replacement = reset(L, D, device) if with_reset else (None, None)
+    update_(*mine, *batch(L, D, device), decay, eps, dead, replacement)
+    kwargs = {"decay": decay, "eps": eps, "backend": "torch"}
+    sums, counts = (x.double() for x in batch(L, D, device))
+    ema_update_(*wanted, sums, counts, **kwargs, dead=dead, replacement=replacement)
+    atol = rounding(torch.float32, 12 + L.bit_length(), 20)
+    for name, a, b in zip(("codes", "sums", "counts"), mine, wanted, strict=True):
+        finite = b.isfinite()
+        assert torch.equal(a.isfinite(), finite), name
+        scale = max(1.0, b[finite].abs().max().item() / 20)
+        close(a[finite].cpu(), b[finite].cpu(), atol * scale)
+
+
+def test_a_reset_code_is_its_replacement_and_the_others_do_not_move(device: str) -> None:
+    L, D = 40, 5
+    dead, replacement = reset(L, D, device)
+    plain, after = state(L, D, device), state(L, D, device)
+    update_(*plain, *batch(L, D, device), 0.9, 1e-3, None, None)
+    update_(*after, *batch(L, D, device), 0.9, 1e-3, dead, replacement)
+    for mine, other in zip(after, plain, strict=True):
+        assert torch.equal(mine[~dead], other[~dead])
+    close(after[0][dead].cpu(), replacement[dead].cpu(), rounding(torch.float32, 3, 1))
+    mass = plain[2][dead].double().mean().item()
+    assert ((after[2][dead] - mass).abs() < rounding(torch.float32, 12, 20)).all()
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_a_batch_without_a_vector_changes_no_bit(with_reset: bool, device: str) -> None:
+    L, D = 40, 5
+    after = state(L, D, device)
+    nothing = torch.zeros(L, D, device=device), torch.zeros(L, device=device)
+    dead, replacement = reset(L, D, device) if with_reset else (None, None)
+    update_(*after, *nothing, 0.9, 1e-5, dead, replacement)
+    for mine, before in zip(after, state(L, D, device), strict=True):
+        assert torch.equal(mine, before)
+
+
+def test_nobody_dead_is_the_plain_step(device: str) -> None:
+    L, D = 40, 5
+    plain, none = state(L, D, device), state(L, D, device)
+    update_(*plain, *batch(L, D, device), 0.9, 1e-5, None, None)
+    dead = torch.zeros(L, dtype=torch.bool, device=device)
+    nan = torch.full((L, D), torch.nan, device=device)  # read where dead, and nowhere else
+    update_(*none, *batch(L, D, device), 0.9, 1e-5, dead, nan)
+    for mine, other in zip(none, plain, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_strided_state_and_other_dtypes(device: str) -> None:
+    L, D = 40, 5
+    plain, gaps = state(L, D, device), state(L, D, device)
+    sums, counts = batch(L, D, device)
+    update_(*plain, sums, counts, 0.9, 1e-5, None, None)
+    codes, own_sums = strided(gaps[0]), strided(gaps[1])
+    update_(codes, own_sums, gaps[2], strided(sums.double()), counts.long(), 0.9, 1e-5, None, None)
+    for mine, other in zip((codes, own_sums, gaps[2]), plain, strict=True):
+        assert torch.equal(mine, other)

@@ -1,0 +1,200 @@
+"""The search kernel against the float64 reference.
+
+SLACK: tf32x3 keeps a product to 6 float32 roundings (2^-22 of each factor, and the product of the
+two small parts is dropped); a score is a sum of D of them, each at most 2 (entries below 1, centred
+codes below 2), added in three runs: off by (3 D + 9) roundings of 2 D. The squared distance is
+twice the score, and two scores compete. tf32 and bf16 round each factor to 2^-11 and 2^-8 instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import rounding, strided, uniform
+from torch import Tensor
+
+from mmvq_kernels.gpu import launching
+from mmvq_kernels.gpu.nearest import centre, search
+from mmvq_kernels.nearest import nearest_code_ref
+
+# one row, one code, D below, at and past a tile, primes, blocks that end inside a tile
+SIZES = [(1, 1, 1), (63, 1, 8), (2, 7, 1), (97, 101, 13), (257, 400, 32), (0, 5, 3), (5, 2, 257)]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+PROCESSORS = pytest.mark.parametrize("processors", [1, 132])  # blocks of 128 rows; codes split
+
+
+def set_processors(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(launching, "processors", lambda like: number)
+
+
+def distances(x: Tensor, codebook: Tensor) -> Tensor:
+    return (x.double()[:, None] - codebook.double()).square().sum(-1)
+
+
+def check_near(indices: Tensor, x: Tensor, codebook: Tensor, slack: float) -> None:
+    N, L = len(x), len(codebook)
+    assert indices.shape == (N,)
+    assert indices.dtype == torch.long
+    if N == 0:
+        return
+    d = distances(x, codebook)
+    assert (d.gather(1, indices[:, None])[:, 0] <= d.amin(1) + slack).all()
+    if L > 1:
+        two = d.topk(2, largest=False).values
+        clear = two[:, 1] - two[:, 0] > slack
+        assert torch.equal(indices[clear], nearest_code_ref(x, codebook)[clear])
+
+
+@pytest.mark.parametrize(("N", "L", "D"), SIZES)
+@DTYPES
+@pytest.mark.parametrize("code_dtype", [torch.bfloat16, torch.float32], ids=str)
+@PROCESSORS
+def test_as_near_as_rounding_allows(
+    N: int,
+    L: int,
+    D: int,
+    dtype: torch.dtype,
+    code_dtype: torch.dtype,
+    processors: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_processors(monkeypatch, processors)
+    x = uniform(N, D, dtype=dtype).to(device)
+    codebook = uniform(L, D, dtype=code_dtype, seed=1).to(device)
+    check_near(search(x, codebook), x, codebook, 4 * rounding(torch.float32, 3 * D + 9, 2 * D))
+
+
+@pytest.mark.parametrize(("N", "L", "D"), [(97, 101, 13), (65, 70, 64)])
+@DTYPES
+def test_fast_is_as_near_as_its_products_allow(
+    N: int, L: int, D: int, dtype: torch.dtype, device: str
+) -> None:
+    x = uniform(N, D, dtype=dtype).to(device)
+    codebook = uniform(L, D, dtype=torch.float32, seed=1).to(device)
+    factors = 2 * (2**-8 if dtype == torch.bfloat16 else 2**-11)
+    slack = 4 * (factors * 2 * D + rounding(torch.float32, 3 * D + 9, 2 * D))
+    check_near(search(x, codebook, fast=True), x, codebook, slack)
+
+
+def test_fast_bfloat16_multiplies_bfloat16(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    launch = launching.launch
+
+    def watch(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
+        seen.append(options.get("PRECISION", ""))
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(launching, "launch", watch)
+    codebook = uniform(3, 4, dtype=torch.float32).to(device)
+    for dtype in (torch.bfloat16, torch.float32):
+        for fast in (False, True):
+            search(codebook.to(dtype), codebook, fast=fast)
+    assert [p for p in seen if p] == ["tf32x3", "bf16", "tf32x3", "tf32"]
+
+
+@PROCESSORS
+@pytest.mark.parametrize("L", [2, 31, 257, 400])
+def test_exact_duplicates_give_the_lowest_index(
+    L: int, processors: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_processors(monkeypatch, processors)
+    generator = torch.Generator().manual_seed(L)
+    distinct = max(1, L // 2)
+    source = torch.randint(distinct, (L,), generator=generator)  # which row each code repeats
+    rows = uniform(distinct, 5, dtype=torch.float32)
+    rows[:, 0] += 4 * torch.randperm(distinct, generator=generator)
+    first = (source[:, None] == source).int().argmax(1)
+    codebook = rows[source]
+    near = codebook + 1e-2 * uniform(L, 5, dtype=torch.float32, seed=2)
+    for x in (codebook, near):
+        assert torch.equal(search(x.to(device), codebook.to(device)).cpu(), first)
+
+
+@PROCESSORS
+def test_ties_between_different_codes_give_the_lowest_index(
+    processors: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of small integers around mean 0: every score is exact, so that ties are ties."""
+    set_processors(monkeypatch, processors)
+    half = torch.randint(-4, 5, (150, 3), generator=torch.Generator().manual_seed(0)).float()
+    codebook = torch.cat([half, -half])
+    x = torch.randint(-9, 10, (200, 3), generator=torch.Generator().manual_seed(1)).float()
+    d = distances(x, codebook)
+    expected = (d == d.amin(1, keepdim=True)).int().argmax(1)
+    assert ((d == d.amin(1, keepdim=True)).sum(1) > 1).sum() > 50
+    assert torch.equal(search(x.to(device), codebook.to(device)).cpu(), expected)
+
+
+def test_zero_and_minus_zero_are_one_value(device: str) -> None:
+    codebook = torch.tensor([[9.0, 9.0], [0.0, 1.0], [-0.0, 1.0], [1.0, 0.0]], device=device)
+    x = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [1.0, -0.0]], device=device)
+    assert search(x, codebook).tolist() == [1, 1, 3]
+
+
+@PROCESSORS
+@pytest.mark.parametrize("fast", [False, True])
+def test_rows_that_are_not_finite_get_0_and_disturb_nobody(
+    processors: int, fast: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_processors(monkeypatch, processors)
+    x = uniform(140, 4, dtype=torch.float32)
+    codebook = uniform(70, 4, dtype=torch.float32, seed=1)
+    codebook[0] = 50  # nobody's nearest
+    codebook[8] = codebook[3]  # a duplicate: its score is infinite by design
+    x, codebook = x.to(device), codebook.to(device)
+    good = search(x, codebook, fast=fast)
+    assert (good > 0).all()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for column in (0, 3):
+            spoilt = x.clone()
+            spoilt[[2, 139], column] = value
+            out = search(spoilt, codebook, fast=fast)
+            assert out[[2, 139]].tolist() == [0, 0]
+            keep = torch.ones(140, dtype=torch.bool)
+            keep[[2, 139]] = False
+            assert torch.equal(out[keep], good[keep])
+    overflow = torch.full((1, 4), torch.finfo(torch.float32).max, device=device)
+    assert search(overflow, codebook, fast=fast).tolist() == [0]
+    codebook[5, 1] = torch.nan
+    assert (search(x, codebook, fast=fast) == 0).all()
+
+
+def test_a_codebook_far_from_the_origin(device: str) -> None:
+    offset = 1e3
+    codebook = (uniform(50, 16, seed=1) + offset).float().to(device)
+    x = (uniform(100, 16) + offset).float().to(device)
+    # x and the mean are rounded to eps * offset; 3 D + 9 roundings over D products of 2 * offset
+    slack = 4 * rounding(torch.float32, 3 * 16 + 9, 2 * 16 * offset)
+    d = distances(x, codebook)
+    check_near(search(x, codebook), x, codebook, slack)
+    assert slack < d.mean() * 4
+
+
+@DTYPES
+def test_same_bits_for_strides_and_any_split(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = uniform(130, 16, dtype=dtype).to(device)
+    codebook = uniform(700, 16, dtype=dtype, seed=1).to(device)
+    expected = search(x, codebook)
+    assert torch.equal(search(strided(x), strided(codebook)), expected)
+    for processors in (1, 3):
+        set_processors(monkeypatch, processors)
+        assert torch.equal(search(x, codebook), expected)
+
+
+def test_centred_codes_and_half_norms(device: str) -> None:
+    codebook = uniform(37, 48, dtype=torch.float32).to(device) + 3
+    codebook[20] = codebook[4]
+    codes, half_norm = centre(codebook)
+    mean = codebook.mean(0)
+    assert torch.equal(codes, codebook - mean)
+    exact = codes.double().square().sum(1) / 2 + codes.double() @ mean.double()
+    keep = torch.arange(37) != 20
+    # D products of at most 2 * 4 each, two roundings in each and D additions
+    bound = rounding(torch.float32, 48 + 2, 48 * 8)
+    assert ((half_norm - exact)[keep].abs() < bound).all()
+    assert half_norm[20] == torch.inf
