@@ -100,7 +100,7 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
     block = codebook.new_ones(max(1, min(N, room // min(L, _TILE))), D + 1)
     best = codebook.new_full((N,), torch.inf)
     indices = torch.zeros_like(best, dtype=torch.long)
-    mean, repeated = centre(codebook), repeats_an_earlier_row(codebook)
+    mean, repeated = rounded_mean(codebook), repeats_an_earlier_row(codebook)
     for start in range(0, L, _TILE):
         tile = slice(start, start + _TILE)
         codes = _scorers(codebook[tile], mean, repeated[tile])  # [C, D + 1]
@@ -113,7 +113,7 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.where(best.isfinite(), indices, 0)
 
 
-def centre(codebook: Tensor) -> Tensor:
+def rounded_mean(codebook: Tensor) -> Tensor:
     """The mean of the codes, rounded to a sixteenth of their spread: `[D]`.
 
     The step is a power of two, so that codes on a lattice stay on one, and equal scores equal.
