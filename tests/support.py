@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -42,3 +47,18 @@ def close(actual: Tensor, expected: Tensor | float | list[float], atol: float) -
     """Within `atol`, nothing relative, whatever the two dtypes are."""
     wanted = torch.as_tensor(expected, dtype=torch.float64).detach()
     torch.testing.assert_close(actual.detach().double(), wanted, atol=atol, rtol=0)
+
+
+def peak_growth(setup: str, call: str) -> int:
+    """MiB by which `call` raises the peak memory of a process that has run `setup`."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    code = (
+        "import re, torch, mmvq, mmvq_kernels\n"
+        "def peak():  # ru_maxrss would hold the parent's\n"
+        "    return int(re.findall(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[0])\n"
+        f"{setup}\nbefore = peak()\n{call}\nprint(peak() - before)\n"
+    )
+    root = Path(__file__).parents[1]
+    out = subprocess.check_output([sys.executable, "-c", code], timeout=120, cwd=root)
+    return int(out) // 1024

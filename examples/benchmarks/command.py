@@ -1,0 +1,118 @@
+"""The command line: what to run, with how many threads, and where the figures go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mmvq
+
+from . import losses, memory, peers, search, step
+
+PARTS = ("search", "step", "losses", "memory")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the parts, print their tables, write the JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.benchmarks", description="Speed and memory beside the peers."
+    )
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}, gpu; all but gpu")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--largest", type=int, default=1 << 35, help="skip search points of more multiplications"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="of the tables; cpu is fair for one thread on a machine that others use",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args(arguments)
+    parts = options.parts or list(PARTS)
+    if unknown := set(parts) - {*PARTS, "gpu"}:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}")
+    for name in peers.missing():
+        print(f"{name} is left out: not installed (pip install 'mmvq[bench]')")
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "mmvq": mmvq.__version__,
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "clock of the tables": options.clock,
+        "runs": [],
+    }
+    try:
+        for threads in options.threads:
+            peers.use_threads(threads)
+            for part in parts:
+                results["runs"].append(_run(part, threads, options))
+    except search.DisagreementError as error:
+        sys.exit(f"no speed is shown, as the results disagree: {error}")
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
+    quick, clock = options.quick, options.clock
+    found: dict[str, Any] = {"part": part, "threads": threads}
+    if part == "gpu" and not torch.cuda.is_available():
+        print("gpu: torch sees no GPU here; nothing was run")
+        return found
+    sizes = {"quick": quick, "repeats": options.repeats}
+    if part == "search":
+        rows = search.run(**sizes, largest=options.largest)
+        found["summary"] = search.summary(rows, clock)
+    elif part == "step":
+        rows = step.run(quick=quick, repeats=6 * options.repeats)
+    elif part == "losses":
+        rows = losses.run(**sizes)
+        found["summary"] = losses.summary(rows, clock)
+    elif part == "memory":
+        rows = memory.run(quick=quick, threads=threads)
+    else:
+        found["device"] = torch.cuda.get_device_name()
+        rows = search.run(**sizes, largest=options.largest, device="cuda")
+        found["summary"] = search.summary(rows, clock)
+        rows += step.run(quick=quick, repeats=6 * options.repeats, device="cuda")
+    print(f"\n{part}, {threads} thread{'s' * (threads > 1)}, medians in ms ({clock} clock)")
+    print(table(rows, clock))
+    for name, value in found.get("summary", {}).items():
+        print(f"{name}: {value}")
+    return {**found, "rows": rows}
+
+
+def table(rows: list[dict[str, Any]], clock: str) -> str:
+    """A Markdown table: milliseconds of mmvq, and mmvq's time over that of each peer."""
+    lines: list[list[str]] = []
+    peers_seen = dict.fromkeys(n for row in rows for n in row.get("ms", {}) if n != "mmvq")
+    keys = dict.fromkeys(k for row in rows for k in row if k not in ("ms", "repeats"))
+    timed = any("ms" in row for row in rows)
+    lines.append([*keys, *(["mmvq, ms"] * timed), *(f"over {name}" for name in peers_seen)])
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+        cells = [_cell(row.get(key, "")) for key in keys]
+        if timed:
+            ms = row["ms"]
+            cells.append(f"{ms['mmvq'][clock]:,.2f}")
+            for name in peers_seen:
+                ratio = ms["mmvq"][clock] / ms[name][clock] if name in ms else None
+                cells.append("" if ratio is None else f"{ratio:.2f}")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

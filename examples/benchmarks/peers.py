@@ -1,0 +1,67 @@
+"""The peers, from their own packages; one that is not installed is left out."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Search = Callable[[Tensor, Tensor], object]
+_FULL_BYTES = 1 << 30  # of [N, L] scores that the usual way may allocate
+_BLOCK = 512, 1024  # rows and codes in a block of the product: 2 MiB of scores
+
+
+def find(module: str) -> Any | None:
+    """The module, or None if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+def missing() -> list[str]:
+    """Names of the peers that are not installed."""
+    return [m for m in ("faiss", "sklearn", "vector_quantize_pytorch") if find(m) is None]
+
+
+def use_threads(number: int) -> None:
+    """Give torch and every peer the same number of threads."""
+    torch.set_num_threads(number)
+    if faiss := find("faiss"):
+        faiss.omp_set_num_threads(number)
+    if pools := find("threadpoolctl"):
+        pools.threadpool_limits(number)
+
+
+def product(x: Tensor, codebook: Tensor) -> None:
+    """The floor: `torch.mm` of every vector with every code, in blocks of one buffer."""
+    width = min(_BLOCK[1], codebook.shape[0])
+    rows = _BLOCK[0] * _BLOCK[1] // width
+    scores = x.new_empty(min(rows, x.shape[0]), width)
+    for codes in codebook.split(width):
+        for block in x.split(rows):
+            torch.mm(block, codes.T, out=scores[: len(block), : len(codes)])
+
+
+def searches(x: Tensor, codebook: Tensor) -> dict[str, Search]:
+    """The peers that search these tensors."""
+    found: dict[str, Search] = {}
+    on_cpu = x.device.type == "cpu"
+    if on_cpu and x.dtype == torch.float32 and (faiss := find("faiss")):
+
+        def by_faiss(x: Tensor, codebook: Tensor) -> Tensor:
+            index = faiss.IndexFlatL2(codebook.shape[1])
+            index.add(codebook.numpy())
+            return torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0])
+
+        found["faiss"] = by_faiss
+    if on_cpu and (sklearn := find("sklearn.metrics")):
+        found["scikit-learn"] = lambda x, codebook: torch.from_numpy(
+            sklearn.pairwise_distances_argmin(x.numpy(), codebook.numpy())
+        )
+    if x.shape[0] * codebook.shape[0] * x.element_size() <= _FULL_BYTES:
+        found["cdist"] = lambda x, codebook: torch.cdist(x, codebook).argmin(1)
+    return found

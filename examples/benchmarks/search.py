@@ -1,0 +1,91 @@
+"""Nearest-code search over a grid of sizes."""
+
+from __future__ import annotations
+
+from itertools import product as grid
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mmvq_kernels
+
+from . import peers
+from .timing import Call, exponents, geometric_mean, in_turns
+
+SIZES = (1_600, 16_384, 65_536), (400, 1_024, 8_192, 65_536), (8, 64, 256)  # N, L, D
+QUICK = (1_600, 4_096), (400, 1_024), (8, 64)
+FLOAT64 = {(1_600, 400, 256), (16_384, 1_024, 64), (16_384, 1_024, 8)}
+
+
+class DisagreementError(Exception):
+    """Two searches chose codes at different distances: no speed is shown."""
+
+
+def compare(x: Tensor, codebook: Tensor, chosen: dict[str, Tensor]) -> None:
+    """All chose codes equally near, up to the rounding of their scores.
+
+    Raises:
+        DisagreementError: one did not.
+    """
+    distances = {name: _distances(x, codebook, index) for name, index in chosen.items()}
+    least = torch.stack(list(distances.values())).amin(0)
+    size = x.double().square().sum(1) + codebook.double().square().sum(1).max()
+    slack = 4 * x.shape[1] ** 0.5 * torch.finfo(x.dtype).eps * size
+    for name, distance in distances.items():
+        wrong = int((distance > least + slack).sum())
+        if wrong:
+            raise DisagreementError(f"{name}: {wrong} of {len(x)} vectors got a farther code")
+
+
+def _distances(x: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
+    parts = zip(x.split(4096), index.to(x.device).split(4096), strict=True)
+    return torch.cat([(a.double() - codebook[i].double()).square().sum(1) for a, i in parts])
+
+
+def run(
+    *, quick: bool = False, repeats: int = 5, largest: int = 1 << 35, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """One row for each point of the grid of at most `largest` multiplications."""
+    rows = []
+    points = [(*p, torch.float32) for p in grid(*(QUICK if quick else SIZES))]
+    points += [(*p, torch.float64) for p in sorted(FLOAT64) if not quick and device == "cpu"]
+    for N, L, D, dtype in points:
+        if N * L * D > largest:
+            continue
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(N, D, generator=generator, dtype=dtype).to(device)
+        codebook = torch.randn(L, D, generator=generator, dtype=dtype).to(device)
+        searches = {"mmvq": mmvq_kernels.nearest_code, **peers.searches(x, codebook)}
+        compare(
+            x, codebook, {name: torch.as_tensor(f(x, codebook)) for name, f in searches.items()}
+        )
+        calls: dict[str, Call] = {
+            name: lambda f=f, x=x, e=codebook: f(x, e)  # type: ignore[misc]
+            for name, f in {**searches, "product": peers.product}.items()
+        }
+        few = min(repeats, max(2, (1 << 34) // (N * L * D)))
+        times = in_turns(calls, few)
+        name = str(dtype).removeprefix("torch.")
+        rows.append({"N": N, "L": L, "D": D, "dtype": name, "repeats": few, "ms": times})
+    return rows
+
+
+def summary(rows: list[dict[str, Any]], clock: str) -> dict[str, Any]:
+    """Geometric means of mmvq's time over each peer's, and the powers of N and L in mmvq's."""
+    ours = [row for row in rows if row["dtype"] == "float32"]
+    names = sorted({name for row in ours for name in row["ms"]} - {"mmvq"})
+    means = {}
+    for name in names:
+        both = [row["ms"] for row in ours if name in row["ms"]]
+        means[name] = round(geometric_mean([r["mmvq"][clock] / r[name][clock] for r in both]), 3)
+    powers = {}
+    for D in sorted({row["D"] for row in ours}):
+        points = [
+            {"N": row["N"], "L": row["L"], "t": row["ms"]["mmvq"][clock]}
+            for row in ours
+            if row["D"] == D
+        ]
+        if len({p["N"] for p in points}) > 1 and len({p["L"] for p in points}) > 1:
+            powers[str(D)] = exponents(points, "t", "N", "L")
+    return {"mmvq over peer, geometric mean": means, "cost grows as, for each D": powers}
