@@ -221,7 +221,7 @@ class MultiModalEMAQuantizer(nn.Module):
         self, z: Mapping[str, Tensor], valid: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The vectors that enter o, `(1 - w) z + w r`, their groups, and which are fit to enter."""
-        book = self.ema_codebook
+        book, w = self.ema_codebook, self.partner_weight
         for x in z.values():
             book.match_dtype(x.dtype)
         finite = {name: valid[name] & F.finite_rows(x) for name, x in z.items()}
@@ -233,7 +233,7 @@ class MultiModalEMAQuantizer(nn.Module):
         with torch.autocast(book.codes.device.type, enabled=False):
             for name, x in z.items():
                 others = {other: z[other] for other in z if other != name}
-                if not others or self.partner == "none" or self.partner_weight == 0:
+                if not others or self.partner == "none" or w == 0:
                     mixed[name] = x
                     continue
                 partner = self.partner if callable(self.partner) else _PARTNERS[self.partner]
@@ -248,7 +248,7 @@ class MultiModalEMAQuantizer(nn.Module):
                             r=r,
                         )
                     )
-                mixed[name] = torch.lerp(x, r.to(x), self.partner_weight)
+                mixed[name] = (1 - w) * x + w * r.to(x)  # at 1/2, the same bits from either side
         values = _flat(mixed)
         groups = torch.cat(
             [
