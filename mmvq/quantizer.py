@@ -193,10 +193,11 @@ class MultiModalEMAQuantizer(nn.Module):
             check_same_length(where, z)
         updating = self.training and not freeze
 
+        rows = _flat({name: x.detach() for name, x in z.items()})  # [N, D], of all modalities
         if updating:
-            mixed, groups, usable = self._mix_partners(z, valid)  # Sec. 4.3
+            mixed, groups, usable = self._mix_partners(rows, z, valid)  # Sec. 4.3
             book.initialize(mixed, groups, usable)
-        index = book.search(_flat(z))  # Eq. 2
+        index = book.search(rows)  # Eq. 2
         code = book.weight[index]
         if updating:
             book.accumulate(mixed, torch.where(usable, index, -1), groups)  # Eq. 7, brackets
@@ -223,22 +224,21 @@ class MultiModalEMAQuantizer(nn.Module):
 
     @torch.no_grad()
     def _mix_partners(
-        self, z: Mapping[str, Tensor], valid: Mapping[str, Tensor]
+        self, rows: Tensor, z: Mapping[str, Tensor], valid: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The vectors that enter o, `(1 - w) z + w r`, their groups, and which are fit to enter."""
         book = self.ema_codebook
-        book.match_dtype(next(iter(z.values())).dtype)
-        finite = {name: valid[name] & _finite(x) for name, x in z.items()}
-        z = {
-            name: torch.where(finite[name][..., None], x, 0).to(book.codes.dtype)
-            for name, x in z.items()
-        }
-        mixed: dict[str, Tensor] = {}
+        book.match_dtype(rows.dtype)
+        finite = torch.cat([m.flatten() for m in valid.values()]) & _finite(rows)
+        masks = _unflat(finite, z)
+        z = {name: x.to(book.codes.dtype) for name, x in z.items()}
+        if callable(self.partner):  # the others of `_PARTNERS` do not read what is masked
+            z = {name: torch.where(masks[name][..., None], x, 0) for name, x in z.items()}
+        partners: dict[str, Tensor] = {}
         with torch.autocast(book.codes.device.type, enabled=False):
             for name, x in z.items():
                 others = {other: z[other] for other in z if other != name}
-                masks = {other: finite[other] for other in others}
-                r = self._partner(x, others, masks)
+                r = self._partner(x, others, {other: masks[other] for other in others})
                 if r.shape != x.shape:
                     raise ValueError(
                         message(
@@ -249,16 +249,15 @@ class MultiModalEMAQuantizer(nn.Module):
                             r=r,
                         )
                     )
-                mixed[name] = torch.lerp(x, r.to(x), self.partner_weight)
-        values = _flat(mixed)
+                partners[name] = r.to(x)
+        values = torch.lerp(rows.to(book.codes.dtype), _flat(partners), self.partner_weight)
         groups = torch.cat(
             [
                 m.new_full((m.numel(),), self._sorted.index(name), dtype=torch.long)
-                for name, m in finite.items()
+                for name, m in masks.items()
             ]
         )
-        usable = torch.cat([m.flatten() for m in finite.values()]) & _finite(values)
-        return values, groups, usable
+        return values, groups, finite & _finite(values)
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.
