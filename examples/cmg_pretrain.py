@@ -28,6 +28,7 @@ from cmg.data import PRETRAIN, TEST, Clips, load_clips
 from cmg.errors import DataError
 from cmg.evaluation import evaluate
 from cmg.figures import plot_codes, plot_training, require_matplotlib
+from cmg.files import make_writable
 from cmg.model import PARTS, Config, UniCode
 from cmg.reference import cca_reference
 from cmg.report import code_counts, codebook_summary, table, write_metrics
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if all went well, 2 if the input cannot be used."""
     try:
         run(_parse(argv))
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"cmg_pretrain: {error}", file=sys.stderr)
         return 2
     return 0
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     device = _device(args.device)
     name, clips = _load(args.data, args.modalities)
     folder = args.output or Path("runs") / name
+    make_writable(folder)
     standardizer = Standardizer.fit(clips)
     features = as_cells(standardizer.transform(clips.features))
 
@@ -64,8 +66,12 @@ def run(args: argparse.Namespace) -> None:
     )
     model = UniCode(config).to(device)
     recipe = Recipe(epochs=args.epochs)
-    run = {"data": name, "clips": len(first), "seed": args.seed, **config.json()}
-    trainer = Trainer(model, features, clips.rows(PRETRAIN), recipe, folder, run)
+    identity = {
+        "data": f"{name} {standardizer.fingerprint():08x}",
+        "seed": args.seed,
+        **config.json(),
+    }
+    trainer = Trainer(model, features, clips.rows(PRETRAIN), recipe, folder, identity)
     history = trainer.fit(resume=args.resume)
 
     codes, indices = quantize(model, features)
@@ -172,7 +178,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--epochs", type=_positive, default=Recipe.epochs, help="default: %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and heads")
+    parser.add_argument("--seed", type=_natural, default=0, help="of weights, batches and heads")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/NAME-OF-DATA")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in --output"
@@ -186,6 +192,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; came {text}")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be 0 to 2**32 - 1; came {text}")
     return value
 
 

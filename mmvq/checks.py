@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmvq_kernels.messages import message
 
@@ -60,9 +60,18 @@ def check_choice(
 
 
 def check_modalities(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
-    """One or more names, each once."""
+    """One or more names, each once, that can be keys of an `nn.ModuleDict`."""
     names = tuple(modalities)
     strings = not isinstance(modalities, str) and all(isinstance(n, str) and n for n in names)
+    if strings and any("." in name or hasattr(nn.ModuleDict, name) for name in names):
+        raise ValueError(
+            message(
+                where,
+                "a modality's name names parameters: no dot, and no attribute of nn.ModuleDict",
+                hint='rename it, "left.arm" to "left_arm" or "type" to "kind"',
+                modalities=modalities,
+            )
+        )
     if not strings or not names or len(set(names)) != len(names):
         raise ValueError(
             message(

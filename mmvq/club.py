@@ -65,6 +65,7 @@ class CLUBEstimator(nn.Module):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(y | x): `[..., x_dim]` -> two of `[..., y_dim]`."""
+        x = x.to(next(self.parameters()).dtype)
         mu, logvar = self.p_mu(x), self.p_logvar(x)
         if self.logvar_bound is not None:
             logvar = self.logvar_bound * torch.tanh(logvar / self.logvar_bound)
@@ -81,7 +82,8 @@ class CLUBEstimator(nn.Module):
         """The bound of a batch, to be minimised by the encoders of x and y.
 
         Args:
-            x: `[B, T, x_dim]` or `[B, x_dim]`.
+            x: `[B, T, x_dim]` or `[B, x_dim]`, any float dtype (computed in that of the
+                parameters).
             y: `[B, T, y_dim]` or `[B, y_dim]`.
             mask: bool `[B, T]` or `[B]`, True = valid, as sample and as negative.
             generator: draws the permutation of `negatives="shuffled"`.

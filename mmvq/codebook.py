@@ -139,8 +139,8 @@ class EMACodebook(nn.Module):
     ) -> None:
         """Take the first codes from data, unless the codes hold data already.
 
-        The rows of all ranks take part; when there is none, nothing happens. A float64 `values`
-        makes the state float64.
+        The finite rows of all ranks take part; when there is none, nothing happens, and the next
+        batch is asked (not under `torch.compile`). A float64 `values` makes the state float64.
 
         Args:
             values: `[N, D]`.
@@ -149,22 +149,27 @@ class EMACodebook(nn.Module):
         """
         if self._ready:
             return
-        keep = torch.ones_like(values[:, 0], dtype=torch.bool) if usable is None else usable
-        if groups is not None:
-            keep = keep & self.voters[groups]
-        rows = gather_rows(values.detach()[keep], self.process_group)
+        keep = F.finite_rows(values)
+        if usable is not None:
+            keep = keep & usable
+        if groups is None:
+            groups = torch.zeros_like(keep, dtype=torch.long)
+        keep = keep & self.voters[groups]
+        self.match_dtype(values.dtype)
+        rows, keep, groups = (
+            gather_rows(x, self.process_group) for x in (values.detach(), keep, groups)
+        )
         if rows.shape[0] == 0:
             return
-        if groups is not None:  # by group, then rank: as one process with the whole batch has them
-            owner = gather_rows(groups[keep, None], self.process_group).squeeze(1)
-            rows = rows[owner.argsort(stable=True)]
-        codes = (F.kmeans if self.init == "kmeans" else F.sample_rows)(rows, self.size)
-        self.match_dtype(codes.dtype)
-        self.codes.copy_(codes)
-        self.sums.copy_(codes)
-        self.counts.fill_(1)
-        self.initialized.fill_(True)
-        self._ready = True
+        order = groups.argsort(stable=True)  # by group, then rank: as one process would have them
+        make = F.kmeans if self.init == "kmeans" else F.sample_rows
+        codes = make(rows[order].to(self.codes.dtype), self.size, keep[order])
+        some = keep.any()
+        self.codes.copy_(torch.where(some, codes, self.codes))
+        self.sums.copy_(self.codes)
+        self.initialized.logical_or_(some)
+        # A compiled graph cannot wait for the answer: there, the first batch is the one.
+        self._ready = torch.compiler.is_compiling() or bool(some)
 
     def match_dtype(self, dtype: torch.dtype) -> None:
         """Make the state float64 if `dtype` is; the state never gets narrower by itself."""
@@ -176,22 +181,28 @@ class EMACodebook(nn.Module):
         """Add rows to the step that the next `apply` will make.
 
         Args:
-            values: the vectors to average, `[N, D]`.
-            indices: int64 `[N]`, the code each goes to; -1 leaves the row out.
-            groups: int64 `[N]`, the group of each row; None: all of group 0.
+            values: the vectors to average, `[..., D]`; float64 makes the state float64. A row that
+                is not finite is left out.
+            indices: int64 `[...]`, the code each goes to; -1 leaves the row out.
+            groups: int64 `[...]`, the group of each row; None: all of group 0.
+
+        Raises:
+            ValueError: shapes that do not fit.
         """
-        if values.ndim != 2 or values.shape != (*indices.shape, self.dim):
+        if values.shape != (*indices.shape, self.dim):
             raise ValueError(
                 message(
                     "EMACodebook.accumulate",
-                    f"values must be [N, {self.dim}] and indices [N]",
-                    hint="flatten batch and time of both in the same order",
+                    f"values must be [..., {self.dim}] and indices [...]",
+                    hint="pass the indices that search(x) returned for these rows",
                     values=values,
                     indices=indices,
                 )
             )
-        if groups is None:
-            groups = torch.zeros_like(indices)
+        self.match_dtype(values.dtype)
+        groups = torch.zeros_like(indices) if groups is None else groups
+        values, indices, groups = values.flatten(0, -2), indices.flatten(), groups.flatten()
+        indices = torch.where(F.finite_rows(values), indices, -1)
         values = values.to(self.codes.dtype)
         if not self._all_vote:  # a group outside update_from is counted, but adds nothing
             values = torch.where(self.voters.index_select(0, groups)[:, None], values, 0)
@@ -208,6 +219,9 @@ class EMACodebook(nn.Module):
     @torch.no_grad()
     def apply(self, fn: Callable[[nn.Module], None] | None = None) -> EMACodebook:
         """One step of Eq. 7 with all that was accumulated, over all ranks; reset included.
+
+        It is asked for by name, so it runs in eval mode too. What was accumulated but not yet
+        applied is no part of `state_dict`: save after `apply`.
 
         Given a function, this is `nn.Module.apply(fn)`.
         """
@@ -293,14 +307,16 @@ class EMACodebook(nn.Module):
         initialized = state_dict.get(f"{prefix}initialized")
         if isinstance(initialized, Tensor):
             self._ready = bool(initialized)
+        self._pending = None  # it belongs to the state that was here before
 
 
-def update_codebooks(modules: Iterable[nn.Module]) -> None:
+def update_codebooks(modules: nn.Module | Iterable[nn.Module]) -> None:
     """Apply what every codebook inside `modules` accumulated, with one all-reduce for each group.
 
     Args:
-        modules: quantizers, codebooks, or anything that holds them.
+        modules: quantizers, codebooks, or anything that holds them; or one such module.
     """
+    modules = [modules] if isinstance(modules, nn.Module) else modules
     books = dict.fromkeys(
         book for module in modules for book in module.modules() if isinstance(book, EMACodebook)
     )

@@ -21,7 +21,7 @@ def all_reduce_(flat: Tensor, group: dist.ProcessGroup | None = None) -> None:
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The rows `[N_k, D]` of all ranks, in the order of the ranks; N_k may differ."""
+    """The rows `[N_k, ...]` of all ranks, in the order of the ranks; N_k may differ."""
     ranks = world_size(group)
     if ranks == 1:
         return rows
@@ -29,7 +29,7 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     sizes = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(sizes, mine, group=group)
     longest = max(int(size) for size in sizes)
-    padded = rows.new_zeros(longest, rows.shape[1])
+    padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: rows.shape[0]] = rows
     parts = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(parts, padded, group=group)

@@ -28,11 +28,7 @@ Tensors = Mapping[str, Tensor]
 Partner = Callable[[Tensor, Tensors, Tensors], Tensor]
 Commitment = Callable[[Tensors, Tensors, Tensors | None], Tensor]
 
-_PARTNERS: dict[str, Partner] = {
-    "attention": F.cross_attend,
-    "aligned": F.aligned_partner,
-    "none": lambda z, others, masks: z,
-}
+_PARTNERS: dict[str, Partner] = {"attention": F.cross_attend, "aligned": F.aligned_partner}
 _GRADIENTS = {"straight_through": F.straight_through, "rotation": F.rotate}
 
 
@@ -73,7 +69,8 @@ class MultiModalEMAQuantizer(nn.Module):
         eps: Laplace smoothing of N, in the division only.
         partner: `"attention"` (`functional.cross_attend`), `"aligned"` (the other modalities at the
             same segment, as in the released code), `"none"` (r = z, ordinary EMA), or a callable
-            `(z_a, others, masks) -> r` over tensors `[B, T, D]` and bool masks `[B, T]`.
+            `(z_a, others, masks) -> r` over tensors `[B, T, D]` and bool masks `[B, T]`, asked
+            where there are others.
         partner_weight: w. With no partner present r = z.
         update_from: names of the modalities whose vectors enter N and o and vote on resets (None:
             all). Every modality searches.
@@ -140,12 +137,11 @@ class MultiModalEMAQuantizer(nn.Module):
             )
         if not callable(partner):
             hint = "pick one, or pass a callable (z_a, others, masks) -> r"
-            check_choice(where, _PARTNERS, hint, partner=partner)
+            check_choice(where, (*_PARTNERS, "none"), hint, partner=partner)
         check_choice(where, _GRADIENTS, gradient=gradient)
         check_choice(where, ("auto", "manual"), update=update)
         check_number(where, 0, 1, partner_weight=partner_weight)
         self.partner, self.partner_weight = partner, partner_weight
-        self._partner = partner if callable(partner) else _PARTNERS[partner]
         self.gradient, self.update = gradient, update
         self.commitment = CrossModalCommitmentLoss() if commitment == "default" else commitment
         self.ema_codebook = EMACodebook(
@@ -193,22 +189,20 @@ class MultiModalEMAQuantizer(nn.Module):
             check_same_length(where, z)
         updating = self.training and not freeze
 
-        rows = _flat({name: x.detach() for name, x in z.items()})  # [N, D], of all modalities
         if updating:
-            mixed, groups, usable = self._mix_partners(rows, z, valid)  # Sec. 4.3
+            mixed, groups, usable = self._mix_partners(z, valid)  # Sec. 4.3
             book.initialize(mixed, groups, usable)
-        index = book.search(rows)  # Eq. 2
-        code = book.weight[index]
+        index = book.search(_flat(z))  # Eq. 2
+        codes = _unflat(book.weight[index], z)  # the snapshot
+        if self.commitment is None:
+            loss = book.weight.new_zeros(())
+        else:
+            loss = self.commitment(z, codes, None if masks is None else valid)  # Eq. 8
         if updating:
             book.accumulate(mixed, torch.where(usable, index, -1), groups)  # Eq. 7, brackets
             if self.update == "auto":
                 book.apply()  # Eq. 7
 
-        codes = _unflat(code, z)
-        if self.commitment is None:
-            loss = code.new_zeros(())
-        else:
-            loss = self.commitment(z, codes, None if masks is None else valid)  # Eq. 8
         gradient = _GRADIENTS[self.gradient]
         quantized: dict[str, Tensor] = {}
         indices: dict[str, Tensor] = {}
@@ -224,21 +218,26 @@ class MultiModalEMAQuantizer(nn.Module):
 
     @torch.no_grad()
     def _mix_partners(
-        self, rows: Tensor, z: Mapping[str, Tensor], valid: Mapping[str, Tensor]
+        self, z: Mapping[str, Tensor], valid: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The vectors that enter o, `(1 - w) z + w r`, their groups, and which are fit to enter."""
         book = self.ema_codebook
-        book.match_dtype(rows.dtype)
-        finite = torch.cat([m.flatten() for m in valid.values()]) & _finite(rows)
-        masks = _unflat(finite, z)
-        z = {name: x.to(book.codes.dtype) for name, x in z.items()}
-        if callable(self.partner):  # the others of `_PARTNERS` do not read what is masked
-            z = {name: torch.where(masks[name][..., None], x, 0) for name, x in z.items()}
-        partners: dict[str, Tensor] = {}
+        for x in z.values():
+            book.match_dtype(x.dtype)
+        finite = {name: valid[name] & F.finite_rows(x) for name, x in z.items()}
+        z = {
+            name: torch.where(finite[name][..., None], x, 0).to(book.codes.dtype)
+            for name, x in z.items()
+        }
+        mixed: dict[str, Tensor] = {}
         with torch.autocast(book.codes.device.type, enabled=False):
             for name, x in z.items():
                 others = {other: z[other] for other in z if other != name}
-                r = self._partner(x, others, {other: masks[other] for other in others})
+                if not others or self.partner == "none" or self.partner_weight == 0:
+                    mixed[name] = x
+                    continue
+                partner = self.partner if callable(self.partner) else _PARTNERS[self.partner]
+                r = partner(x, others, {other: finite[other] for other in others})
                 if r.shape != x.shape:
                     raise ValueError(
                         message(
@@ -249,15 +248,15 @@ class MultiModalEMAQuantizer(nn.Module):
                             r=r,
                         )
                     )
-                partners[name] = r.to(x)
-        values = torch.lerp(rows.to(book.codes.dtype), _flat(partners), self.partner_weight)
+                mixed[name] = torch.lerp(x, r.to(x), self.partner_weight)
+        values = _flat(mixed)
         groups = torch.cat(
             [
                 m.new_full((m.numel(),), self._sorted.index(name), dtype=torch.long)
-                for name, m in masks.items()
+                for name, m in finite.items()
             ]
         )
-        return values, groups, finite & _finite(values)
+        return values, groups, torch.cat([m.flatten() for m in finite.values()])
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.
@@ -323,11 +322,6 @@ class MultiModalEMAQuantizer(nn.Module):
             f"partner_weight={self.partner_weight}, gradient={self.gradient!r}, "
             f"update={self.update!r}"
         )
-
-
-def _finite(x: Tensor) -> Tensor:
-    """`x.isfinite().all(-1)` in an eighth of the time: both extremes keep a NaN."""
-    return x.amax(-1).isfinite() & x.amin(-1).isfinite()
 
 
 def _flat(z: Mapping[str, Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ def ema_update_(
         batch_sums: `s`, `[L, D]`, from `code_statistics`.
         batch_counts: `n`, `[L]`.
         decay: gamma in [0, 1].
-        eps: Laplace smoothing.
+        eps: Laplace smoothing. With 0, a code whose N has faded to 0 stays where it is.
         dead: bool `[L]`, the codes to replace.
         replacement: `[L, D]`, read where `dead`.
         backend: `"auto"`, `"torch"` or `"triton"`.
@@ -133,7 +133,8 @@ def _ema_update_torch(
     if dead is not None and replacement is not None:
         revived = replacement.to(sums.dtype) * smoothed[:, None]
         sums.copy_(torch.where(dead[:, None], revived, sums))
-    codes.copy_(torch.where(some, sums / smoothed[:, None], codes))
+    held = some & (smoothed > 0)[:, None]  # with eps = 0, a code may have no mass left at all
+    codes.copy_(torch.where(held, sums / smoothed[:, None], codes))
 
 
 def _check(

@@ -38,8 +38,9 @@ def nearest_code(
     """Index of the code nearest to each row: `argmin_l |x - e_l|^2` (Eq. 2).
 
     The search minimises `h_l - x . e'_l` over centred codes `e' = e - mean(e)`, with
-    `h = |e'|^2 / 2 + mean(e) . e'`: the same order as the distance, no `|x|^2`, no clamp, and exact
-    for codebooks far from the origin. Scores are made in blocks; no `[N, L]` tensor exists.
+    `h = |e'|^2 / 2 + mean(e) . e'`: the same order as the distance, no `|x|^2`, no clamp, and
+    little rounding where the codes lie close together, away from the origin. Scores are made in
+    blocks; no `[N, L]` tensor exists.
 
     Args:
         x: vectors, `[N, D]`, any float dtype. Computed in the wider of its dtype, the codebook's
@@ -99,7 +100,7 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
     block = codebook.new_ones(max(1, min(N, room // min(L, _TILE))), D + 1)
     best = codebook.new_full((N,), torch.inf)
     indices = torch.zeros_like(best, dtype=torch.long)
-    mean, repeated = codebook.mean(0), repeats_an_earlier_row(codebook)
+    mean, repeated = rounded_mean(codebook), repeats_an_earlier_row(codebook)
     for start in range(0, L, _TILE):
         tile = slice(start, start + _TILE)
         codes = _scorers(codebook[tile], mean, repeated[tile])  # [C, D + 1]
@@ -110,6 +111,17 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
             index.copy_(torch.where(score < least, start + code, index))
             least.copy_(torch.minimum(least, score))  # keeps a NaN
     return torch.where(best.isfinite(), indices, 0)
+
+
+def rounded_mean(codebook: Tensor) -> Tensor:
+    """The mean of the codes, rounded to a sixteenth of their spread: `[D]`.
+
+    The step is a power of two, so that codes on a lattice stay on one, and equal scores equal.
+    """
+    mean = codebook.mean(0)
+    spread = (codebook - mean).abs().amax()
+    step = torch.exp2(torch.floor(torch.log2(spread)) - 3)
+    return torch.where(step > 0, (mean / step).round() * step, mean)
 
 
 def _least(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     tensors, metadata = _read(path)
     try:
         return _unflatten(json.loads(metadata[_KEY]), tensors)
-    except KeyError as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path}: not a checkpoint of this example.") from error
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import DataError
 
@@ -140,6 +140,9 @@ class _Reader:
         features: dict[str, Tensor] = {}
         T = None
         for name in names:
+            if "." in name or hasattr(nn.ModuleDict, name):
+                rule = "cannot name a modality: it names parameters. Hint: rename the array"
+                raise DataError(f"{self.path}: '{name}' {rule}.")
             if name not in self.arrays or self.reserved(name):
                 offered = ", ".join(self.offered()) or "none"
                 raise DataError(f"{self.path}: no modality '{name}'. The file offers: {offered}.")
@@ -164,10 +167,16 @@ class _Reader:
         return tuple(
             name
             for name in self.arrays.files
-            if not self.reserved(name)
-            and self.read(name).dtype.kind == "f"
-            and self.read(name).ndim >= 3
+            if not self.reserved(name) and self.looks_like_features(name)
         )
+
+    def looks_like_features(self, name: str) -> bool:
+        """Float, three dimensions or more; what nobody asked for may be unreadable."""
+        try:
+            array = self.read(name)
+        except DataError:
+            return False
+        return array.dtype.kind == "f" and array.ndim >= 3
 
     def expected(self) -> tuple[str, ...]:
         """What looks like a modality, or has segment labels and therefore should be one."""

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 class SemanticEncoder(nn.Module):
     """Phi: what the modalities could share, z = Phi(x), `[B, T, P, C]` -> `[B, T, D]` (Eq. 1).
 
-    Every cell is described, and attention picks the cells that matter. Half of z then tells what
-    this segment holds, and nothing else reaches it; the other half, behind a pre-norm Transformer
-    layer with learned positions, what the clip is about. Batch normalisation and a fixed length
-    keep each half of all modalities spread over one sphere.
+    Every cell is described, and attention picks the cells that matter. One half of z then tells
+    what this segment holds, and nothing else reaches it. The other half tells what the clip is
+    about: a pre-norm Transformer layer with learned positions reads it from the first halves of
+    all segments, without a gradient into them. So it knows a clip only by what other modalities
+    know too, and few clips cannot be learned by heart.
 
     Args:
         channels: C.
@@ -24,7 +25,6 @@ class SemanticEncoder(nn.Module):
         width: of a cell inside.
         heads: of both attentions.
         dropout: of the input (one mask for all cells of a segment) and inside.
-        length: of every z.
     """
 
     def __init__(
@@ -36,22 +36,20 @@ class SemanticEncoder(nn.Module):
         width: int,
         heads: int,
         dropout: float,
-        length: float,
     ) -> None:
         super().__init__()
-        self.length = length
         self.drop = nn.Dropout(dropout)
         self.describe = nn.Sequential(nn.Linear(channels, width), nn.GELU())
         self.attend = nn.Linear(width, heads)
         self.mix = nn.Linear(heads * width, dim)
         self.skip = nn.Linear(channels, dim)
+        self.segment = nn.Sequential(nn.Linear(dim, dim // 2), Sphere(dim // 2))
+        self.recall = nn.Linear(dim // 2, dim)
         self.position = nn.Parameter(torch.zeros(segments, dim))
         self.context = nn.TransformerEncoderLayer(
             dim, heads, 2 * dim, dropout, nn.functional.gelu, batch_first=True, norm_first=True
         )
-        self.segment = nn.Linear(dim, dim // 2)
-        self.clip = nn.Linear(dim, dim // 2)
-        self.spread = nn.BatchNorm1d(dim)
+        self.clip = nn.Sequential(nn.Linear(dim, dim // 2), Sphere(dim // 2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode a batch of clips."""
@@ -60,11 +58,26 @@ class SemanticEncoder(nn.Module):
         weights = self.attend(cells).softmax(2)  # [B, T, P, H]
         picked = (weights.mT @ cells).flatten(2)  # [B, T, H W]
         seen = (weights.mean(-1)[:, :, None] @ x).squeeze(2)  # [B, T, C]
-        h = self.skip(seen) + self.drop(self.mix(picked))  # [B, T, D]
-        z = torch.cat([self.segment(h), self.clip(self.context(h + self.position))], -1)
-        z = self.spread(z.flatten(0, 1)).view_as(z)
-        halves = nn.functional.normalize(z.unflatten(-1, (2, -1)), dim=-1)
-        return halves.flatten(-2) * self.length / 2**0.5
+        segment = self.segment(self.skip(seen) + self.drop(self.mix(picked)))  # [B, T, D / 2]
+        context = self.context(self.recall(segment.detach()) + self.position)  # [B, T, D]
+        return torch.cat([segment, self.clip(context)], -1)
+
+
+class Sphere(nn.Module):
+    """Batch normalisation, then length sqrt(D): features spread over one sphere, elements about 1.
+
+    Args:
+        dim: D.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.spread = nn.BatchNorm1d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, T, D]` to `[B, T, D]`."""
+        x = self.spread(x.flatten(0, 1)).view_as(x)
+        return nn.functional.normalize(x, dim=-1) * x.shape[-1] ** 0.5
 
 
 class SpecificEncoder(nn.Module):

@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from .errors import DataError
+
 
 def write_atomic(path: str | Path, content: bytes) -> None:
     """Write `content` beside `path` and rename, so that no reader ever sees half a file.
@@ -27,3 +29,17 @@ def write_atomic(path: str | Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def make_writable(folder: Path) -> None:
+    """Create `folder` if it is missing, and write to it once: better now than after a run.
+
+    Raises:
+        DataError: That cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"--output {folder}: cannot be written ({error}).") from error

@@ -32,7 +32,6 @@ class Config:
         dim: D, of the semantic features and the codes.
         specific_dim: S, of the modality-specific features.
         width, heads, dropout: Inside the encoders.
-        length: Of every semantic vector; about sqrt(D) makes its elements about 1.
         codebook_size: L.
         decay: Of the moving average.
         reset_after: Batches that a code survives without every modality.
@@ -49,7 +48,6 @@ class Config:
     width: int = 64
     heads: int = 4
     dropout: float = 0.2
-    length: float = 11.3
     codebook_size: int = 128
     decay: float = 0.98
     reset_after: int = 20
@@ -90,7 +88,6 @@ class UniCode(nn.Module):
                     width=c.width,
                     heads=c.heads,
                     dropout=c.dropout,
-                    length=c.length,
                 )
                 for name, (_, channels) in c.shapes.items()
             }

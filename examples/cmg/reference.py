@@ -178,7 +178,7 @@ def _ridge_transfer(x: Views, y: Mapping[str, Array], train: Array, ridge: float
             mean = rows.mean(0)
             rows = rows - mean
             C = rows.T @ rows / len(rows)
-            C += ridge * C.trace() / len(C) * np.eye(len(C))
+            C += ridge * max(C.trace() / len(C), 1e-12) * np.eye(len(C))
             classes = np.eye(y[a][seen].max() + 1)[y[a][seen].ravel()]
             W = np.linalg.solve(C, rows.T @ (classes - classes.mean(0)) / len(rows))
             for b in y:

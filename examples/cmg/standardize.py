@@ -12,6 +12,7 @@ never touches the wide features again.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -83,6 +84,10 @@ class Standardizer:
         """The map as flat names and tensors, for a checkpoint."""
         mean = {f"mean/{name}": x for name, x in self.mean.items()}
         return mean | {f"axes/{name}": x for name, x in self.axes.items()}
+
+    def fingerprint(self) -> int:
+        """A checksum: other data, another map, another number."""
+        return zlib.crc32(b"".join(x.numpy().tobytes() for x in self.tensors().values()))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Standardizer:

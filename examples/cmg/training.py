@@ -39,7 +39,7 @@ class Recipe:
         ramp: The fraction over which the terms that push on features then grow to their weights.
     """
 
-    epochs: int = 30
+    epochs: int = 42
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
@@ -49,8 +49,8 @@ class Recipe:
     reconstruction: float = 1.0
     cpc: float = 1.0
     club: float = 0.02
-    commitment: float = 1.0
-    matching: float = 2.0
+    commitment: float = 0.5
+    matching: float = 0.6
     spread: float = 0.25
     ramp: float = 0.15
 
@@ -64,7 +64,7 @@ class Trainer:
         rows: int64, the clips to train on.
         recipe: How.
         folder: Where the checkpoint goes, and TensorBoard's log if that is installed.
-        run: What a resumed run must have been started with: numbers and texts.
+        identity: What a resumed run must have in common with this one: numbers and texts.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Trainer:
         rows: Tensor,
         recipe: Recipe,
         folder: Path,
-        run: Mapping[str, Any],
+        identity: Mapping[str, Any],
     ) -> None:
         self.model, self.features, self.rows, self.recipe = model, features, rows, recipe
         self.folder = folder
-        self.run = {**run, **asdict(recipe)}
+        self.identity = {**identity, **asdict(recipe)}
         self.batch_size = min(recipe.batch_size, len(rows))
         self.steps = len(rows) // self.batch_size  # an epoch's; clips left over sit it out
         club = list(model.club.parameters())
@@ -99,7 +99,7 @@ class Trainer:
         """
         if resume:
             self._load(self.folder / CHECKPOINT)
-        log = _tensorboard(self.folder)
+        log = _tensorboard(self.folder, self.epoch)
         clips = self.steps * self.batch_size
         with tqdm(
             desc="pre-training",
@@ -114,6 +114,8 @@ class Trainer:
                         log.add_scalar(name, value, self.epoch)
                 self.epoch += 1
                 self._save(self.folder / CHECKPOINT)
+        if log is not None:
+            log.close()
         return self.history
 
     def _train_epoch(self, bar: tqdm[Any]) -> dict[str, float]:
@@ -170,7 +172,7 @@ class Trainer:
     def _save(self, path: Path) -> None:
         club = None if self.club_optimizer is None else self.club_optimizer.state_dict()
         state = {
-            "run": self.run,
+            "identity": self.identity,
             "epoch": self.epoch,
             "history": self.history,
             "model": dict(self.model.state_dict()),
@@ -183,10 +185,10 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         state = load_checkpoint(path)
-        if "run" not in state:
+        if not isinstance(state.get("identity"), dict):
             raise DataError(f"{path}: not a checkpoint of a run.")
-        for name, value in self.run.items():
-            if (was := state["run"].get(name)) != value:
+        for name, value in self.identity.items():
+            if (was := state["identity"].get(name)) != value:
                 raise DataError(
                     f"{path}: the checkpoint is of another run: {name} was {was}, now it is "
                     f"{value}. Hint: repeat the arguments, or give another --output."
@@ -200,10 +202,10 @@ class Trainer:
         set_random_state(state["random"])
 
 
-def _tensorboard(folder: Path) -> Any:
-    """A SummaryWriter, or None where TensorBoard is not installed."""
+def _tensorboard(folder: Path, epoch: int) -> Any:
+    """A SummaryWriter that drops what was logged from `epoch` on; None without TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter(folder / "tensorboard", purge_step=epoch)

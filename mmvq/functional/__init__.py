@@ -19,7 +19,7 @@ from mmvq.functional.matching import (
 )
 from mmvq.functional.nearest import nearest_code, nearest_code_ref
 from mmvq.functional.reset import UNSEEN, advance_ages, inactive_codes, replacement_codes
-from mmvq.functional.statistics import code_statistics, code_statistics_ref
+from mmvq.functional.statistics import code_statistics, code_statistics_ref, finite_rows
 from mmvq.functional.straight_through import rotate, straight_through
 from mmvq.functional.usage import CodeUsage, code_usage
 
@@ -44,6 +44,7 @@ __all__ = [
     "cross_attend_ref",
     "ema_update_",
     "ema_update_ref",
+    "finite_rows",
     "gaussian_log_likelihood",
     "inactive_codes",
     "info_nce",

@@ -46,7 +46,7 @@ def commitment(
     for a in names:
         others = [b for b in names if b != a]
         total = total + beta * _distance(features, codes, masks, a, a, reduction)
-        present = sum(1 if masks is None else masks[b].any().long() for b in others)
+        present = sum(1 if masks is None else (masks[a] & masks[b]).any().long() for b in others)
         for b in others:
             if ratio := _ratio(cross_ratio, a, b):
                 cross = _distance(features, codes, masks, a, b, reduction)

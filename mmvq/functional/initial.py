@@ -10,26 +10,42 @@ from mmvq.functional.statistics import code_statistics
 from mmvq_kernels.hashing import mix
 
 
-def sample_rows(x: Tensor, num_codes: int) -> Tensor:
+def sample_rows(x: Tensor, num_codes: int, usable: Tensor | None = None) -> Tensor:
     """`num_codes` rows of `x` `[N, D]`, drawn without a generator: same rows, same draw.
 
-    With fewer rows than codes, rows repeat with a jitter of 1% of the data's spread.
+    With fewer rows than codes, rows repeat with a jitter of 1% of the data's spread. Rows that are
+    False in `usable` `[N]` are as if they were not there; with none left, the result means nothing.
     """
-    order = mix(torch.arange(x.shape[0], device=x.device)).argsort(stable=True)
+    usable = torch.ones_like(x[:, 0], dtype=torch.bool) if usable is None else usable
+    count = usable.sum()
+    place = torch.where(usable, usable.cumsum(0) - 1, len(x))  # among the usable; the others last
+    order = torch.where(usable, mix(place) >> 1, torch.iinfo(torch.long).max).argsort(stable=True)
     picks = torch.arange(num_codes, device=x.device)
-    rows = x[order[picks % x.shape[0]]]
+    rows = x[order[picks % count.clamp(min=1)]]
     cells = torch.arange(rows.numel(), device=x.device).view_as(rows)
-    jitter = 0.01 * x.std(0, correction=0) * (mix(cells) >> 40).to(x.dtype) / 2**23
-    return torch.where((picks < x.shape[0])[:, None], rows, rows + jitter)
+    jitter = 0.01 * _spread(x, usable) * (mix(cells) >> 40).to(x.dtype) / 2**23
+    return torch.where((picks < count)[:, None], rows, rows + jitter)
 
 
-def kmeans(x: Tensor, num_codes: int, iterations: int = 10) -> Tensor:
+def kmeans(
+    x: Tensor, num_codes: int, usable: Tensor | None = None, *, iterations: int = 10
+) -> Tensor:
     """Lloyd's algorithm from `sample_rows`: centres `[num_codes, D]` of the rows of `x` `[N, D]`.
 
-    A centre that loses all its rows stays where it is.
+    A centre that loses all its rows stays where it is. `usable` as in `sample_rows`.
     """
-    centres = sample_rows(x, num_codes)
+    usable = torch.ones_like(x[:, 0], dtype=torch.bool) if usable is None else usable
+    centres = sample_rows(x, num_codes, usable)
     for _ in range(iterations):
-        counts, sums = code_statistics(x, nearest_code(x, centres), num_codes)
+        nearest = torch.where(usable, nearest_code(x, centres), -1)
+        counts, sums = code_statistics(x, nearest, num_codes)
         centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres)
     return centres
+
+
+def _spread(x: Tensor, usable: Tensor) -> Tensor:
+    """Standard deviation of the usable rows, `[D]`."""
+    x = torch.where(usable[:, None], x, 0)
+    count = usable.sum().clamp(min=1)
+    centred = torch.where(usable[:, None], x - x.sum(0) / count, 0)
+    return (centred.square().sum(0) / count).sqrt()

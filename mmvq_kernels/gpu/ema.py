@@ -95,7 +95,8 @@ def codes_kernel(
         revived = tl.load(replacement + cells, mask=inside & is_dead, other=0).to(tl.float32)
         new = tl.where(is_dead, revived * mass, new)
     tl.store(sums + cells, new, mask=inside)
-    tl.store(codes + cells, tl.div_rn(new, tl.broadcast_to(mass, new.shape)), mask=inside)
+    e = tl.div_rn(new, tl.broadcast_to(mass, new.shape))
+    tl.store(codes + cells, e, mask=inside & (mass > 0))  # without mass, a code stays
 
 
 def update_(

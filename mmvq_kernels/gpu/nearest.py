@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
 from mmvq_kernels.hashing import repeats_an_earlier_key
+from mmvq_kernels.nearest import rounded_mean
 
 _LAST = torch.iinfo(torch.int64).max
 _PROGRAMS_PER_PROCESSOR = 4  # enough to hide latency; fewer, and the codes are split
@@ -166,7 +167,7 @@ def search(x: Tensor, codebook: Tensor, *, fast: bool = False) -> Tensor:
 def centre(codebook: Tensor) -> tuple[Tensor, Tensor]:
     """Codes about their mean `[L, D]` and half-norms `[L]`, infinite where a row repeats."""
     L, D = codebook.shape
-    mean = codebook.float().mean(0)
+    mean = rounded_mean(codebook.float())
     codes = codebook.new_empty((L, D), dtype=torch.float32)
     half_norm, keys = codes.new_empty(L), codes.new_empty(L, dtype=torch.long)
     block_l = 16

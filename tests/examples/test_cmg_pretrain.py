@@ -95,6 +95,8 @@ def test_labels_of_pretraining_clips_change_nothing(arrays: Arrays, tmp_path: Pa
         (lambda a: a["text"].__setitem__((5, 1, 2), np.nan), "text: must be finite; came NaN"),
         (lambda a: a.update(split=np.zeros(120, int)), "must have clips of split 1"),
         (lambda a: [a.pop(m) for m in ("audio", "video")], "no modality 'audio'"),
+        (lambda a: a.update({"left.arm": a["text"]}), "'left.arm' cannot name a modality"),
+        (lambda a: a.update(type=a["text"]), "'type' cannot name a modality"),
     ],
 )
 def test_bad_data_is_one_line_and_leaves_nothing(
@@ -141,11 +143,41 @@ def test_bad_arguments_are_one_line(
     assert error.count("\n") == 1
 
 
+def test_an_output_that_cannot_be_written_is_said_at_once(
+    clips_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    assert cmg_pretrain.main(["--data", str(clips_path), "--output", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"cmg_pretrain: --output {out}: cannot be written (")
+    assert error.count("\n") == 1
+
+
+def test_arrays_that_nobody_asked_for_do_not_matter(arrays: Arrays, tmp_path: Path) -> None:
+    arrays["names"] = np.array([{"any": "object"}] * 120)
+    path = tmp_path / "x.npz"
+    np.savez(path, allow_pickle=True, **arrays)
+    assert cmg_pretrain.main(["--data", str(path), "--epochs", "1", "--output", str(tmp_path)]) == 0
+
+
 def test_a_truncated_file_is_refused(clips_path: Path, tmp_path: Path) -> None:
     content = clips_path.read_bytes()
     cut = tmp_path / "cut.npz"
     cut.write_bytes(content[: len(content) // 2])
     assert cmg_pretrain.main(["--data", str(cut), "--output", str(tmp_path / "out")]) == 2
+
+
+def test_another_file_of_the_same_name_does_not_resume(
+    arrays: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "x.npz", arrays)
+    arguments = ["--data", path, "--epochs", "2", "--output", str(tmp_path / "out")]
+    assert cmg_pretrain.main(arguments) == 0
+    arrays["text"][:] *= np.linspace(1, 2, arrays["text"].shape[-1])
+    save(tmp_path / "x.npz", arrays)
+    assert cmg_pretrain.main([*arguments, "--resume"]) == 2
+    assert "of another run: data was x " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("epochs", ["0", "-1", "many"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,9 +31,9 @@ FEATURES = {
 
 def trainer(folder: Path, seed: int = 0, config: Config = CONFIG, **recipe: Any) -> Trainer:
     torch.manual_seed(seed)
-    run = {"seed": seed, **config.json()}
+    identity = {"seed": seed, **config.json()}
     rows = torch.arange(N - 3)
-    return Trainer(UniCode(config), FEATURES, rows, replace(RECIPE, **recipe), folder, run)
+    return Trainer(UniCode(config), FEATURES, rows, replace(RECIPE, **recipe), folder, identity)
 
 
 def fitted(folder: Path, seed: int = 0) -> Trainer:
@@ -142,4 +144,31 @@ def test_what_a_segment_holds_does_not_depend_on_its_clip() -> None:
     before, after = model.semantic["video"](x), model.semantic["video"](changed)
     assert torch.equal(before[:, 0, :8], after[:, 0, :8])
     assert not torch.allclose(before[:, 0, 8:], after[:, 0, 8:])
-    torch.testing.assert_close(before.norm(dim=-1), torch.full((N, 6), CONFIG.length))
+    torch.testing.assert_close(before.norm(dim=-1), torch.full((N, 6), CONFIG.dim**0.5))
+
+
+def test_tensorboard_gets_every_epoch_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[str, float, int]] = []
+    opened: list[tuple[Path, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: Path, purge_step: int) -> None:
+            opened.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            written.append((name, value, epoch))
+
+        def close(self) -> None:
+            written.append(("closed", 0.0, 0))
+
+    module = ModuleType("torch.utils.tensorboard")
+    vars(module)["SummaryWriter"] = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    t = fitted(tmp_path)
+    assert opened == [(tmp_path / "tensorboard", 0)]
+    assert written.pop()[0] == "closed"
+    for name, values in t.history.items():
+        seen = [(value, epoch) for key, value, epoch in written if key == name]
+        assert seen == [(v, e) for e, v in enumerate(values) if not math.isnan(v)]

@@ -20,3 +20,10 @@ def test_by_hand() -> None:
         assert torch.equal(n.float(), counts)
         assert torch.equal(s.float(), sums)
     assert F.code_statistics is mmvq_kernels.code_statistics
+
+
+def test_finite_rows_are_those_without_nan_or_infinity() -> None:
+    x = torch.randn(4, 5, 3)
+    x[0, 0, 1], x[1, 2, 0], x[3, 4, 2] = torch.nan, torch.inf, -torch.inf
+    assert torch.equal(F.finite_rows(x), x.isfinite().all(-1))
+    assert F.finite_rows(torch.empty(0, 3)).shape == (0,)

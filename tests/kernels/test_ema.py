@@ -113,3 +113,11 @@ def test_written_in_place_from_any_dtype() -> None:
     ema_update_(*other, *batch(torch.float32), decay=0.9, backend="torch")
     for mine, same in zip(after, other, strict=True):
         assert torch.equal(mine, same)
+
+
+def test_without_smoothing_a_code_that_has_faded_stays() -> None:
+    codes = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    sums, counts = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0])
+    batch_sums, batch_counts = torch.tensor([[2.0, 2.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0])
+    ema_update_(codes, sums, counts, batch_sums, batch_counts, decay=0.5, eps=0.0)
+    assert codes.tolist() == [[1.5, 2.0], [3.0, 4.0]]

@@ -194,3 +194,13 @@ def test_inputs_stay_as_they_are_and_no_graph_is_built() -> None:
     assert not nearest_code(x, codebook).requires_grad
     assert torch.equal(x, before[0])
     assert torch.equal(codebook, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("L", [5, 7, 23])
+def test_ties_on_a_lattice_go_to_the_lowest_index(dtype: torch.dtype, L: int) -> None:
+    """Codes with integer, vectors with half-integer coordinates: many distances are equal."""
+    generator = torch.Generator().manual_seed(L)
+    codebook = torch.randint(-3, 4, (L, 2), generator=generator).to(dtype)
+    x = torch.randint(-8, 9, (2000, 2), generator=generator).to(dtype) / 2
+    assert torch.equal(nearest_code(x, codebook), nearest_code_ref(x, codebook))

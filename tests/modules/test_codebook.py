@@ -227,3 +227,37 @@ def test_one_all_reduce_for_many_codebooks(monkeypatch: pytest.MonkeyPatch) -> N
     reduced.clear()
     update_codebooks([shared])  # nothing waits
     assert reduced == []
+
+
+def test_takes_what_search_takes_and_leaves_out_what_is_not_finite() -> None:
+    x = torch.randn(3, 5, D)
+    x[1, 2, 0] = torch.nan
+    x[2, 0, 1] = torch.inf
+    spoilt, clean = EMACodebook(D, L), EMACodebook(D, L)
+    clean.load_state_dict(spoilt.state_dict())
+    indices = spoilt.search(x)
+    spoilt.accumulate(x, indices)
+    finite = x.isfinite().all(-1)
+    clean.accumulate(x[finite], indices[finite])
+    for book in (spoilt, clean):
+        book.apply()
+        assert book.weight.isfinite().all()
+    assert torch.equal(spoilt.weight, clean.weight)
+
+
+def test_float64_values_make_the_state_float64() -> None:
+    book = EMACodebook(D, L)
+    x = torch.randn(7, D, dtype=torch.float64)
+    book.accumulate(x, book.search(x))
+    book.apply()
+    assert book.weight.dtype == book.counts.dtype == torch.float64
+
+
+def test_update_codebooks_takes_one_module_too() -> None:
+    one, many = EMACodebook(D, L), torch.nn.ModuleDict({"a": EMACodebook(D, L)})
+    x = torch.randn(7, D)
+    for book in (one, many["a"]):
+        book.accumulate(x, book.search(x))
+    update_codebooks(one)
+    update_codebooks(many)
+    assert one.steps == many["a"].steps == 1

@@ -210,6 +210,17 @@ ARGUMENTS = [
         )
         for given in ((), ("audio", "audio"), "audio", ("audio", 3), ("audio", ""))
     ),
+    *(
+        Case(
+            lambda given=given: mmvq.CrossCPC(4, given),
+            ValueError,
+            "CrossCPC: a modality's name names parameters: no dot, and no attribute of "
+            "nn.ModuleDict",
+            f"modalities: {given!r}",
+            'rename it, "left.arm" to "left_arm" or "type" to "kind"',
+        )
+        for given in (("left.arm", "audio"), ("audio", "type"))
+    ),
     Case(
         lambda: quantizer(update_from=["text"]),
         ValueError,
@@ -340,11 +351,11 @@ MODULES = [
         "project the last dimension to 4",
     ),
     Case(
-        lambda: mmvq.EMACodebook(4, 8).accumulate(z, torch.zeros(2, 5, dtype=torch.long)),
+        lambda: mmvq.EMACodebook(4, 8).accumulate(z, torch.zeros(10, dtype=torch.long)),
         ValueError,
-        "EMACodebook.accumulate: values must be [N, 4] and indices [N]",
-        "values: float32[2, 5, 4]   indices: int64[2, 5]",
-        "flatten batch and time of both in the same order",
+        "EMACodebook.accumulate: values must be [..., 4] and indices [...]",
+        "values: float32[2, 5, 4]   indices: int64[10]",
+        "pass the indices that search(x) returned for these rows",
     ),
     Case(
         lambda: quantizer().decode(torch.zeros(2, 5, dtype=torch.int32)),

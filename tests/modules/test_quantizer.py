@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -377,12 +378,15 @@ def compiled() -> Iterator[None]:
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compiles_into_one_graph(training: bool) -> None:
-    """After the first batch, whose data become the codes."""
-    eager, module = trained(gradient="rotation"), trained(gradient="rotation")
+@pytest.mark.parametrize("started", [True, False], ids=["trained", "new"])
+def test_compiles_into_one_graph(training: bool, started: bool) -> None:
+    """From the first batch on, whose data become the codes."""
+    make = trained if started else lambda **options: MultiModalEMAQuantizer(D, L, NAMES, **options)
+    module = make(gradient="rotation")
+    eager = deepcopy(module)
     graph = torch.compile(module.train(training), fullgraph=True, backend="eager")
     eager.train(training)
-    for seed in range(2):
+    for seed in range(3):
         z, twin = batch(seed=seed), batch(seed=seed)
         out = graph({m: x.requires_grad_() for m, x in z.items()}, some_masks())
         expected = eager({m: x.requires_grad_() for m, x in twin.items()}, some_masks())
@@ -394,3 +398,84 @@ def test_compiles_into_one_graph(training: bool) -> None:
             assert torch.equal(out.indices[m], expected.indices[m])
             assert torch.equal(z[m].grad, twin[m].grad)
     assert same(state(module), state(eager))
+
+
+def test_the_first_batch_with_something_valid_starts_the_codebook() -> None:
+    quantizer = MultiModalEMAQuantizer(D, L, NAMES)
+    before = state(quantizer)
+    nothing = {m: torch.zeros(B, T, dtype=torch.bool) for m in NAMES}
+    quantizer(batch(seed=1), nothing)
+    after = state(quantizer)
+    assert after.pop("ema_codebook.steps") == 1
+    del before["ema_codebook.steps"]
+    assert same(before, after)
+    quantizer(batch(seed=2))
+    twin = MultiModalEMAQuantizer(D, L, NAMES)
+    twin(batch(seed=2))
+    assert torch.equal(quantizer.codebook, twin.codebook)
+    assert quantizer.ema_codebook.initialized
+
+
+def test_a_forward_that_fails_leaves_the_codebook_as_it_was() -> None:
+    def failing(*_: object) -> Tensor:
+        raise RuntimeError("no loss today")
+
+    ragged = batch(names=NAMES[:2]) | {"text": uniform(B, T + 2, D, dtype=torch.float32)}
+    before = state(trained())
+    for commitment, z, error in (("default", ragged, ValueError), (failing, batch(), RuntimeError)):
+        quantizer = MultiModalEMAQuantizer(D, L, NAMES, commitment=commitment)
+        quantizer.load_state_dict(before)
+        with pytest.raises(error):
+            quantizer(z)
+        quantizer.update_codebook()  # nor was anything accumulated
+        assert same(before, state(quantizer))
+
+
+@pytest.mark.parametrize("partner", ["attention", "aligned", "none"])
+def test_pickles_and_copies(partner: Any) -> None:
+    quantizer = trained(partner=partner)
+    again = pickle.loads(pickle.dumps(quantizer))
+    assert same(state(again), state(quantizer))
+    assert torch.equal(again(batch()).loss, quantizer(batch()).loss)
+
+
+def test_a_callable_partner_is_asked_only_where_there_are_others() -> None:
+    def mean_of_others(z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
+        return torch.stack(list(others.values())).mean(0)
+
+    def overflowing(z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
+        return z * torch.inf
+
+    alone = {"audio": uniform(B, T, D)}
+    asked, plain = trained(partner=mean_of_others), trained(partner="none")
+    asked.load_state_dict(plain.state_dict())
+    asked(alone)
+    plain(alone)
+    assert same(state(asked), state(plain))
+    unweighted = trained(partner=overflowing, partner_weight=0.0)
+    assert same(state(unweighted), state(trained(partner="none")))
+
+
+def test_a_partner_with_parameters_is_one_part_of_the_module() -> None:
+    class Partner(nn.Linear):
+        def forward(self, z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
+            return super().forward(z)
+
+    quantizer = trained(partner=Partner(D, D))
+    names = [name for name in quantizer.state_dict() if name.endswith("weight")]
+    assert names == ["partner.weight"]
+
+
+def test_one_wide_modality_makes_the_state_wide() -> None:
+    quantizer = MultiModalEMAQuantizer(D, L, NAMES)
+    quantizer({"audio": uniform(B, T, D), "video": uniform(B, T, D, dtype=torch.float64)})
+    assert quantizer.codebook.dtype == torch.float64
+
+
+def test_loading_a_state_forgets_what_was_accumulated_for_another() -> None:
+    quantizer = trained(update="manual")
+    saved = state(quantizer)
+    quantizer(batch(seed=5))
+    quantizer.load_state_dict(saved)
+    quantizer.update_codebook()
+    assert same(state(quantizer), saved)

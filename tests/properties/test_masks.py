@@ -166,7 +166,7 @@ def test_rows_that_are_not_finite_leave_the_codebook_as_if_absent(
     assert spoilt.codebook.isfinite().all()
 
 
-@pytest.mark.parametrize("names", [NAMES[:1], NAMES[:2], NAMES])
+@pytest.mark.parametrize("names", [NAMES[:2], NAMES])
 @given(draw=draws(), bad=BAD, init=INITS)
 def test_partners_that_are_not_finite_leave_their_vectors_out(
     names: Sequence[str], draw: Draw, bad: float, init: Any
