@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from mmvq_kernels.backends import Backend, require, runs_triton
 from mmvq_kernels.messages import message
 
-_BLOCK_BYTES = 1 << 22  # of distances held at a time, of one clip at least
+_BLOCK_BYTES = 1 << 25  # of distances held at a time, of one clip at least
 
 
 def code_log_probabilities_ref(x: Tensor, codebook: Tensor) -> Tensor:
@@ -84,9 +84,9 @@ class _LogProbabilities(torch.autograd.Function):
 def _log_probabilities_torch(x: Tensor, codebook: Tensor, used: Tensor) -> Tensor:
     x, codes = _centre(x, codebook)
     weights = torch.where(used, 0.0, -torch.inf).to(x.dtype)  # [B, T]
-    log_p = x.new_empty(x.shape[0], codes.shape[0])
+    log_p, norms = x.new_empty(x.shape[0], codes.shape[0]), codes.square().sum(-1)
     for clips in _blocks(x, codes):
-        distance = _squares(x[clips], codes).clamp_(min=_least(x)).sqrt_()  # [b, T, L]
+        distance = _squares(x[clips], codes, norms).clamp_(min=_least(x)).sqrt_()  # [b, T, L]
         log_p_t = distance.neg_().log_softmax(-1).add_(weights[clips, :, None])
         log_p[clips] = log_p_t.logsumexp(1)
     return log_p.sub_(weights.exp().sum(1, keepdim=True).log())
@@ -98,12 +98,11 @@ def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype) - mean, codebook.to(dtype) - mean
 
 
-def _squares(x: Tensor, codes: Tensor) -> Tensor:
-    """`|x - e|^2` up to rounding, and so sometimes below 0: `[B, T, D]` -> `[B, T, L]`."""
+def _squares(x: Tensor, codes: Tensor, norms: Tensor) -> Tensor:
+    """`|x - e|^2` up to rounding, so at times below 0, `[B, T, L]`; `norms` are |e|^2."""
     with torch.autocast(x.device.type, enabled=False):
         product = x @ codes.T
-    norms = x.square().sum(-1, keepdim=True), codes.square().sum(-1)
-    return product.mul_(-2).add_(norms[0]).add_(norms[1])
+    return product.mul_(-2).add_(x.square().sum(-1, keepdim=True)).add_(norms)
 
 
 def _least(x: Tensor) -> float:
@@ -191,10 +190,11 @@ def _backward_torch(
     grad: Tensor, x: Tensor, codebook: Tensor, used: Tensor, log_p: Tensor, of_codes: bool
 ) -> tuple[Tensor, Tensor]:
     x_dtype, (x, codes) = x.dtype, _centre(x, codebook)
+    norms = codes.square().sum(-1)
     shift = used.sum(1, keepdim=True).to(x.dtype).log()[..., None] + log_p[:, None]  # [B, 1, L]
     of_x, of_codebook = torch.empty_like(x), torch.zeros_like(codes[: len(codes) * of_codes])
     for clips in _blocks(x, codes):
-        squares = _squares(x[clips], codes)
+        squares = _squares(x[clips], codes, norms)
         distance = squares.clamp(min=_least(x)).sqrt_()
         log_p_t = (-distance).log_softmax(-1)  # [b, T, L]
         pull = (log_p_t - shift[clips]).exp_().mul_(grad[clips, None])

@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             peers.use_threads(threads)
             for part in parts:
                 results["runs"].append(_run(part, threads, options))
+                if options.output:
+                    options.output.write_text(json.dumps(results, indent=1) + "\n")
     except search.DisagreementError as error:
         sys.exit(f"no speed is shown, as the results disagree: {error}")
-    if options.output:
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -85,7 +85,8 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]
         rows = search.run(**sizes, largest=options.largest, device="cuda")
         found["summary"] = search.summary(rows, clock)
         rows += step.run(quick=quick, repeats=6 * options.repeats, device="cuda")
-    print(f"\n{part}, {threads} thread{'s' * (threads > 1)}, medians in ms ({clock} clock)")
+    unit = "" if part == "memory" else f", medians in ms ({clock} clock)"
+    print(f"\n{part}, {threads} thread{'s' * (threads > 1)}{unit}")
     print(table(rows, clock))
     for name, value in found.get("summary", {}).items():
         print(f"{name}: {value}")

@@ -1,0 +1,74 @@
+"""The benchmarks run on tiny sizes, compare before they time, and write what they print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import command, losses, peers, search, step, timing
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "QUICK", ((64, 96), (40, 70), (8,)))
+    monkeypatch.setattr(step, "D", 16)
+    monkeypatch.setattr(losses, "D", 8)
+
+
+def test_all_parts_print_and_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads, file = torch.get_num_threads(), tmp_path / "figures.json"
+    command.main(["--quick", "--threads", "1", "--repeats", "1", "--output", str(file)])
+    torch.set_num_threads(threads)
+    results = json.loads(file.read_text())
+    runs = {run["part"]: run for run in results["runs"]}
+    assert list(runs) == list(command.PARTS)
+    printed = capsys.readouterr().out
+    for part, run in runs.items():
+        assert f"{part}, 1 thread" in printed
+        assert run["rows"]
+    rows = runs["search"]["rows"]
+    assert [(r["N"], r["L"]) for r in rows] == [(64, 40), (64, 70), (96, 40), (96, 70)]
+    assert set(runs["search"]["summary"]["cost grows as, for each D"]["8"]) == {"N", "L"}
+    assert {"mmvq", "product", "cdist"} <= set(rows[0]["ms"])
+
+
+def test_no_speed_when_results_disagree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(x: Tensor, codebook: Tensor) -> Tensor:
+        return torch.cdist(x, codebook).argmax(1)
+
+    monkeypatch.setattr(peers, "searches", lambda x, codebook: {"wrong": wrong})
+    with pytest.raises(SystemExit, match=r"disagree: wrong: 64 of 64 vectors got a farther code"):
+        command.main(["search", "--quick"])
+    assert "ms" not in capsys.readouterr().out
+
+
+def test_without_a_gpu_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(peers, "missing", list)
+    command.main(["gpu"])
+    assert capsys.readouterr().out == "gpu: torch sees no GPU here; nothing was run\n"
+    with pytest.raises(SystemExit):
+        command.main(["speed"])
+
+
+def test_powers_and_means() -> None:
+    points = [{"N": n, "L": k, "t": 3 * n * k**0.5} for n in (2.0, 5, 9) for k in (4.0, 7)]
+    assert timing.exponents(points, "t", "N", "L") == {"N": 1.0, "L": 0.5}
+    assert timing.geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
+
+
+def test_calls_take_turns() -> None:
+    order: list[str] = []
+    times = timing.in_turns({n: lambda n=n: order.append(n) for n in "ab"}, 2)  # type: ignore[misc]
+    assert order == list("ababab")
+    assert all(set(clocks) == {"wall", "cpu"} for clocks in times.values())
