@@ -15,8 +15,8 @@ class SemanticEncoder(nn.Module):
     Every cell is described, and attention picks the cells that matter. One half of z then tells
     what this segment holds, and nothing else reaches it. The other half tells what the clip is
     about: a pre-norm Transformer layer with learned positions reads it from the first halves of
-    all segments, without a gradient into them. So it knows a clip only by what other modalities
-    know too, and few clips cannot be learned by heart.
+    all segments, without a gradient into them: a clip is known by what other modalities can know
+    too, which makes few clips harder to learn by heart.
 
     Args:
         channels: C.

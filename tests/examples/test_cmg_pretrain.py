@@ -38,7 +38,7 @@ def save(path: Path, arrays: Arrays) -> str:
 def test_a_run_from_file_to_figures(
     clips_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Six events shown linearly by three modalities: labels must carry over."""
+    """Three events shown linearly by three modalities: labels must carry over."""
     out = tmp_path / "out"
     arguments = ["--data", str(clips_path), "--epochs", "40", "--seed", "3", "--reference", "cca"]
     assert cmg_pretrain.main([*arguments, "--output", str(out)]) == 0
