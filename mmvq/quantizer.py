@@ -222,7 +222,7 @@ class MultiModalEMAQuantizer(nn.Module):
         self, rows: Tensor, z: Mapping[str, Tensor], valid: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The vectors that enter o, `(1 - w) z + w r`, their groups, and which are fit to enter."""
-        book = self.ema_codebook
+        book, w = self.ema_codebook, self.partner_weight
         book.match_dtype(rows.dtype)
         usable = torch.cat([m.flatten() for m in valid.values()]) & F.finite_rows(rows)
         masks = _unflat(usable, z)
@@ -234,7 +234,7 @@ class MultiModalEMAQuantizer(nn.Module):
         with torch.autocast(book.codes.device.type, enabled=False):
             for name, x in z.items():
                 others = {other: z[other] for other in z if other != name}
-                if not others or self.partner == "none" or self.partner_weight == 0:
+                if not others or self.partner == "none" or w == 0:
                     mixed[name] = x
                     continue
                 partner = self.partner if callable(self.partner) else _PARTNERS[self.partner]
@@ -249,7 +249,7 @@ class MultiModalEMAQuantizer(nn.Module):
                             r=r,
                         )
                     )
-                mixed[name] = torch.lerp(x, r.to(x), self.partner_weight)
+                mixed[name] = (1 - w) * x + w * r.to(x)  # at 1/2, the same bits from either side
         groups = torch.cat(
             [
                 m.new_full((m.numel(),), self._sorted.index(name), dtype=torch.long)

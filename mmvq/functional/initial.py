@@ -13,7 +13,7 @@ from mmvq_kernels.hashing import mix
 def sample_rows(x: Tensor, num_codes: int, usable: Tensor | None = None) -> Tensor:
     """`num_codes` rows of `x` `[N, D]`, drawn without a generator: same rows, same draw.
 
-    With fewer rows than codes, rows repeat with a jitter of 1% of the data's spread. Rows that are
+    With fewer rows than codes, rows repeat with a jitter of 1% of the data's range. Rows that are
     False in `usable` `[N]` are as if they were not there; with none left, the result means nothing.
     """
     usable = torch.ones_like(x[:, 0], dtype=torch.bool) if usable is None else usable
@@ -23,7 +23,7 @@ def sample_rows(x: Tensor, num_codes: int, usable: Tensor | None = None) -> Tens
     picks = torch.arange(num_codes, device=x.device)
     rows = x[order[picks % count.clamp(min=1)]]
     cells = torch.arange(rows.numel(), device=x.device).view_as(rows)
-    jitter = 0.01 * _spread(x, usable) * (mix(cells) >> 40).to(x.dtype) / 2**23
+    jitter = 0.01 * _range(x, usable) * (mix(cells) >> 40).to(x.dtype) / 2**23
     return torch.where((picks < count)[:, None], rows, rows + jitter)
 
 
@@ -43,9 +43,7 @@ def kmeans(
     return centres
 
 
-def _spread(x: Tensor, usable: Tensor) -> Tensor:
-    """Standard deviation of the usable rows, `[D]`."""
-    x = torch.where(usable[:, None], x, 0)
-    count = usable.sum().clamp(min=1)
-    centred = torch.where(usable[:, None], x - x.sum(0) / count, 0)
-    return (centred.square().sum(0) / count).sqrt()
+def _range(x: Tensor, usable: Tensor) -> Tensor:
+    """Largest minus smallest of the usable rows, `[D]`: the same bits in any order of the rows."""
+    highest = torch.where(usable[:, None], x, -torch.inf).amax(0)
+    return highest - torch.where(usable[:, None], x, torch.inf).amin(0)

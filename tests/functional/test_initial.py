@@ -42,7 +42,7 @@ def test_more_codes_than_rows_repeat_with_a_jitter(dtype: torch.dtype) -> None:
     order = [(row == x).all(1).nonzero().item() for row in drawn[:5]]
     assert sorted(order) == [0, 1, 2, 3, 4]
     away = drawn - x[torch.tensor(order).repeat(5)[:23]]
-    limit = 0.01 * x.std(0, correction=0) + 2 * torch.finfo(dtype).eps
+    limit = 0.01 * (x.amax(0) - x.amin(0)) + 2 * torch.finfo(dtype).eps
     assert (away[:5] == 0).all()
     assert (away.abs() <= limit).all()
     assert (away[5:] > 0).any()
