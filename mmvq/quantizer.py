@@ -189,10 +189,11 @@ class MultiModalEMAQuantizer(nn.Module):
             check_same_length(where, z)
         updating = self.training and not freeze
 
+        rows = _flat(z)  # [N, D], of all modalities
         if updating:
-            mixed, groups, usable = self._mix_partners(z, valid)  # Sec. 4.3
+            mixed, groups, usable = self._mix_partners(rows, z, valid)  # Sec. 4.3
             book.initialize(mixed, groups, usable)
-        index = book.search(_flat(z))  # Eq. 2
+        index = book.search(rows)  # Eq. 2
         codes = _unflat(book.weight[index], z)  # the snapshot
         if self.commitment is None:
             loss = book.weight.new_zeros(())
@@ -218,17 +219,17 @@ class MultiModalEMAQuantizer(nn.Module):
 
     @torch.no_grad()
     def _mix_partners(
-        self, z: Mapping[str, Tensor], valid: Mapping[str, Tensor]
+        self, rows: Tensor, z: Mapping[str, Tensor], valid: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The vectors that enter o, `(1 - w) z + w r`, their groups, and which are fit to enter."""
         book, w = self.ema_codebook, self.partner_weight
-        for x in z.values():
-            book.match_dtype(x.dtype)
-        finite = {name: valid[name] & F.finite_rows(x) for name, x in z.items()}
-        z = {
-            name: torch.where(finite[name][..., None], x, 0).to(book.codes.dtype)
-            for name, x in z.items()
-        }
+        book.match_dtype(rows.dtype)
+        usable = torch.cat([m.flatten() for m in valid.values()]) & F.finite_rows(rows)
+        masks = _unflat(usable, z)
+        rows = rows.to(book.codes.dtype)
+        if callable(self.partner):  # those of `_PARTNERS` read no other where its mask is False
+            rows = torch.where(usable[:, None], rows, 0)
+        z = _unflat(rows, z)
         mixed: dict[str, Tensor] = {}
         with torch.autocast(book.codes.device.type, enabled=False):
             for name, x in z.items():
@@ -237,7 +238,7 @@ class MultiModalEMAQuantizer(nn.Module):
                     mixed[name] = x
                     continue
                 partner = self.partner if callable(self.partner) else _PARTNERS[self.partner]
-                r = partner(x, others, {other: finite[other] for other in others})
+                r = partner(x, others, {other: masks[other] for other in others})
                 if r.shape != x.shape:
                     raise ValueError(
                         message(
@@ -249,14 +250,13 @@ class MultiModalEMAQuantizer(nn.Module):
                         )
                     )
                 mixed[name] = (1 - w) * x + w * r.to(x)  # at 1/2, the same bits from either side
-        values = _flat(mixed)
         groups = torch.cat(
             [
                 m.new_full((m.numel(),), self._sorted.index(name), dtype=torch.long)
-                for name, m in finite.items()
+                for name, m in masks.items()
             ]
         )
-        return values, groups, torch.cat([m.flatten() for m in finite.values()])
+        return _flat(mixed), groups, usable
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.

@@ -16,6 +16,7 @@ from mmvq_kernels.messages import message
 
 _TILE = 1024  # codes in a block of scores, a multiple of _GROUP
 _GROUP = 16  # neighbouring codes whose least score is taken first
+_ROWS = 48  # vectors in a block are a multiple: a product rounds at its edges in another way
 _BLOCK_BYTES = 1 << 21  # of scores at a time: large for a matrix product, small for a cache
 _ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -97,17 +98,19 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
     """Tiles of codes against blocks of rows; one block of scores exists at a time."""
     (N, D), L = x.shape, codebook.shape[0]
     room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32) // codebook.element_size()
-    block = codebook.new_ones(max(1, min(N, room // min(L, _TILE))), D + 1)
+    length = min(N + -N % _ROWS, max(_ROWS, room // min(L, _TILE) // _ROWS * _ROWS))
+    block = codebook.new_ones(length, D + 1)
     best = codebook.new_full((N,), torch.inf)
     indices = torch.zeros_like(best, dtype=torch.long)
     mean, repeated = rounded_mean(codebook), repeats_an_earlier_row(codebook)
     for start in range(0, L, _TILE):
         tile = slice(start, start + _TILE)
         codes = _scorers(codebook[tile], mean, repeated[tile])  # [C, D + 1]
-        blocks = (tensor.split(len(block)) for tensor in (x, best, indices))
+        blocks = (tensor.split(max(1, length)) for tensor in (x, best, indices))
         for rows, least, index in zip(*blocks, strict=True):
             block[: len(rows), :D] = rows
-            score, code = _least(_product(codes, block[: len(rows)]))  # [R]
+            whole = block[: len(rows) + -len(rows) % _ROWS]
+            score, code = (out[: len(rows)] for out in _least(_product(codes, whole)))  # [R]
             index.copy_(torch.where(score < least, start + code, index))
             least.copy_(torch.minimum(least, score))  # keeps a NaN
     return torch.where(best.isfinite(), indices, 0)

@@ -188,6 +188,19 @@ def test_same_bits_for_strides_repetition_autocast_and_precision(dtype: torch.dt
         assert torch.equal(nearest_code(x, codebook), expected)
 
 
+@FLOATS
+def test_an_index_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
+    """Codes one rounding apart: their order rests on the last bit of a score."""
+    codebook = uniform(20, 13, dtype=dtype)
+    codebook = torch.cat([codebook, codebook * (1 + torch.finfo(dtype).eps)])
+    x = uniform(600, 13, dtype=dtype, seed=1)
+    expected = nearest_code(x, codebook)
+    assert {0, 1} <= set((expected >= 20).int().tolist())
+    for n in (1, 2, 5, 16, 23, 48, 49, 100, 528, 599):
+        assert torch.equal(nearest_code(x[:n], codebook), expected[:n]), n
+        assert torch.equal(nearest_code(x[-n:], codebook), expected[-n:]), n
+
+
 def test_inputs_stay_as_they_are_and_no_graph_is_built() -> None:
     x, codebook = uniform(7, 4).requires_grad_(), uniform(5, 4, seed=1).requires_grad_()
     before = x.detach().clone(), codebook.detach().clone()
