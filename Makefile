@@ -2,6 +2,7 @@
 #   make demo   train on the built-in digits into runs/digits
 #   make test   all tests; TESTS="-k name" picks some, JOBS=1 runs them in one process
 #   make lint   ruff and mypy
+#   make docs   the site, into site/
 
 # The first interpreter of these that runs and is new enough; `make PYTHON=...` overrides.
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -12,7 +13,7 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test lint docs
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -29,6 +30,9 @@ lint: $(READY)
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # torch comes first and alone, by its exact pin, so that no other version is ever looked at.
 $(READY): pyproject.toml constraints.txt

@@ -51,6 +51,7 @@ class MultiModalEMAQuantizer(nn.Module):
     r"""One discrete codebook for several modalities, kept by a multi-modal moving average.
 
     $$\hat z^a = e_l, \quad l = \mathrm{argmin}_j \lVert z^a - e_j \rVert_2 \quad \text{(Eq. 2)}$$
+
     $$N_i \leftarrow \gamma N_i + (1 - \gamma) \sum_m n^m_i, \quad
       o_i \leftarrow \gamma o_i + (1 - \gamma) \sum_m \sum_{j=1}^{n^m_i}
         \big( (1 - w) z^m_{ij} + w r^m_{ij} \big), \quad e_i = o_i / \tilde N_i
