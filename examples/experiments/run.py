@@ -1,0 +1,78 @@
+"""A finished pre-training as the downstream tasks see it: frozen, features in, codes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cmg_pretrain import as_cells, quantize
+from torch import Tensor
+
+from cmg.checkpoint import load_model
+from cmg.data import Clips
+from cmg.model import Config, UniCode
+from cmg.standardize import Standardizer
+
+_STANDARDIZER = "standardizer/"
+Codes = tuple[dict[str, Tensor], dict[str, Tensor]]  # codes [N, T, D] and their indices [N, T]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A model folder of `cmg_pretrain` or of an experiment, and the clips it was trained on.
+
+    Attributes:
+        clips: The clips, features as the file holds them.
+        config: Of the model.
+        seed: Of its training; the heads of the tasks take the same.
+        model: Its encoders and its codebook, as trained; its other parts are not.
+        standardizer: Of its features.
+    """
+
+    clips: Clips
+    config: Config
+    seed: int
+    model: UniCode
+    standardizer: Standardizer
+
+    @classmethod
+    def load(cls, folder: str | Path, clips: Clips, seed: int) -> TrainedRun:
+        """Read a model folder.
+
+        Raises:
+            DataError: There is no model in the folder.
+        """
+        tensors, content = load_model(folder)
+        shapes = {name: (cells, channels) for name, (cells, channels) in content["shapes"].items()}
+        config = Config(**content | {"shapes": shapes, "without": tuple(content["without"])})
+        model = UniCode(config)
+        model.semantic.load_state_dict(_part(tensors, "semantic."))
+        model.quantizer.load_state_dict(_part(tensors, "quantizer."))
+        standardizer = Standardizer.from_tensors(_part(tensors, _STANDARDIZER))
+        return cls(clips, config, seed, model.eval().requires_grad_(False), standardizer)
+
+    def quantize(self, features: Mapping[str, Tensor]) -> Codes:
+        """Codes of any clips, of any of the run's modalities.
+
+        Args:
+            features: Name -> [N, T, ..., C] of raw features, C as in training.
+
+        Returns:
+            Name -> quantized vectors [N, T, D], and name -> int64 indices [N, T].
+        """
+        return quantize(self.model, as_cells(self.standardizer.transform(features)))
+
+    @cached_property
+    def codes(self) -> Codes:
+        """What `quantize` makes of the run's own clips."""
+        return self.quantize(self.clips.features)
+
+
+Task = Callable[[TrainedRun], dict[str, Any]]  # numbers by name, nested as the task likes
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
