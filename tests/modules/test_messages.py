@@ -582,6 +582,13 @@ KERNELS = [
 
 COMPAT = [
     Case(
+        lambda: cmg.load_checkpoint(os.devnull),
+        ValueError,
+        "load_checkpoint: the file must be a whole checkpoint of tensors and plain containers",
+        f"path: {os.devnull!r}   error: ''",
+        "pass a DCID-model-{epoch}.pt of the release, untouched",
+    ),
+    Case(
         lambda: cmg.CMGQuantizer(4, 8, ("audio",)),
         ValueError,
         "CMGQuantizer: modalities must be two or three different names",

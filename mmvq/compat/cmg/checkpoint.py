@@ -1,0 +1,136 @@
+"""Released checkpoints, `DCID-model-{epoch}.pt`, into the modules of this package."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pickle import UnpicklingError
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from mmvq.compat.cmg.club import CMGCLUB
+from mmvq.compat.cmg.cpc import CMGCrossCPC
+from mmvq.compat.cmg.encoders import CMGDecoder, CMGEncoder
+from mmvq_kernels.messages import message
+
+_WIDTHS = {"audio": 128, "video": 512, "text": 256}  # of the features, in the release's order
+_SPECIFIC_WIDTHS = {"audio": 256, "video": 512, "text": 256}  # of what CLUB sees
+_CODE_DIM = 256
+_UNUSED = re.compile(  # parameters that reach no output
+    r"\w+_self_att\.encoder_layer\.|\w+_semantic_decoder\."
+    r"|video_semantic_encoder\.(affine_video_ave|affine_video_self|ave_v_att)\."
+)
+
+
+class CMGCheckpoint(NamedTuple):
+    """A released model, in eval mode. What the file does not have is None.
+
+    Attributes:
+        encoder: Phi, Psi and the codebook.
+        decoder: The decoders.
+        cpc: Cross-CPC.
+        club: Name of a modality -> its estimator.
+        text_lstm: What makes `[B, T, 256]` of BERT's `[B, T, 768]`.
+        epoch: The last epoch trained.
+        skipped: The entries of the file that were not taken, "part.key" or "part".
+    """
+
+    encoder: CMGEncoder
+    decoder: CMGDecoder | None
+    cpc: CMGCrossCPC | None
+    club: dict[str, CMGCLUB]
+    text_lstm: nn.LSTM | None
+    epoch: int | None
+    skipped: tuple[str, ...]
+
+
+def load_checkpoint(path: str | PathLike[str]) -> CMGCheckpoint:
+    """Read a released checkpoint of two or three modalities; nothing is unpickled.
+
+    The modules get the file's own tensors, so its dtype, float64. The codes are the release's
+    `embedding` itself, which after a reset differs from `ema_weight / ema_count`. Skipped, as they
+    reach no output: the layer from which the temporal encoder was copied, the attention over cells
+    (a softmax over one element) and the decoders' classifiers; and, as they are no module, the
+    optimizers and counters.
+
+    Args:
+        path: The `.pt` file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds more than tensors and plain containers, is damaged, or its parameters
+            are not the released ones.
+    """
+    content = _read(path)
+    released = content.get("Encoder_parameters") or ()
+    names = [name for name in _WIDTHS if f"{name}_self_att.affine_matrix.weight" in released]
+    if len(names) < 2:
+        rule = "the file must have Encoder_parameters of two or three modalities"
+        _refuse(path, rule, found=sorted(map(str, content)))
+    widths = {name: _WIDTHS[name] for name in names}
+    with torch.device("meta"):  # shapes only: the file's tensors take their place
+        encoder, decoder = CMGEncoder(widths), CMGDecoder(widths)
+        cpc = CMGCrossCPC(_CODE_DIM, names)
+        text_lstm = nn.LSTM(768, _CODE_DIM // 2, 2, batch_first=True, bidirectional=True)
+        club = {name: CMGCLUB(_CODE_DIM, _SPECIFIC_WIDTHS[name]) for name in names}
+    modules: dict[str, nn.Module] = {
+        "Encoder_parameters": encoder,
+        "Decoder_parameters": decoder,
+        "CPC_parameters": cpc,
+        "Text_ar_lstm_parameters": text_lstm,
+        **{f"{name.title()}_mi_net_parameters": net for name, net in club.items()},
+    }
+    skipped = sorted(str(name) for name in content if name not in (*modules, "epoch"))
+    for part, module in modules.items():
+        if part in content:
+            skipped += _fill(path, part, module, content[part])
+    return CMGCheckpoint(
+        encoder=encoder,
+        decoder=decoder if "Decoder_parameters" in content else None,
+        cpc=cpc if "CPC_parameters" in content else None,
+        club={n: net for n, net in club.items() if f"{n.title()}_mi_net_parameters" in content},
+        text_lstm=text_lstm if "Text_ar_lstm_parameters" in content else None,
+        epoch=content.get("epoch"),
+        skipped=tuple(skipped),
+    )
+
+
+def _read(path: str | PathLike[str]) -> Mapping[Any, Any]:
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+            rule = "the file must be a whole checkpoint of tensors and plain containers"
+            _refuse(path, rule, error=str(error).partition("\n")[0])
+    if not isinstance(content, Mapping):
+        _refuse(path, "the file must hold a dict of parts", found=type(content))
+    return content
+
+
+def _fill(path: str | PathLike[str], part: str, module: nn.Module, state: Any) -> list[str]:
+    """Give the module the tensors of a part; returns what was skipped."""
+    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+        _refuse(path, f"{part} must map names to tensors", found=type(state))
+    taken = {key: x for key, x in state.items() if not _UNUSED.match(key)}
+    found = {key: tuple(x.shape) for key, x in taken.items()}
+    expected = {key: tuple(x.shape) for key, x in module.state_dict().items()}
+    odd = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+    if odd:
+        _refuse(
+            path,
+            f"{part} must hold the released parameters; {len(odd)} of them do not fit",
+            first=odd[0],
+            expected=expected.get(odd[0]),
+            found=found.get(odd[0]),
+        )
+    module.load_state_dict(taken, assign=True)
+    module.eval()
+    return [f"{part}.{key}" for key in state if key not in taken]
+
+
+def _refuse(path: str | PathLike[str], rule: str, **came: object) -> NoReturn:
+    hint = "pass a DCID-model-{epoch}.pt of the release, untouched"
+    raise ValueError(message("load_checkpoint", rule, hint=hint, path=str(path), **came))
