@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from mmvq import functional as F
 from mmvq.checks import check_choice, check_finite, check_int, check_number, message
+from mmvq.pretrained import Pretrained
 
 
-class CLUBEstimator(nn.Module):
+class CLUBEstimator(Pretrained):
     r"""vCLUB: an upper estimate of I(x; y) by a learned q(y | x) (Eq. 4, 5).
 
     $$\hat I = \frac{1}{B} \sum_i \Big[ \frac{1}{T} \sum_t \ln q(y_{it} | x_{it})
@@ -58,7 +59,7 @@ class CLUBEstimator(nn.Module):
         check_choice("CLUBEstimator", ("all", "shuffled"), negatives=negatives)
         if logvar_bound is not None:
             check_number("CLUBEstimator", 1e-6, 1e6, logvar_bound=logvar_bound)
-        self.x_dim, self.y_dim = x_dim, y_dim
+        self.x_dim, self.y_dim, self.hidden_dim = x_dim, y_dim, hidden_dim
         self.negatives, self.logvar_bound = negatives, logvar_bound
         self.p_mu = _mlp(x_dim, hidden_dim, y_dim)
         self.p_logvar = _mlp(x_dim, hidden_dim, y_dim)

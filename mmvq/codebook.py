@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from mmvq import functional as F
 from mmvq.checks import check_choice, check_int, check_number, message
 from mmvq.distributed import all_reduce_, gather_rows, world_size
+from mmvq.pretrained import Pretrained
 
 ResetRule = Literal["all", "any"]
 Init = Literal["kmeans", "samples", "uniform"]
 
 
-class EMACodebook(nn.Module):
+class EMACodebook(Pretrained):
     r"""L codes kept by a moving average of the vectors that choose them (Eq. 7).
 
     $$N \leftarrow \gamma N + (1 - \gamma) n \qquad o \leftarrow \gamma o + (1 - \gamma) s \qquad
@@ -86,7 +87,7 @@ class EMACodebook(nn.Module):
         self.dim, self.size, self.groups = dim, size, groups
         self.decay, self.eps = decay, eps
         self.reset_after, self.reset_rule, self.init = reset_after, reset_rule, init
-        self.process_group = process_group
+        self.update_from, self.process_group = update_from, process_group
         self._ready = init == "uniform"
         self._pending: Tensor | None = None
 
@@ -221,7 +222,8 @@ class EMACodebook(nn.Module):
         """One step of Eq. 7 with all that was accumulated, over all ranks; reset included.
 
         It is asked for by name, so it runs in eval mode too. What was accumulated but not yet
-        applied is no part of `state_dict`: save after `apply`.
+        applied is no part of `state_dict`, as gradients are not: save after `apply`, or repeat the
+        micro-batches after loading.
 
         Given a function, this is `nn.Module.apply(fn)`.
         """
@@ -304,9 +306,8 @@ class EMACodebook(nn.Module):
         if isinstance(codes, Tensor):
             self.match_dtype(codes.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        initialized = state_dict.get(f"{prefix}initialized")
-        if isinstance(initialized, Tensor):
-            self._ready = bool(initialized)
+        if not self.initialized.is_meta:
+            self._ready = bool(self.initialized)
         self._pending = None  # it belongs to the state that was here before
 
 

@@ -20,6 +20,7 @@ from mmvq.checks import (
     check_same_length,
     message,
 )
+from mmvq.pretrained import Pretrained
 
 
 class CPCOutput(NamedTuple):
@@ -34,7 +35,7 @@ class CPCOutput(NamedTuple):
     accuracy: dict[tuple[str, str], Tensor]
 
 
-class CrossCPC(nn.Module):
+class CrossCPC(Pretrained):
     r"""Cross-modal contrastive predictive coding (Eq. 6).
 
     $$L^{a2b} = -\frac{1}{K} \sum_{k=1}^K \ln \frac{\exp(z^b_{t+k} W^a_k c^a_t)}
@@ -103,7 +104,8 @@ class CrossCPC(nn.Module):
         check_number("CrossCPC", 1e-6, 1e6, temperature=temperature)
         check_choice("CrossCPC", ("targets", "contexts", "both"), normalize_over=normalize_over)
         self.modalities = check_modalities("CrossCPC", modalities)
-        self.dim, self.min_context = dim, min_context
+        self.dim, self.context_dim, self.num_layers = dim, context_dim, num_layers
+        self.min_context = min_context
         self.num_steps, self.first_step = num_steps, first_step
         self.self_weight, self.normalize_over = self_weight, normalize_over
         self.temperature, self.normalize = temperature, normalize

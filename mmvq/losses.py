@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
@@ -95,6 +95,20 @@ class CrossModalCommitmentLoss(nn.Module):
             cross_ratio=self.cross_ratio,
             reduction=self.reduction,
         )
+
+    def _json(self) -> dict[str, Any]:
+        """The arguments as JSON can hold them: it has no tuples as keys."""
+        ratio = self.cross_ratio
+        pairs = [[*pair, r] for pair, r in ratio.items()] if isinstance(ratio, Mapping) else ratio
+        return {"beta": self.beta, "cross_ratio": pairs, "reduction": self.reduction}
+
+    @classmethod
+    def _from_json(cls, arguments: Mapping[str, Any]) -> Self:
+        """The loss that `_json` described."""
+        ratio = arguments["cross_ratio"]
+        if isinstance(ratio, list):
+            ratio = {(a, b): r for a, b, r in ratio}
+        return cls(**{**arguments, "cross_ratio": ratio})
 
     def extra_repr(self) -> str:
         """The settings."""

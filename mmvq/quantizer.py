@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmvq import functional as F
 from mmvq.checks import (
@@ -23,6 +23,7 @@ from mmvq.checks import (
 )
 from mmvq.codebook import EMACodebook, Init, ResetRule
 from mmvq.losses import CrossModalCommitmentLoss
+from mmvq.pretrained import Pretrained
 
 Tensors = Mapping[str, Tensor]
 Partner = Callable[[Tensor, Tensors, Tensors], Tensor]
@@ -47,7 +48,7 @@ class QuantizerOutput(NamedTuple):
     loss: Tensor
 
 
-class MultiModalEMAQuantizer(nn.Module):
+class MultiModalEMAQuantizer(Pretrained):
     r"""One discrete codebook for several modalities, kept by a multi-modal moving average.
 
     $$\hat z^a = e_l, \quad l = \mathrm{argmin}_j \lVert z^a - e_j \rVert_2 \quad \text{(Eq. 2)}$$
@@ -143,7 +144,7 @@ class MultiModalEMAQuantizer(nn.Module):
         check_choice(where, ("auto", "manual"), update=update)
         check_number(where, 0, 1, partner_weight=partner_weight)
         self.partner, self.partner_weight = partner, partner_weight
-        self.gradient, self.update = gradient, update
+        self.gradient, self.update, self.update_from = gradient, update, update_from
         self.commitment = CrossModalCommitmentLoss() if commitment == "default" else commitment
         self.ema_codebook = EMACodebook(
             dim,
@@ -315,6 +316,19 @@ class MultiModalEMAQuantizer(nn.Module):
     def update_codebook(self) -> None:
         """With `update="manual"`: one step of Eq. 7 with all that was accumulated."""
         self.ema_codebook.apply()
+
+    def _argument(self, name: str) -> Any:
+        if name == "commitment" and type(self.commitment) is CrossModalCommitmentLoss:
+            return self.commitment._json()
+        name = {"codebook_size": "size"}.get(name, name)
+        return getattr(self if hasattr(self, name) else self.ema_codebook, name)
+
+    @classmethod
+    def _build(cls, config: Any, given: Mapping[str, Any]) -> Self:
+        match config:
+            case {"arguments": {"commitment": dict(loss)}} if "commitment" not in given:
+                given = {**given, "commitment": CrossModalCommitmentLoss._from_json(loss)}
+        return super()._build(config, given)
 
     def extra_repr(self) -> str:
         """The settings."""

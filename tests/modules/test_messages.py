@@ -6,7 +6,10 @@ The last test reads the sources, so that no `raise` can be added without a case 
 from __future__ import annotations
 
 import ast
+import json
 import os
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,8 @@ from torch import Tensor
 
 import mmvq
 import mmvq_kernels as kernels
-from mmvq.compat import cmg
+from mmvq.compat import cmg, vector_quantize_pytorch
+from mmvq.pretrained import _adapter
 from mmvq_kernels.messages import message
 
 z = torch.zeros(2, 5, 4)
@@ -74,6 +78,53 @@ def ema(**changes: Any) -> Callable[[], object]:
 def triton() -> object:
     with patch("importlib.util.find_spec", lambda name: None):
         return kernels.nearest_code(codes, codes, backend="triton")
+
+
+def without_the_hub() -> object:
+    _adapter.cache_clear()
+    with patch.dict(sys.modules, {"huggingface_hub": None}):
+        return mmvq.CLUBEstimator(4, 4).save_pretrained("nowhere")
+
+
+def from_config(config: object, **options: Any) -> Callable[[], object]:
+    """`CLUBEstimator.from_pretrained` of a folder with this config.json."""
+
+    def run() -> object:
+        with tempfile.TemporaryDirectory() as folder:
+            if config is not None:
+                Path(folder, "config.json").write_text(json.dumps(config))
+            return mmvq.CLUBEstimator.from_pretrained(folder, **options)
+
+    return run
+
+
+CONFIG = {"class": "CLUBEstimator", "version": 1, "arguments": {}, "pass_again": {}}
+BUFFERS = {
+    "embed": torch.ones(1, 8, 4),
+    "embed_avg": torch.ones(1, 8, 4),
+    "cluster_size": torch.ones(1, 8),
+    "initted": torch.tensor(True),
+}
+
+
+def foreign(rule: str, hint: str, source: Any, kind: str, embed: str = "float32[1, 8, 4]") -> Case:
+    return Case(
+        lambda: vector_quantize_pytorch.load(source),
+        ValueError,
+        f"vector_quantize_pytorch.load: {rule}",
+        f"source: {kind}   embed: {embed}",
+        hint,
+    )
+
+
+def like_theirs(**attributes: Any) -> torch.nn.Module:
+    """A module with their buffers, and attributes of theirs."""
+    module = torch.nn.Module()
+    for name, x in BUFFERS.items():
+        module.register_buffer(name, x.clone())
+    for name, value in {"decay": 0.8, "eps": 1e-5, **attributes}.items():
+        setattr(module, name, value)
+    return module
 
 
 def number(where: str, name: str, span: str, came: str, call: Callable[[], object]) -> Case:
@@ -612,7 +663,108 @@ COMPAT = [
     ),
 ]
 
-CASES = ARGUMENTS + FEATURES + MODULES + KERNELS + COMPAT
+PRETRAINED = [
+    Case(
+        without_the_hub,
+        ImportError,
+        "mmvq: the Hub's methods need huggingface_hub and safetensors",
+        "missing: 'huggingface_hub'",
+        "pip install 'mmvq[hub]'",
+    ),
+    *(
+        Case(
+            from_config(config),
+            ValueError,
+            "CLUBEstimator.from_pretrained: config.json must be as save_pretrained writes it",
+            f"config: {config!r}",
+            "save the module again",
+        )
+        for config in (None, {}, {"x_dim": 4}, {**CONFIG, "version": "1"})
+    ),
+    Case(
+        from_config({**CONFIG, "class": "CrossCPC"}),
+        ValueError,
+        "CLUBEstimator.from_pretrained: the file is of another class",
+        "found: 'CrossCPC'",
+        "call from_pretrained of CrossCPC",
+    ),
+    Case(
+        from_config({**CONFIG, "version": 2}),
+        ValueError,
+        "CLUBEstimator.from_pretrained: the state is of version 2, this mmvq knows up to 1",
+        "version: 2",
+        "install the mmvq that saved it",
+    ),
+    Case(
+        from_config({**CONFIG, "pass_again": {"a": "A", "b": "B", "c": "C"}}, c=1),
+        ValueError,
+        "CLUBEstimator.from_pretrained: config.json cannot hold a, b",
+        "a: 'A'   b: 'B'",
+        "pass a=..., b=... to from_pretrained",
+    ),
+]
+
+FOREIGN = [
+    *(
+        foreign(
+            "the source must hold embed [1, L, D], embed_avg, cluster_size and initted",
+            "pass a VectorQuantize, its _codebook, or the state_dict of either",
+            source,
+            "dict",
+            embed,
+        )
+        for source, embed in (
+            ({}, "None"),
+            ({**BUFFERS, "embed": codes}, "float32[8, 4]"),
+        )
+    ),
+    foreign(
+        "several codebooks do not fit into one quantizer",
+        "load them one by one: {name: buffer[h : h + 1] for each of the four buffers}",
+        {**BUFFERS, "embed": torch.ones(2, 8, 4)},
+        "dict",
+        "float32[2, 8, 4]",
+    ),
+    foreign(
+        "a quantizer has no heads",
+        "pass the _codebook alone, and split the features into heads before the quantizer",
+        like_theirs(heads=2),
+        "Module",
+    ),
+    foreign(
+        "a quantizer has no projections (codebook_dim must equal dim)",
+        "pass the _codebook alone, and keep project_in and project_out around the quantizer",
+        {**BUFFERS, "project_in.0.weight": codes},
+        "dict",
+    ),
+    foreign(
+        "the codes must be for Euclidean distance, not for cosine similarity",
+        "train a quantizer anew, on features of unit length",
+        like_theirs(use_cosine_sim=True),
+        "Module",
+    ),
+    foreign(
+        "affine codes change with every batch, and a quantizer's do not",
+        "train with affine_param=False first",
+        {**BUFFERS, "codebook_mean": torch.zeros(1, 1, 4)},
+        "dict",
+    ),
+    foreign(
+        "the codebook has not been initialized yet",
+        "train it first, or build a MultiModalEMAQuantizer, whose default is k-means too",
+        {**BUFFERS, "initted": torch.tensor(False)},
+        "dict",
+    ),
+    Case(
+        lambda: vector_quantize_pytorch.load({**BUFFERS, "embed": torch.full((1, 8, 4), 1.5)}),
+        ValueError,
+        "vector_quantize_pytorch.load: embed must be the moving average embed_avg / cluster_size",
+        "largest_difference: 0.5",
+        "learnable or cosine codes are not: train a quantizer anew",
+    ),
+]
+
+CASES = PRETRAINED + FOREIGN + ARGUMENTS + FEATURES + MODULES + KERNELS + COMPAT
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.rule.replace(": ", "-"))

@@ -226,14 +226,15 @@ BLOCKER = """
 import sys
 
 class Blocker:
-    names = {"triton", "sklearn", "matplotlib", "safetensors", "tqdm", "scipy", "hypothesis"}
+    names = {"triton", "sklearn", "matplotlib", "safetensors", "tqdm", "scipy", "hypothesis",
+             "huggingface_hub", "vector_quantize_pytorch"}
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in self.names:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Blocker())
-import mmvq, mmvq.compat.cmg, torch
+import mmvq, mmvq.compat.cmg, mmvq.compat.vector_quantize_pytorch, torch
 assert not Blocker.names & {name.split(".")[0] for name in sys.modules}
 quantizer = mmvq.MultiModalEMAQuantizer(4, 8)
 quantizer({"audio": torch.randn(2, 3, 4), "video": torch.randn(2, 3, 4)}).loss

@@ -1,0 +1,267 @@
+"""State on disk: folders, the Hub (offline), versions, and what does not fit."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import mmvq
+from mmvq.pretrained import Pretrained, _adapter
+
+NAMES = ("video", "audio", "text")
+RATIOS = {("audio", "video"): 0.3, ("text", "audio"): 0.0}
+LOSS = mmvq.CrossModalCommitmentLoss(0.5, RATIOS, "sum")
+MODULES: dict[str, Pretrained] = {
+    "quantizer": mmvq.MultiModalEMAQuantizer(4, 8, NAMES, decay=0.9, commitment=LOSS),
+    "without a loss": mmvq.MultiModalEMAQuantizer(4, 8, commitment=None, update_from=("audio",)),
+    "codebook": mmvq.EMACodebook(4, 8, groups=2, update_from=[1], init="samples"),
+    "cpc": mmvq.CrossCPC(4, NAMES, context_dim=3, num_layers=2, num_steps=2, first_step=0),
+    "club": mmvq.CLUBEstimator(4, 3, 5, negatives="shuffled", logvar_bound=None),
+}
+each_module = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+
+
+def batch(names: tuple[str, ...] = NAMES) -> dict[str, Tensor]:
+    return {name: torch.randn(2, 5, 4) for name in names}
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    """The same class, settings and tensors."""
+    assert type(a) is type(b)
+    assert repr(a) == repr(b)
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, x in a.state_dict().items():
+        assert torch.equal(x, b.state_dict()[name]), name
+        assert x.dtype == b.state_dict()[name].dtype, name
+
+
+@each_module
+def test_a_folder_gives_the_module_back(module: Pretrained, tmp_path: Path) -> None:
+    assert module.save_pretrained(tmp_path / "new") is None
+    files = {path.name for path in (tmp_path / "new").iterdir()}
+    assert files == {"model.safetensors", "config.json", "README.md"}
+    loaded = type(module).from_pretrained(tmp_path / "new")
+    assert_same(loaded, module)
+    assert not loaded.training
+    assert loaded._config() == module._config()
+
+
+def test_training_goes_on_from_a_folder(tmp_path: Path) -> None:
+    going = mmvq.MultiModalEMAQuantizer(4, 8, NAMES, reset_after=2)
+    for _ in range(3):
+        going(batch())
+    going.save_pretrained(tmp_path)
+    loaded = mmvq.MultiModalEMAQuantizer.from_pretrained(tmp_path).train()
+    for _ in range(3):
+        z = batch()
+        going(z)
+        loaded(z)
+    assert_same(loaded, going)
+
+
+def test_settings_are_saved_as_they_are_now(tmp_path: Path) -> None:
+    """Not as they were when the module was built."""
+    module = mmvq.MultiModalEMAQuantizer(4, 8, decay=0.9)
+    module.ema_codebook.decay = 0.999
+    module.commitment = mmvq.CrossModalCommitmentLoss(0.1)
+    module.save_pretrained(tmp_path)
+    loaded = mmvq.MultiModalEMAQuantizer.from_pretrained(tmp_path)
+    assert loaded.ema_codebook.decay == 0.999
+    assert loaded.commitment.beta == 0.1
+
+
+def test_an_argument_passed_again_goes_before_the_saved_one(tmp_path: Path) -> None:
+    MODULES["quantizer"].save_pretrained(tmp_path)
+    loaded = mmvq.MultiModalEMAQuantizer.from_pretrained(tmp_path, decay=0.5, commitment=None)
+    assert loaded.ema_codebook.decay == 0.5
+    assert loaded.commitment is None
+
+
+class Scaled(nn.Module):
+    """A loss with a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(()))
+
+    def forward(self, z: dict[str, Tensor], *_: Any) -> Tensor:
+        return self.scale * torch.stack([x.square().mean() for x in z.values()]).sum()
+
+
+def own(z: Tensor, others: Any, masks: Any) -> Tensor:
+    return z
+
+
+def test_what_json_cannot_hold_is_passed_again(tmp_path: Path) -> None:
+    module = mmvq.MultiModalEMAQuantizer(4, 8, partner=own, commitment=Scaled())
+    module.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pass_again"] == {"partner": "own", "commitment": "Scaled"}
+    assert not {"partner", "commitment"} & config["arguments"].keys()
+    again = {"partner": own, "commitment": Scaled()}
+    loaded = mmvq.MultiModalEMAQuantizer.from_pretrained(tmp_path, **again)
+    assert loaded.partner is own
+    assert_same(loaded, module)
+    with pytest.raises(ValueError, match=r"hold commitment.\n.*\n.*pass commitment=\.\.\. to from"):
+        mmvq.MultiModalEMAQuantizer.from_pretrained(tmp_path, partner=own)
+
+
+def test_a_subclass_saves_its_arguments_and_takes_the_folder_of_its_base(tmp_path: Path) -> None:
+    class Tuned(mmvq.CLUBEstimator):
+        def __init__(self, x_dim: int, y_dim: int, scale: float = 1.0) -> None:
+            super().__init__(x_dim, y_dim)
+            self.scale = scale
+
+    Tuned(4, 3, scale=2.0).save_pretrained(tmp_path / "tuned")
+    assert Tuned.from_pretrained(tmp_path / "tuned").scale == 2.0
+    with pytest.raises(ValueError, match="call from_pretrained of Tuned"):
+        mmvq.CLUBEstimator.from_pretrained(tmp_path / "tuned")
+
+    class Named(mmvq.CrossCPC):
+        """Nothing new."""
+
+    MODULES["cpc"].save_pretrained(tmp_path / "cpc")
+    assert type(Named.from_pretrained(tmp_path / "cpc")) is Named
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """A Hub that is a folder; what was asked of it."""
+    asked: list[tuple[str, Any]] = []
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None:
+            asked.append(("token", token))
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            asked.append(("create", (repo_id, options)))
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> str:
+            asked.append(("upload", (repo_id, options["commit_message"])))
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
+            return f"https://huggingface.co/{repo_id}/commit/1"
+
+    def download(repo_id: str, filename: str, *, revision: str | None, **_: Any) -> str:
+        asked.append(("download", (filename, revision)))
+        return str(tmp_path / "hub" / repo_id / filename)
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    _adapter.cache_clear()  # it binds hf_hub_download
+    monkeypatch.setattr("mmvq.pretrained._adapter", _adapter.__wrapped__)
+    return asked
+
+
+@each_module
+def test_to_the_hub_and_back(module: Pretrained, hub: list[tuple[str, Any]]) -> None:
+    address = module.push_to_hub("me/book", private=True, token="t", commit_message="first")
+    assert address == "https://huggingface.co/me/book/commit/1"
+    assert hub == [
+        ("token", "t"),
+        ("create", ("me/book", {"private": True, "exist_ok": True})),
+        ("upload", ("me/book", "first")),
+    ]
+    hub.clear()
+    assert_same(type(module).from_pretrained("me/book", revision="v1"), module)
+    assert hub == [("download", (name, "v1")) for name in ("config.json", "model.safetensors")]
+
+
+@each_module
+def test_the_version_travels_with_the_state(module: Pretrained) -> None:
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    state: Any = torch.load(file, weights_only=True)
+    assert state._metadata[""]["version"] == module._version == 1
+    module.load_state_dict(state)
+    state._metadata[""]["version"] = 2
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"version 2, this mmvq knows up to 1(.|\n)*Hint"):
+        module.load_state_dict(state)
+    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
+    module.load_state_dict(dict(state))  # bare tensors have no version
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "shown"),
+    [
+        ("codes", torch.zeros(9, 4), r"found: float32\[9, 4\]   expected: float32\[8, 4\]"),
+        ("counts", torch.ones(8, dtype=torch.long), r"found: int64\[8\]   expected: float32\[8\]"),
+        ("ages", torch.zeros(3, 8), r"found: float32\[3, 8\]   expected: int64\[2, 8\]"),
+        ("steps", torch.zeros(1).long(), r"found: int64\[1\]   expected: int64\[\]"),
+        ("usage", "many", r"found: 'many'   expected: int64\[2, 8\]"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_loaded(
+    name: str, found: Any, shown: str
+) -> None:
+    module = mmvq.MultiModalEMAQuantizer(4, 8)
+    module(batch(("audio", "video")))
+    before = {key: x.clone() for key, x in module.state_dict().items()}
+    state = mmvq.MultiModalEMAQuantizer(4, 8).state_dict()
+    state[f"ema_codebook.{name}"] = found
+    rule = (
+        rf"EMACodebook.load_state_dict: ema_codebook.{name} does not fit this module\.\n  {shown}"
+    )
+    with pytest.raises(RuntimeError, match=rule + r"\n  Hint: build the module with"):
+        module.load_state_dict(state)
+    assert all(torch.equal(x, before[key]) for key, x in module.state_dict().items())
+    assert module.ema_codebook._ready
+
+
+def test_a_part_of_the_state_loads_when_asked() -> None:
+    """`strict=False`, as for every module of torch; otherwise what is missing is named."""
+    module, other = mmvq.EMACodebook(4, 8), mmvq.EMACodebook(4, 8)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "sums", "counts"'):
+        module.load_state_dict({"codes": other.codes})
+    missing, unexpected = module.load_state_dict({"codes": other.codes, "more": 1}, strict=False)
+    assert torch.equal(module.codes, other.codes)
+    assert (len(missing), unexpected) == (len(module.state_dict()) - 1, ["more"])
+
+
+@pytest.mark.parametrize("kind", ["cpc", "club"])
+def test_networks_say_which_shape_they_found_and_expected(kind: str) -> None:
+    """By torch's own message."""
+    module = MODULES[kind]
+    name, x = next(iter(module.state_dict().items()))
+    shapes = rf"{len(x) + 1}(.|\n)*{len(x)}"
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {name}(.|\n)*{shapes}"):
+        module.load_state_dict({**module.state_dict(), name: torch.cat([x, x[:1]])})
+
+
+def test_a_folder_of_another_shape_is_refused(tmp_path: Path) -> None:
+    MODULES["quantizer"].save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"ema_codebook.codes does not fit this module"):
+        mmvq.MultiModalEMAQuantizer.from_pretrained(tmp_path, codebook_size=9)
+    assert load_file(tmp_path / "model.safetensors")["ema_codebook.codes"].shape == (8, 4)
+
+
+def test_pending_statistics_are_repeated_not_saved() -> None:
+    """As gradients: a run stopped between micro-batches repeats the batch it was in, exactly."""
+    whole = mmvq.MultiModalEMAQuantizer(4, 8, init="uniform", update="manual")
+    parts = [batch(("audio", "video")) for _ in range(2)]
+    before = {name: x.clone() for name, x in whole.state_dict().items()}
+    whole(parts[0])
+    saved = whole.state_dict()
+    counted = {name for name, x in saved.items() if not torch.equal(x, before[name])}
+    assert counted == set()
+    again = mmvq.MultiModalEMAQuantizer(4, 8, update="manual")
+    again.load_state_dict(saved)
+    whole(parts[1])
+    for part in parts:
+        again(part)
+    whole.update_codebook()
+    again.update_codebook()
+    for name, x in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x), name
