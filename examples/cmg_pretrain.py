@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     require_matplotlib()
     device = _device(args.device)
-    name, clips = _load(args.data, args.modalities)
+    name, clips = open_data(args.data, args.modalities)
     folder = args.output or Path("runs") / name
     make_writable(folder)
     standardizer = Standardizer.fit(clips)
@@ -122,7 +122,7 @@ def quantize(
     return codes, indices
 
 
-def _load(data: str, modalities: Sequence[str] | None) -> tuple[str, Clips]:
+def open_data(data: str, modalities: Sequence[str] | None) -> tuple[str, Clips]:
     """The clips, and what to call them."""
     kind, _, seed = data.partition(":")
     if kind == "digits" and (seed.isdecimal() or data == "digits"):
@@ -176,9 +176,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--without", nargs="+", default=[], choices=PARTS, help="leave out parts of the method"
     )
     parser.add_argument(
-        "--epochs", type=_positive, default=Recipe.epochs, help="default: %(default)s"
+        "--epochs", type=positive, default=Recipe.epochs, help="default: %(default)s"
     )
-    parser.add_argument("--seed", type=_natural, default=0, help="of weights, batches and heads")
+    parser.add_argument("--seed", type=natural, default=0, help="of weights, batches and heads")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/NAME-OF-DATA")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in --output"
@@ -188,14 +188,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of things, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; came {text}")
     return value
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
+    """A seed, for argparse."""
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"must be 0 to 2**32 - 1; came {text}")

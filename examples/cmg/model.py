@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class Config:
         reset_after: Batches that a code survives without every modality.
         beta, cross_ratio: Of the commitment loss.
         temperature: Of Cross-CPC.
+        partner: Of the moving average: "attention", "aligned" or "none".
+        reset_rule: "all" or "any".
+        club_negatives: "all" or "shuffled".
         without: The parts to leave out, of PARTS. Without "mm-ema" the codebook is an ordinary
             moving average, and the commitment has no cross-modal term.
     """
@@ -54,6 +57,9 @@ class Config:
     beta: float = 1.0
     cross_ratio: float = 2.0
     temperature: float = 0.1
+    partner: Literal["attention", "aligned", "none"] = "attention"
+    reset_rule: Literal["all", "any"] = "all"
+    club_negatives: Literal["all", "shuffled"] = "all"
     without: tuple[str, ...] = ()
 
     def json(self) -> dict[str, Any]:
@@ -109,8 +115,9 @@ class UniCode(nn.Module):
             c.codebook_size,
             names,
             decay=c.decay,
-            partner="attention" if joint else "none",
+            partner=c.partner if joint else "none",
             reset_after=None if "reset" in c.without else c.reset_after,
+            reset_rule=c.reset_rule,
             commitment=CrossModalCommitmentLoss(c.beta, c.cross_ratio if joint else 0.0),
         )
         self.cpc = nn.ModuleDict(
@@ -129,7 +136,9 @@ class UniCode(nn.Module):
         )
         self.club = nn.ModuleDict(
             {
-                name: CLUBEstimator(c.dim, c.specific_dim, hidden_dim=64)
+                name: CLUBEstimator(
+                    c.dim, c.specific_dim, hidden_dim=64, negatives=c.club_negatives
+                )
                 for name in names
                 if "club" not in c.without
             }

@@ -40,12 +40,12 @@ def compose(rng: np.random.Generator) -> Clip:
         digits = np.full(SEGMENTS, BACKGROUND, dtype=np.int64)
         digits[start : start + length] = label
         if rng.random() < DISTRACTED:
-            digits[_aside(rng, start, length)] = other
+            digits[aside(rng, start, length)] = other
         shown[modality] = digits
     return Clip(label, shown)
 
 
-def _aside(rng: np.random.Generator, start: int, length: int) -> slice:
+def aside(rng: np.random.Generator, start: int, length: int) -> slice:
     """Choose a run of segments before or after the event, always shorter than the event."""
     gaps = [gap for gap in ((0, start), (start + length, SEGMENTS)) if gap[0] < gap[1]]
     low, high = gaps[rng.integers(len(gaps))]

@@ -1,0 +1,111 @@
+"""What the paper says, each as a difference that should be above 0; and what it leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .systems import ALIGNMENTS
+
+Weights = dict[str, float]
+_PARTS = {
+    "club": "CLUB",
+    "cpc": "Cross-CPC",
+    "club-cpc": "CLUB and Cross-CPC",
+    "mm-ema": "MM-EMA",
+    "reset": "reset",
+    "matching": "code matching",
+    "mm-ema-reset": "MM-EMA and reset",
+}
+SYSTEMS = {name: name.upper().replace("S-MIT", "S-MiT") for name in ALIGNMENTS}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A difference between experiments.
+
+    Attributes:
+        text: In words.
+        weights: Experiment -> weight of the sum that should be positive.
+        paper: The same in names of `paper.PAPER`, where they are others.
+    """
+
+    text: str
+    weights: Weights
+    paper: Weights | None = None
+
+    @property
+    def in_paper(self) -> Mapping[str, float]:
+        """Weights of the paper's numbers."""
+        return self.weights if self.paper is None else self.paper
+
+
+def _better(one: str, other: str) -> Weights:
+    return {one: 1.0, other: -1.0}
+
+
+def _part(prefix: str, full: str, part: str) -> Claim:
+    return Claim(f"{_PARTS[part]} helps", _better(full, f"{prefix}without-{part}"))
+
+
+def _smaller_loss(part: str) -> Claim:
+    two, three = _better("uni-code", f"without-{part}"), _better(f"avt-without-{part}", "avt")
+    return Claim(f"{_PARTS[part]} is missed less", two | three)
+
+
+CLAIMS: dict[str, list[Claim]] = {
+    "Aligning modalities beats not aligning them (Table 1)": [
+        Claim(f"{text} over the baseline", _better(name, "baseline"))
+        for name, text in SYSTEMS.items()
+    ],
+    "CMCM is the best of the earlier systems (Table 1)": [
+        Claim(f"CMCM over {text}", _better("cmcm", name))
+        for name, text in SYSTEMS.items()
+        if name != "cmcm"
+    ],
+    "DCID improves every system (Table 1)": [
+        Claim(f"DCID+{text} over {text}", _better(f"dcid-{name}", name))
+        for name, text in SYSTEMS.items()
+    ],
+    "Uni-Code is the best (Table 1)": [
+        Claim(f"Uni-Code over DCID+{text}", _better("uni-code", f"dcid-{name}"))
+        for name, text in SYSTEMS.items()
+    ],
+    "Every part helps, with two modalities (Table 2)": [
+        *(_part("", "uni-code", part) for part in _PARTS),
+        Claim("Cross-CPC is missed more than CLUB", _better("without-club", "without-cpc")),
+    ],
+    "Every part helps, with three modalities (Table 3)": [
+        _part("avt-", "avt", part) for part in _PARTS if part != "club-cpc"
+    ],
+    "A third modality helps the first two (Table 3)": [
+        Claim("audio, video, text over audio, video", _better("avt", "uni-code")),
+        *(_smaller_loss(part) for part in _PARTS if part != "club-cpc"),
+    ],
+    "A middling codebook is the best (Fig. 3)": [
+        Claim("128 codes over 32", _better("uni-code", "codes-32")),
+        Claim("128 codes over 512", _better("uni-code", "codes-512")),
+    ],
+    "More clips help, but not the most (Table 1)": [
+        Claim(
+            "half of the clips over a quarter",
+            _better("clips-350", "clips-175"),
+            _better("uni-code", "uni-code 24K"),
+        ),
+        Claim(
+            "half of the clips over all",
+            _better("clips-350", "uni-code"),
+            _better("uni-code", "uni-code 81K"),
+        ),
+    ],
+}
+QUESTIONS: list[Claim] = [
+    Claim("partner by attention over the aligned one", _better("uni-code", "partner-aligned")),
+    Claim("partner by attention over none", _better("uni-code", "partner-none")),
+    Claim("reset by the rule of all over any", _better("uni-code", "reset-any")),
+    Claim("CLUB exact over shuffled", _better("uni-code", "club-shuffled")),
+]
+SHARING: list[Claim] = [
+    Claim("CMCM over the baseline", _better("cmcm", "baseline")),
+    Claim("Uni-Code over CMCM", _better("uni-code", "cmcm")),
+]

@@ -1,0 +1,89 @@
+"""The clips of an experiment: a file's, fewer of them, and a fourth modality for the digits.
+
+"display" is artificial, made to train with more than three modalities: a seven-segment display that
+shows the digit, read by 64 noisy sensors. It follows the plots that the other modalities were
+rendered from: the digit of the event while all show it, and with the same probability, on its own,
+another digit aside. A lit segment of the display is 1, a dark one 0, plus noise; a random matrix
+and a hyperbolic tangent mix the seven, and every clip has a gain of its own. Dark is background.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from cmg_pretrain import open_data
+
+from cmg.data import BACKGROUND, PRETRAIN, Clips
+from cmg.digits import clips as plots
+from cmg.errors import DataError
+
+from .matrix import Experiment
+
+DISPLAY = "display"
+SENSORS = 64
+_UNUSED = 3  # a split that nothing reads
+_STREAM = 4  # of a clip's random numbers, after the four that render it
+_LIT = ("abcdef", "bc", "abdeg", "abcdg", "bcfg", "acdfg", "acdefg", "abc", "abcdefg", "abcdfg")
+_PATTERNS = np.array([[bar in lit for bar in "abcdefg"] for lit in _LIT], dtype=np.float32)
+
+
+def load(experiment: Experiment) -> Clips:
+    """The clips that an experiment trains on and is tested on."""
+    names = [name for name in experiment.modalities if name != DISPLAY]
+    _, clips = open_data(experiment.data, names)
+    if DISPLAY in experiment.modalities:
+        clips = with_display(clips, experiment.data)
+    if experiment.clips is not None:
+        split = clips.split.clone()
+        split[clips.rows(PRETRAIN)[experiment.clips :]] = _UNUSED
+        clips = replace(clips, split=split)
+    return clips
+
+
+def with_display(clips: Clips, data: str) -> Clips:
+    """The clips of a rendering of the digits with the fourth modality.
+
+    Raises:
+        DataError: `data` is not "digits" or "digits:SEED".
+    """
+    kind, _, seed = data.partition(":")
+    if kind != "digits":
+        raise DataError(f"{data}: {DISPLAY} shows digits only. Hint: --data digits.")
+    mix = np.random.default_rng(0).normal(size=(7, SENSORS)).astype(np.float32)
+    shown = np.empty((len(clips.split), plots.SEGMENTS), np.int64)
+    sensed = np.empty((len(clips.split), plots.SEGMENTS, SENSORS), np.float32)
+    place = dict.fromkeys(range(3), 0)
+    for n, split in enumerate(clips.split.tolist()):
+        key = (split, place[split])
+        place[split] += 1
+        streams = np.random.SeedSequence(int(seed or 0), spawn_key=key).spawn(_STREAM + 1)
+        clip = plots.compose(np.random.default_rng(streams[0]))
+        rng = np.random.default_rng(streams[_STREAM])
+        shown[n] = _plot(clip, rng)
+        sensed[n] = _sense(shown[n], mix, rng)
+    labels = torch.from_numpy(np.where(clips.split.numpy()[:, None] == PRETRAIN, -1, shown))
+    return replace(
+        clips,
+        features=clips.features | {DISPLAY: torch.from_numpy(sensed)},
+        segment_labels=clips.segment_labels | {DISPLAY: labels},
+    )
+
+
+def _plot(clip: plots.Clip, rng: np.random.Generator) -> np.ndarray:
+    """What the display shows: the event, and at times something else beside it."""
+    together = np.logical_and.reduce([x == clip.label for x in clip.shown.values()])
+    shown = np.where(together, clip.label, BACKGROUND)
+    if rng.random() < plots.DISTRACTED:
+        start, length = int(together.argmax()), int(together.sum())
+        taken = {int(digit) for x in clip.shown.values() for digit in x}
+        free = [digit for digit in range(plots.CLASSES) if digit not in taken]
+        shown[plots.aside(rng, start, length)] = rng.choice(free)
+    return shown
+
+
+def _sense(shown: np.ndarray, mix: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    bars = np.where(shown[:, None] == BACKGROUND, 0, _PATTERNS[shown])  # [T, 7]
+    seen = rng.uniform(0.6, 1.4) * (bars + 0.3 * rng.normal(size=bars.shape))
+    return np.tanh(seen @ mix) + 0.3 * rng.normal(size=(len(shown), SENSORS))

@@ -1,0 +1,95 @@
+"""Every experiment by name, and which of them a table compares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from cmg.model import PARTS
+
+from .systems import ALIGNMENTS
+
+AV = ("audio", "video")
+AVT = ("audio", "video", "text")
+CLIPS = 700  # of split 0, in a rendering of the digits
+EPOCHS = 21  # half of what the demo takes
+DCID = ("club", "cpc")
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """What one pre-training is made of; seeds aside.
+
+    Attributes:
+        name: Of its results.
+        alignment: What it adds to Uni-Code's objectives, a key of `systems.ALIGNMENTS`.
+        modalities: Those it trains on and is tested on.
+        config: Fields of `cmg.model.Config` that are not the default.
+        clips: How many clips of split 0 it trains on, in as many steps as with all of them.
+        epochs: Over all clips.
+        data: As `cmg_pretrain --data`.
+    """
+
+    name: str
+    alignment: str | None = None
+    modalities: tuple[str, ...] = AV
+    config: Mapping[str, Any] = field(default_factory=dict)
+    clips: int | None = None
+    epochs: int = EPOCHS
+    data: str = "digits"
+
+    def json(self) -> dict[str, Any]:
+        """As the identity of its results has it."""
+        return asdict(self) | {"modalities": list(self.modalities), "config": dict(self.config)}
+
+    def scaled(self, factor: float) -> Experiment:
+        """The same with fewer or more epochs."""
+        return replace(self, epochs=max(1, round(self.epochs * factor)))
+
+
+def _without(*parts: str) -> dict[str, Any]:
+    return {"without": sorted(parts)}
+
+
+def _systems() -> list[Experiment]:
+    """Table 1. Reset and MM-EMA are Uni-Code's own; code matching is CMCM's."""
+    baseline = [part for part in PARTS if part not in DCID]
+    experiments = [Experiment("baseline", config=_without(*PARTS))]
+    for name in ALIGNMENTS:
+        parts = [part for part in baseline if (name, part) != ("cmcm", "matching")]
+        experiments += [
+            Experiment(name, name, config=_without(*parts, *DCID)),
+            Experiment(f"dcid-{name}", name, config=_without(*parts)),
+        ]
+    return [*experiments, Experiment("uni-code")]
+
+
+def _parts(
+    prefix: str, modalities: tuple[str, ...], *left_out: tuple[str, ...]
+) -> list[Experiment]:
+    return [
+        Experiment(f"{prefix}without-{'-'.join(parts)}", None, modalities, _without(*parts))
+        for parts in left_out
+    ]
+
+
+_SINGLE = tuple((part,) for part in PARTS)
+_TOGETHER = ("mm-ema", "reset")
+
+ALL = [
+    *_systems(),
+    *_parts("", AV, *_SINGLE, DCID, _TOGETHER),  # Table 2
+    Experiment("avt", None, AVT),
+    Experiment("avt-baseline", None, AVT, _without(*PARTS)),
+    *(Experiment(f"codes-{L}", config={"codebook_size": L}) for L in (32, 64, 256, 512)),  # Fig. 3
+    *(Experiment(f"partner-{kind}", config={"partner": kind}) for kind in ("aligned", "none")),
+    Experiment("reset-any", config={"reset_rule": "any"}),
+    Experiment("club-shuffled", config={"club_negatives": "shuffled"}),
+    *_parts("avt-", AVT, *_SINGLE, _TOGETHER),  # Table 3
+    *(Experiment(f"clips-{n}", clips=n) for n in (CLIPS // 4, CLIPS // 2)),
+    Experiment("at", None, ("audio", "text")),
+    Experiment("vt", None, ("video", "text")),
+    Experiment("avtd", None, (*AVT, "display")),
+]
+EXPERIMENTS = {experiment.name: experiment for experiment in ALL}

@@ -1,0 +1,78 @@
+"""CODIS: agreement through optimal assignments to prototypes, taught by momentum encoders.
+
+Duan, Chen, Tran, Yang, Xu, Zeng and Chilimbi. Multi-modal Alignment using Representation Codebook.
+CVPR 2022.
+
+With clips z of the student, z' of the teacher (a slow average of the student) and prototypes C:
+
+    T_a = Sinkhorn(z'_a C^T)            the optimal transport plan of clips to prototypes
+    L = InfoNCE(z_a, z'_b)              each modality against the other's teacher
+      + H(T_b, softmax(z_a C^T / tau))  the teacher of one modality guides the student of another
+      + <T_a, 1 - z_a C^T>              the cost of transport, which also moves the prototypes
+
+Simplified: no queue of negatives from earlier batches, no contrast within a modality, no fusion
+encoder and none of its objectives. The codebook of vectors that all systems share is beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from itertools import permutations
+
+import torch
+from torch import Tensor, nn
+
+from cmg.model import Features, UniCode
+from mmvq import functional as F
+
+from .base import TEMPERATURE, Alignment, clip_vectors
+
+PROTOTYPES = 64
+MOMENTUM = 0.99
+SHARPNESS = 0.05  # of the transport plan: the weight of its entropy
+ROUNDS = 3
+
+
+class CODIS(Alignment):
+    """Prototypes, and a teacher for each semantic encoder."""
+
+    def __init__(self, model: UniCode) -> None:
+        super().__init__(model)
+        self.teacher = copy.deepcopy(model.semantic).requires_grad_(False)
+        self.prototypes = nn.Parameter(torch.randn(PROTOTYPES, model.config.dim))
+
+    def forward(
+        self, model: UniCode, x: Mapping[str, Tensor], features: Features, *, quantize: bool
+    ) -> Tensor:
+        """The mean over all ordered pairs of modalities."""
+        students = clip_vectors(features.semantic)
+        teachers = self._teach(model, x)
+        prototypes = nn.functional.normalize(self.prototypes, dim=-1)
+        plans = {name: transport_plan(v @ prototypes.detach().T) for name, v in teachers.items()}
+        losses = []
+        for a, b in permutations(students, 2):
+            scores = students[a] @ prototypes.T  # [B, K]
+            contrast = F.info_nce(students[a], teachers[b], temperature=TEMPERATURE)
+            guided = nn.functional.cross_entropy(scores / TEMPERATURE, plans[b])
+            cost = (plans[a] * (1 - scores)).sum(-1).mean()
+            losses.append(contrast + guided + cost)
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def _teach(self, model: UniCode, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One step of the teachers towards their students, and their clips."""
+        if self.training:
+            pairs = zip(self.teacher.parameters(), model.semantic.parameters(), strict=True)
+            for slow, fast in pairs:
+                slow.lerp_(fast, 1 - MOMENTUM)
+        return clip_vectors({name: self.teacher[name](v) for name, v in x.items()})
+
+
+@torch.no_grad()
+def transport_plan(scores: Tensor) -> Tensor:
+    """Sinkhorn's assignment: [B, K] scores -> rows of sum 1, all columns used about equally."""
+    log = scores / SHARPNESS
+    for _ in range(ROUNDS):
+        log = log.log_softmax(0).log_softmax(1)
+    return log.exp()

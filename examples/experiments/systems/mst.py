@@ -1,0 +1,51 @@
+"""MST: one Transformer for all modalities, and CLIP's contrastive loss.
+
+You, Zhou, Xiao, Codella, Cheng, Xu, Chang and Yuan. Learning Visual Representation from
+Modality-Shared Contrastive Language-Image Pre-training. ECCV 2022 (MS-CLIP).
+
+The weights of attention and of the feed-forward layers are shared, and each modality keeps its own
+input layers and normalisation, as that paper found best; then symmetric InfoNCE of whole clips.
+
+Simplified: the Transformer has one layer, so there is no early specialisation in a first layer and
+no parallel branch of convolutions beside it; a clip is the mean of its features instead of a class
+token; the temperature is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor
+
+from cmg.model import Features, UniCode
+from mmvq import functional as F
+
+from .base import TEMPERATURE, Alignment, clip_vectors, over_pairs
+
+SHARED = (
+    "segment.0",
+    "recall",
+    "context.self_attn",
+    "context.linear1",
+    "context.linear2",
+    "clip.0",
+)
+
+
+class MST(Alignment):
+    """Ties the semantic encoders together, then contrasts clip against clip."""
+
+    def __init__(self, model: UniCode) -> None:
+        super().__init__(model)
+        first, *others = model.semantic.values()
+        for encoder in others:
+            for name in SHARED:
+                encoder.set_submodule(name, first.get_submodule(name))
+
+    def forward(
+        self, model: UniCode, x: Mapping[str, Tensor], features: Features, *, quantize: bool
+    ) -> Tensor:
+        """The mean over all pairs of modalities."""
+        contrast = partial(F.info_nce, temperature=TEMPERATURE, symmetric=True)
+        return over_pairs(contrast, clip_vectors(features.semantic))

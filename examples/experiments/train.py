@@ -1,0 +1,120 @@
+"""One experiment: pre-train, keep the model, score it, write one JSON file for every seed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cmg_pretrain import as_cells, quantize
+from torch import Tensor
+
+from cmg.checkpoint import save_model
+from cmg.data import PRETRAIN, TEST
+from cmg.digits import VERSION
+from cmg.evaluation import evaluate
+from cmg.files import write_atomic
+from cmg.model import Config
+from cmg.report import code_counts, codebook_summary
+from cmg.standardize import Standardizer
+from cmg.training import CHECKPOINT, Recipe, Trainer
+
+from . import data
+from .matrix import CLIPS, Experiment
+from .systems import build
+
+ALIGNMENT = 1.0  # weight of a system's own objective
+
+
+class SystemTrainer(Trainer):
+    """A trainer that knows one more term."""
+
+    def _weights(self) -> dict[str, float]:
+        return super()._weights() | {"alignment": ALIGNMENT}
+
+
+def identity(experiment: Experiment, seed: int) -> dict[str, Any]:
+    """What a result is the result of; one with another identity does not count as done."""
+    return {**experiment.json(), "seed": seed, "rendering": VERSION}
+
+
+def run_name(experiment: Experiment, seed: int) -> str:
+    """Of a result's file and of its model's folder."""
+    return f"{experiment.name}-seed{seed}"
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What `train` wrote; empty where there is nothing."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Whole or not at all, numbers to six digits."""
+    text = json.dumps(_rounded(result), indent=1, allow_nan=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Path) -> None:
+    """Pre-train with each seed, and score on held-out clips after the last epoch."""
+    torch.set_num_threads(1)
+    clips = data.load(experiment)
+    standardizer = Standardizer.fit(clips)
+    features = as_cells(standardizer.transform(clips.features))
+    config = Config(
+        shapes={m: (x.shape[2], x.shape[3]) for m, x in features.items()},
+        segments=next(iter(features.values())).shape[1],
+        **experiment.config,
+    )
+    repeats = 1 if experiment.clips is None else CLIPS / experiment.clips
+    recipe = Recipe(epochs=round(experiment.epochs * repeats))
+    for seed in seeds:
+        began, name = time.monotonic(), run_name(experiment, seed)
+        torch.manual_seed(seed)
+        model = build(config, experiment.alignment)
+        trainer = SystemTrainer(model, features, clips.rows(PRETRAIN), recipe, runs / name, {})
+        trainer.fit()
+        (runs / name / CHECKPOINT).unlink()  # it has done its work
+
+        codes, indices = quantize(model, features)
+        held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
+        result = {
+            "identity": identity(experiment, seed),
+            **evaluate(codes, clips, seed),
+            "codebook": codebook_summary(held_out, config.codebook_size),
+            "codes": _code_map(model.quantizer.codebook, held_out),
+            "seconds": time.monotonic() - began,
+        }
+        state = {
+            **model.state_dict(),
+            **{f"standardizer/{k}": v for k, v in standardizer.tensors().items()},
+        }
+        save_model(runs / name, state, config.json())
+        write_result(results / f"{name}.json", result)
+
+
+def _code_map(codebook: Tensor, indices: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Where the codes are, on two axes, and how often each modality chose each (Fig. 4)."""
+    counts = code_counts(indices, len(codebook))
+    used = torch.stack(list(counts.values())).sum(0) > 0
+    seen = codebook[used]
+    axes = torch.linalg.svd(seen - seen.mean(0), full_matrices=False).Vh[:2]
+    plane = (codebook - seen.mean(0)) @ axes.T  # [L, 2]
+    return {
+        "plane": [" ".join(f"{x:.3f}" for x in axis) for axis in plane.T.tolist()],
+        "counts": {name: " ".join(map(str, n.tolist())) for name, n in counts.items()},
+    }
+
+
+def _rounded(value: Any) -> Any:
+    match value:
+        case float():
+            return round(value, 6)
+        case Mapping():
+            return {key: _rounded(child) for key, child in value.items()}
+        case list() | tuple():
+            return [_rounded(child) for child in value]
+        case _:
+            return value

@@ -1,0 +1,94 @@
+"""The runner: one JSON file a run, nothing twice, one failure stops nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import cmg_experiments
+import pytest
+import torch
+
+from cmg.checkpoint import load_model
+from cmg.data import load_clips
+from cmg.errors import DataError
+from experiments import runner
+from experiments.matrix import EXPERIMENTS, Experiment
+from experiments.results import read_results
+from experiments.run import TrainedRun
+from experiments.train import identity, read_result, train
+
+
+def small(name: str, path: Path) -> Experiment:
+    return replace(EXPERIMENTS[name], data=str(path), epochs=1)
+
+
+def test_a_run_is_one_result_and_one_model(clips_path: Path, tmp_path: Path) -> None:
+    for name in ("dcid-mst", "codis"):
+        experiment = small(name, clips_path)
+        train(experiment, [5], tmp_path / "results", tmp_path / "runs")
+        result = read_result(tmp_path / "results" / f"{name}-seed5.json")
+        assert result["identity"] == identity(experiment, 5)
+        assert set(result["classification"]) == {"audio->video", "video->audio"}
+        run = TrainedRun.load(
+            tmp_path / "runs" / f"{name}-seed5", load_clips(clips_path, ["audio", "video"]), 5
+        )
+        counts = [int(n) for n in result["codes"]["counts"]["video"].split()]
+        held_out = run.codes[1]["video"][run.clips.rows(2)]
+        assert counts == held_out.flatten().bincount(minlength=128).tolist()
+    assert set(read_results(tmp_path / "results")) == {"dcid-mst", "codis"}
+    assert {p.name for p in (tmp_path / "runs" / "codis-seed5").glob("*.*")} == {
+        "config.json",
+        "model.safetensors",
+    }
+
+
+def test_seeds_of_one_process_are_as_if_alone(clips_path: Path, tmp_path: Path) -> None:
+    experiment = small("dcid-cmcm", clips_path)
+    train(experiment, [0, 1], tmp_path / "both", tmp_path / "runs")
+    train(experiment, [1], tmp_path / "alone", tmp_path / "runs-alone")
+    one, other = (
+        read_result(tmp_path / folder / "dcid-cmcm-seed1.json") for folder in ("both", "alone")
+    )
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    tensors, _ = load_model(tmp_path / "runs" / "dcid-cmcm-seed1")
+    for name, x in load_model(tmp_path / "runs-alone" / "dcid-cmcm-seed1")[0].items():
+        torch.testing.assert_close(tensors[name], x, rtol=0, atol=0)
+
+
+def test_what_is_done_is_not_done_again(
+    clips_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In real processes; an experiment that cannot run is named and stops no other."""
+    good, bad = small("baseline", clips_path), small("uni-code", tmp_path / "nowhere.npz")
+    places = (tmp_path / "results", tmp_path / "runs")
+    with pytest.raises(DataError, match="uni-code"):
+        runner.run_missing([good, bad], [0, 1], *places, jobs=2)
+    assert "nowhere.npz: no such file" in capfd.readouterr().err
+    files = sorted((tmp_path / "results").iterdir())
+    assert [path.name for path in files] == ["baseline-seed0.json", "baseline-seed1.json"]
+    written = [path.stat().st_mtime_ns for path in files]
+    runner.run_missing([good], [0, 1], *places, jobs=2)
+    assert "2 of 2 runs are done; 0 to go" in capfd.readouterr().out
+    assert [path.stat().st_mtime_ns for path in files] == written
+    for other in (replace(good, epochs=2), replace(good, clips=60)):
+        assert not runner.is_done(other, 0, tmp_path / "results")
+    assert not runner.is_done(good, 2, tmp_path / "results")
+
+
+def test_the_command_line_names_what_it_does_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cmg_experiments.main(["--only", "uni-cod"]) == 2
+    assert "--only uni-cod: no such experiment. There are: baseline" in capsys.readouterr().err
+    assert cmg_experiments.main(["--report", "--results", str(tmp_path)]) == 2
+    assert "holds no results" in capsys.readouterr().err
+    assert cmg_experiments.main(["--list"]) == 0
+    assert capsys.readouterr().out.split() == list(EXPERIMENTS)
+
+
+def test_a_scale_is_of_epochs(tmp_path: Path) -> None:
+    (half,) = runner.pick(["uni-code"], 0.5)
+    assert half.epochs == round(EXPERIMENTS["uni-code"].epochs / 2)
+    assert json.dumps(identity(half, 0)) != json.dumps(identity(EXPERIMENTS["uni-code"], 0))
