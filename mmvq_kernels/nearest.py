@@ -9,15 +9,16 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from mmvq_kernels.backends import Backend, require, runs_triton, through_operator
 from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
 
-_TILE = 1024  # codes in a block of scores, a multiple of _GROUP
-_GROUP = 16  # neighbouring codes whose least score is taken first
+_TILE = 1024  # codes in a block of scores
+_WINDOW = 128  # codes in a window, of which the first pass keeps the best; threads share a tile's
 _ROWS = 48  # vectors in a block are a multiple: a product rounds at its edges in another way
-_BLOCK_BYTES = 1 << 21  # of scores at a time: large for a matrix product, small for a cache
+_BLOCK_BYTES = 1 << 22  # of scores at a time: large for a matrix product, small for a cache
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 Precision = Literal["exact", "fast"]
@@ -38,7 +39,7 @@ def nearest_code(
 ) -> Tensor:
     """Index of the code nearest to each row: `argmin_l |x - e_l|^2` (Eq. 2).
 
-    The search minimises `h_l - x . e'_l` over centred codes `e' = e - mean(e)`, with
+    The search maximises `x . e'_l - h_l` over centred codes `e' = e - mean(e)`, with
     `h = |e'|^2 / 2 + mean(e) . e'`: the same order as the distance, no `|x|^2`, no clamp, and
     little rounding where the codes lie close together, away from the origin. Scores are made in
     blocks; no `[N, L]` tensor exists.
@@ -95,25 +96,23 @@ def _search_torch(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
-    """Tiles of codes against blocks of rows; one block of scores exists at a time."""
+    """Blocks of rows against tiles of codes; one block of scores exists at a time."""
     (N, D), L = x.shape, codebook.shape[0]
     room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32) // codebook.element_size()
-    length = min(N + -N % _ROWS, max(_ROWS, room // min(L, _TILE) // _ROWS * _ROWS))
+    length = max(_ROWS, min(N + -N % _ROWS, room // min(L, _TILE) // _ROWS * _ROWS))
     block = codebook.new_ones(length, D + 1)
-    best = codebook.new_full((N,), torch.inf)
-    indices = torch.zeros_like(best, dtype=torch.long)
-    mean, repeated = rounded_mean(codebook), repeats_an_earlier_row(codebook)
-    for start in range(0, L, _TILE):
-        tile = slice(start, start + _TILE)
-        codes = _scorers(codebook[tile], mean, repeated[tile])  # [C, D + 1]
-        blocks = (tensor.split(max(1, length)) for tensor in (x, best, indices))
-        for rows, least, index in zip(*blocks, strict=True):
-            block[: len(rows), :D] = rows
-            whole = block[: len(rows) + -len(rows) % _ROWS]
-            score, code = (out[: len(rows)] for out in _least(_product(codes, whole)))  # [R]
-            index.copy_(torch.where(score < least, start + code, index))
-            least.copy_(torch.minimum(least, score))  # keeps a NaN
-    return torch.where(best.isfinite(), indices, 0)
+    indices = x.new_zeros(N, dtype=torch.long)
+    tiles = _scorers(codebook).split(_TILE)
+    for start in range(0, N, length):
+        rows = x[start : start + length]
+        block[: len(rows), :D] = rows
+        whole = block[: len(rows) + -len(rows) % _ROWS]
+        parts = [_best_of_windows(_product(codes, whole)) for codes in tiles]
+        score, window = torch.cat([scores for scores, _ in parts]).max(0)
+        codes = torch.cat([codes + i * _TILE for i, (_, codes) in enumerate(parts)])
+        code = torch.where(score.isfinite(), codes.gather(0, window[None])[0], 0)
+        indices[start : start + length] = code[: len(rows)]
+    return indices
 
 
 def rounded_mean(codebook: Tensor) -> Tensor:
@@ -127,28 +126,26 @@ def rounded_mean(codebook: Tensor) -> Tensor:
     return torch.where(step > 0, (mean / step).round() * step, mean)
 
 
-def _least(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The least of each column of `[C, R]` and its lowest index: by groups, then inside the best.
+def _scorers(codebook: Tensor) -> Tensor:
+    """Rows `(e', -h)`, whose product with `(x, 1)` is the score: `[L, D + 1]`."""
+    mean = rounded_mean(codebook)
+    centred = codebook - mean
+    half_norm = (codebook + mean).mul_(centred).sum(1) / 2  # |e'|^2 / 2 + mean . e'
+    half_norm.masked_fill_(repeats_an_earlier_row(codebook), torch.inf)  # the lowest index wins
+    return torch.cat([centred, -half_norm[:, None]], 1)
 
-    This reads scores at the speed of a plain minimum; an arg-reduction of them all costs more than
-    their product at small D.
+
+def _best_of_windows(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The greatest score and its lowest index, in each window of codes: `[C, R]` -> two `[W, R]`.
+
+    On a CPU by max pooling, with the rows as channels in the last place: the only arg-reduction of
+    torch that is vectorised, six times as fast as `max`.
     """
-    groups = scores.unflatten(0, (-1, _GROUP))  # [C / 16, 16, R]
-    least, group = groups.amin(1).min(0)
-    members = groups.gather(0, group.expand(1, _GROUP, -1)).squeeze(0)  # [16, R]
-    return least, group * _GROUP + members.min(0).indices
-
-
-def _scorers(codes: Tensor, mean: Tensor, repeated: Tensor) -> Tensor:
-    """Rows `(-e', h)`, whose product with `(x, 1)` is the score, in whole groups."""
-    L, D = codes.shape
-    centred = codes - mean
-    out = codes.new_zeros(L + -L % _GROUP, D + 1)
-    out[:L, :D] = -centred
-    out[:, D] = torch.inf
-    half_norm = (codes + mean).mul_(centred).sum(1) / 2  # |e'|^2 / 2 + mean . e'
-    out[:L, D] = half_norm.masked_fill_(repeated, torch.inf)  # the lowest index wins
-    return out
+    if scores.device.type != "cpu":
+        return scores.max(0, keepdim=True)
+    image = scores[None, :, None].permute(0, 3, 1, 2)  # [1, R, C, 1]
+    best, codes = max_pool2d(image, (_WINDOW, 1), ceil_mode=True, return_indices=True)
+    return best[0, :, :, 0].T, codes[0, :, :, 0].T
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
