@@ -16,7 +16,7 @@ from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
 
 _TILE = 1024  # codes in a block of scores
-_WINDOW = 128  # codes in a window, of which the first pass keeps the best; threads share a tile's
+_WINDOW = 128  # codes of which the first pass keeps the best: threads share a tile's windows
 _ROWS = 48  # vectors in a block are a multiple: a product rounds at its edges in another way
 _BLOCK_BYTES = 1 << 22  # of scores at a time: large for a matrix product, small for a cache
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -107,10 +107,10 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
         rows = x[start : start + length]
         block[: len(rows), :D] = rows
         whole = block[: len(rows) + -len(rows) % _ROWS]
-        parts = [_best_of_windows(_product(codes, whole)) for codes in tiles]
-        score, window = torch.cat([scores for scores, _ in parts]).max(0)
-        codes = torch.cat([codes + i * _TILE for i, (_, codes) in enumerate(parts)])
-        code = torch.where(score.isfinite(), codes.gather(0, window[None])[0], 0)
+        parts = [_best(_product(codes, whole), _WINDOW) for codes in tiles]
+        codes = torch.cat([codes + i * _TILE for i, (_, codes) in enumerate(parts)])  # [W, R]
+        score, window = _best(torch.cat([scores for scores, _ in parts]), len(codes))  # [1, R]
+        code = torch.where(score.isfinite(), codes.gather(0, window), 0)[0]
         indices[start : start + length] = code[: len(rows)]
     return indices
 
@@ -135,8 +135,8 @@ def _scorers(codebook: Tensor) -> Tensor:
     return torch.cat([centred, -half_norm[:, None]], 1)
 
 
-def _best_of_windows(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The greatest score and its lowest index, in each window of codes: `[C, R]` -> two `[W, R]`.
+def _best(scores: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """The greatest score of `[C, R]` and its lowest index, in each window of codes: `[W, R]` each.
 
     On a CPU by max pooling, with the rows as channels in the last place: the only arg-reduction of
     torch that is vectorised, six times as fast as `max`.
@@ -144,7 +144,7 @@ def _best_of_windows(scores: Tensor) -> tuple[Tensor, Tensor]:
     if scores.device.type != "cpu":
         return scores.max(0, keepdim=True)
     image = scores[None, :, None].permute(0, 3, 1, 2)  # [1, R, C, 1]
-    best, codes = max_pool2d(image, (_WINDOW, 1), ceil_mode=True, return_indices=True)
+    best, codes = max_pool2d(image, (window, 1), ceil_mode=True, return_indices=True)
     return best[0, :, :, 0].T, codes[0, :, :, 0].T
 
 

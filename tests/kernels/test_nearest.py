@@ -136,15 +136,21 @@ def test_blocks_of_any_size(
 
 @FLOATS
 @pytest.mark.parametrize("half", [8, 15, 16, 17, 40, 100])
-@pytest.mark.parametrize("tile", [16, 48, 1024])
+@pytest.mark.parametrize(("tile", "window"), [(16, 5), (48, 16), (1024, 7), (1024, 128)])
 @pytest.mark.parametrize("onednn", [False, True])
-def test_ties_across_groups_and_tiles_go_to_the_lowest_index(
-    dtype: torch.dtype, half: int, tile: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
+def test_ties_across_windows_and_tiles_go_to_the_lowest_index(
+    dtype: torch.dtype,
+    half: int,
+    tile: int,
+    window: int,
+    onednn: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     codebook, x = integers(dtype, half)
     if onednn and not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr("mmvq_kernels.nearest._TILE", tile)
+    monkeypatch.setattr("mmvq_kernels.nearest._WINDOW", window)
     monkeypatch.setattr("mmvq_kernels.nearest._ONEDNN", onednn)
     assert torch.equal(nearest_code(x, codebook), lowest_nearest(x, codebook))
     ties = distances(x, codebook)
