@@ -16,7 +16,7 @@ from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
 
 _TILE = 1024  # codes in a block of scores
-_WINDOW = 128  # codes of which the first pass keeps the best: threads share a tile's windows
+_WINDOW = 128  # codes that one thread looks through at a time
 _ROWS = 48  # vectors in a block are a multiple: a product rounds at its edges in another way
 _BLOCK_BYTES = 1 << 22  # of scores at a time: large for a matrix product, small for a cache
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -101,18 +101,17 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
     room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32) // codebook.element_size()
     length = max(_ROWS, min(N + -N % _ROWS, room // min(L, _TILE) // _ROWS * _ROWS))
     block = codebook.new_ones(length, D + 1)
-    indices = x.new_zeros(N, dtype=torch.long)
+    greatest = codebook.new_full((N + -N % _ROWS,), -torch.inf)
+    indices = torch.zeros_like(greatest, dtype=torch.long)
     tiles = _scorers(codebook).split(_TILE)
     for start in range(0, N, length):
-        rows = x[start : start + length]
+        rows, best, index = (t[start : start + length] for t in (x, greatest, indices))
         block[: len(rows), :D] = rows
-        whole = block[: len(rows) + -len(rows) % _ROWS]
-        parts = [_best(_product(codes, whole), _WINDOW) for codes in tiles]
-        codes = torch.cat([codes + i * _TILE for i, (_, codes) in enumerate(parts)])  # [W, R]
-        score, window = _best(torch.cat([scores for scores, _ in parts]), len(codes))  # [1, R]
-        code = torch.where(score.isfinite(), codes.gather(0, window), 0)[0]
-        indices[start : start + length] = code[: len(rows)]
-    return indices
+        for i, codes in enumerate(tiles):
+            score, code = _best(_product(codes, block[: len(best)]))
+            torch.where(score > best, code + i * _TILE, index, out=index)
+            torch.maximum(score, best, out=best)  # keeps a NaN
+    return torch.where(greatest.isfinite(), indices, 0)[:N]
 
 
 def rounded_mean(codebook: Tensor) -> Tensor:
@@ -135,14 +134,20 @@ def _scorers(codebook: Tensor) -> Tensor:
     return torch.cat([centred, -half_norm[:, None]], 1)
 
 
-def _best(scores: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """The greatest score of `[C, R]` and its lowest index, in each window of codes: `[W, R]` each.
-
-    On a CPU by max pooling, with the rows as channels in the last place: the only arg-reduction of
-    torch that is vectorised, six times as fast as `max`.
-    """
+def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The greatest of each column of `[C, R]` and its lowest index: in windows, then of these."""
     if scores.device.type != "cpu":
-        return scores.max(0, keepdim=True)
+        return scores.max(0)
+    scores, codes = _pool(scores, _WINDOW)  # [W, R]
+    score, window = _pool(scores, len(scores))  # [1, R]
+    return score[0], codes.gather(0, window)[0]
+
+
+def _pool(scores: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Max pooling with the rows as channels in the last place: `[C, R]` -> two of `[W, R]`.
+
+    The only arg-reduction that torch vectorises on a CPU, six times as fast as `max`.
+    """
     image = scores[None, :, None].permute(0, 3, 1, 2)  # [1, R, C, 1]
     best, codes = max_pool2d(image, (window, 1), ceil_mode=True, return_indices=True)
     return best[0, :, :, 0].T, codes[0, :, :, 0].T
