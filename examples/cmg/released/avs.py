@@ -1,0 +1,100 @@
+"""AVSBench-S4: five frames of a video, masks of what sounds, and the sound's features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import DataError
+from .arrays import read_zip
+from .sets import read_table
+
+FRAMES = 5
+
+
+class AVSClip(NamedTuple):
+    """One video.
+
+    Attributes:
+        name: Of the video.
+        category: What sounds.
+        prompt: A sentence that names it.
+        frames: uint8 [5, H, W, 3].
+        masks: bool [n, H, W], n = 1 in training (the first frame's), else 5.
+        audio: float32 [5, 128].
+    """
+
+    name: str
+    category: str
+    prompt: str
+    frames: Tensor
+    masks: Tensor
+    audio: Tensor
+
+
+class AVSBenchS4:
+    """The clips of a split, read when asked for.
+
+    Args:
+        root: s4_meta_data.csv, s4_data/{visual_frames,gt_masks}/SPLIT/CATEGORY/NAME/NAME_i.png,
+            audio/SPLIT/zip/CATEGORY/NAME.zip, AVSBenchCategories2Prompts.csv.
+        split: train, val or test.
+
+    Raises:
+        DataError: A table is missing or odd, or the split has no clips.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        rows = read_table(root / "s4_meta_data.csv", ("name", "split", "category"))
+        self.root, self.split = root, split
+        self.rows = [(row["name"], row["category"]) for row in rows if row["split"] == split]
+        if not self.rows:
+            raise DataError(f"{root}: no clips of split '{split}' in s4_meta_data.csv.")
+        prompts = read_table(root / "AVSBenchCategories2Prompts.csv", ("label", "prompt"))
+        self.prompts = {row["label"]: row["prompt"] for row in prompts}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> AVSClip:
+        """Read a clip.
+
+        Raises:
+            DataError: One of its files is missing or odd.
+        """
+        name, category = self.rows[index]
+        if category not in self.prompts:
+            raise DataError(f"{self.root}: category '{category}' has no prompt.")
+        folders = [
+            self.root / "s4_data" / kind / self.split / category / name
+            for kind in ("visual_frames", "gt_masks")
+        ]
+        frames = [_image(folders[0] / f"{name}_{i}.png", "RGB") for i in range(1, FRAMES + 1)]
+        count = 1 if self.split == "train" else FRAMES
+        masks = [_image(folders[1] / f"{name}_{i}.png", "1") for i in range(1, count + 1)]
+        path = self.root / "audio" / self.split / "zip" / category / f"{name}.zip"
+        audio = read_zip(path)
+        if audio.ndim != 2 or audio.shape[1] != 128 or len(audio) == 0:
+            raise DataError(f"{path}: must be [{FRAMES}, 128]; came {list(audio.shape)}.")
+        rows = np.minimum(np.arange(FRAMES), len(audio) - 1)
+        return AVSClip(
+            name,
+            category,
+            self.prompts[category],
+            torch.stack(frames),
+            torch.stack(masks),
+            torch.from_numpy(audio[rows]).float(),
+        )
+
+
+def _image(path: Path, mode: str) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert(mode)))
+    except OSError as error:
+        raise DataError(f"{path}: missing, or not an image ({error}).") from error

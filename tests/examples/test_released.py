@@ -1,0 +1,303 @@
+"""Loaders of the released files."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import released_files as released
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cmg.data import PRETRAIN, TEST, TRAIN
+from cmg.errors import DataError
+from cmg.released import arrays, sets
+from cmg.released.avs import AVSBenchS4
+from cmg.released.text import with_text
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMVQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def test_vggsound_avel(tmp_path: Path) -> None:
+    rows = released.vggsound_avel(tmp_path)
+    got = sets.vggsound_avel(tmp_path)
+    assert got.ids == tuple(row[2] for row in rows)
+    assert got.features["audio"].shape == (30, 10, 128)
+    assert got.features["video"].shape == (30, 10, 7, 7, 512)
+    for n in (0, 1, 3):  # 8, 9 and 11 segments of audio: repeated, and cut
+        raw = arrays.read_zip(tmp_path / "audio" / "zip" / f"{rows[n][2]}.zip")
+        expected = np.concatenate([raw, np.repeat(raw[-1:], 10, 0)])[:10]
+        assert np.array_equal(got.features["audio"][n], expected)
+    truth = got.multi_hot("video")
+    assert truth.shape == (30, 10, 4)
+    assert torch.equal(truth.sum(-1), torch.ones(30, 10))
+    assert truth[4, :, 1].tolist() == [1, 0, 0, 1, 1, 1, 1, 1, 1, 1]
+    assert truth[4, :, -1].tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert [got.split[n] for n in (0, 3, 6)] == [PRETRAIN, TRAIN, TEST]
+
+
+def test_clips_hide_the_labels_of_pretraining(tmp_path: Path) -> None:
+    released.vggsound_avel(tmp_path)
+    clips = sets.vggsound_avel(tmp_path).clips()
+    hidden = clips.split == PRETRAIN
+    assert (clips.labels[hidden] == -1).all()
+    assert (clips.segment_labels["audio"][hidden] == -1).all()
+    assert clips.labels[~hidden].tolist() == [n % 3 for n in range(30) if n // 3 % 3 != 0]
+    assert clips.segment_labels["video"][4].tolist() == [1, -1, -1, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_ave_follows_the_order_files(tmp_path: Path) -> None:
+    labels = released.ave(tmp_path)
+    got = sets.ave(tmp_path)
+    assert got.ids == tuple(map(str, range(11, -1, -1)))
+    assert got.split.tolist() == [PRETRAIN] * 4 + [TRAIN] * 4 + [TEST] * 4
+    assert np.array_equal(got.multi_hot("audio"), labels[::-1])
+    assert got.labels.tolist() == [n % 3 for n in range(11, -1, -1)]
+
+
+def test_avvp_has_several_events_at_once(tmp_path: Path) -> None:
+    released.avvp(tmp_path)
+    got = sets.avvp(tmp_path)
+    assert got.ids == tuple(row[0][:11] for row in released.AVVP_ROWS)
+    truth = got.multi_hot("audio")
+    assert truth[0, :, 2].tolist() == [1, 0, 0, 0, 0, 1, 1, 1, 1, 0]  # Speech, twice
+    assert truth[0, :, 1].tolist() == [1, 1, 1, 1, 1, 0, 1, 1, 0, 1]  # Violin, three times
+    assert truth[0, :, 3].tolist() == [0] * 10
+    assert truth[5, :, 3].tolist() == [1, 0, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert torch.equal(truth, got.multi_hot("video"))  # the same rows in another order
+    assert set(got.split.tolist()) == {TRAIN, TEST}
+    shown = got.clips().segment_labels["audio"]
+    assert shown[0].tolist() == [1, 1, 1, 1, 1, 2, 1, 1, 2, 1]  # the longest event first
+    assert shown[5].tolist() == [-1, 1] + [-1] * 8
+
+
+def test_ave_avvp_shares_its_classes(tmp_path: Path) -> None:
+    released.ave(tmp_path / "ave")
+    released.avvp(tmp_path / "own", "AVE_AVVP_eval", data=".")
+    released.avvp(tmp_path / "avvp")
+    labels = np.zeros((12, 10, 4))
+    labels[..., 0] = 1
+    released.h5(tmp_path / "own" / "ave_avvp_labels.h5", "avadataset", labels)
+    released.h5(tmp_path / "own" / "ave_avvp_order.h5", "order", np.array([7, 2]))
+    train, test = sets.ave_avvp(tmp_path / "own", tmp_path / "ave", tmp_path / "avvp")
+    assert train.categories == test.categories == released.CLASSES
+    assert train.ids == ("7", "2")
+    whole = sets.ave(tmp_path / "ave")
+    assert torch.equal(train.features["video"][0], whole.features["video"][whole.ids.index("7")])
+    assert test.features["audio"].shape == (6, 10, 128)
+
+
+def test_ucf_and_vggsound_are_of_the_same_classes(tmp_path: Path) -> None:
+    released.ucf_vggsound(tmp_path)
+    ucf, vggsound = sets.ucf_vggsound(tmp_path)
+    assert set(ucf.features) == {"video"}
+    assert set(vggsound.features) == {"audio"}
+    assert ucf.labels.tolist() == vggsound.labels.tolist() == [0, 1, 0, 1]
+    assert ucf.features["video"].shape == (4, 10, 7, 7, 512)
+
+
+@pytest.mark.parametrize(("split", "masks"), [("train", 1), ("test", 5)])
+def test_avsbench_s4(tmp_path: Path, split: str, masks: int) -> None:
+    released.table(
+        tmp_path / "s4_meta_data.csv", ("name", "split", "category"), [("vid_1", split, "dog")]
+    )
+    released.table(
+        tmp_path / "AVSBenchCategories2Prompts.csv", ("label", "prompt"), [("dog", "a dog")]
+    )
+    truth = np.random.default_rng(0).random((5, 6, 8)) < 0.5
+    for kind, count in (("visual_frames", 5), ("gt_masks", masks)):
+        folder = tmp_path / "s4_data" / kind / split / "dog" / "vid_1"
+        folder.mkdir(parents=True)
+        for i in range(count):
+            image = Image.fromarray((truth[i] * 255).astype(np.uint8))
+            image.convert("RGB" if kind == "visual_frames" else "L").save(
+                folder / f"vid_1_{i + 1}.png"
+            )
+    released.zip_of(
+        tmp_path / f"audio/{split}/zip/dog/vid_1.zip", released.features("audio", 0, T=3)
+    )
+    data = AVSBenchS4(tmp_path, split)
+    assert len(data) == 1
+    clip = data[0]
+    assert clip.frames.shape == (5, 6, 8, 3)
+    assert np.array_equal(clip.masks, truth[:masks])
+    assert np.array_equal(clip.frames[..., 0], truth * 255)
+    assert clip.audio.shape == (5, 128)
+    assert torch.equal(clip.audio[4], clip.audio[2])
+    assert clip.prompt == "a dog"
+
+
+def test_text_is_the_prompt_of_the_category(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "the",
+        "sound",
+        "of",
+        "dog",
+        "bark",
+        "violin",
+    ]
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    released.vggsound_avel(tmp_path / "set", clips=9)
+    got = with_text(sets.vggsound_avel(tmp_path / "set"), str(folder))
+    text = got.features["text"]
+    assert text.shape == (9, 10, 16)
+    assert torch.equal(text[0], text[3])  # the same category
+    assert not torch.equal(text[0], text[1])
+    assert (text[0].abs().sum(-1) > 0).tolist() == [True] * 5 + [
+        False
+    ] * 5  # "the sound of dog bark"
+    with pytest.raises(DataError, match="cannot be loaded"):
+        with_text(got, str(tmp_path / "none"))
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("ran",))
+
+
+OBJECTS: list[Any] = [
+    Payload(),
+    [1, 2],
+    np.array([{}], object),
+    np.array(["a"]),
+    {"a": np.ones(3)},
+    b"not a pickle",
+    b"",
+]
+
+
+@pytest.mark.parametrize("content", OBJECTS, ids=lambda x: type(x).__name__)
+def test_only_numeric_arrays_are_unpickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    released.zip_of(tmp_path / "x.zip", content)
+    with pytest.raises(DataError, match=r"x\.zip: must be a zip of one pickled numpy array"):
+        arrays.read_zip(tmp_path / "x.zip")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("dtype", ["f4", "f8", "f2", "i8", "?"])
+def test_arrays_of_every_protocol_are_read(protocol: int, dtype: str) -> None:
+    array = np.arange(12).reshape(3, 4).astype(dtype)
+    back = arrays.unpickle_array(io.BytesIO(pickle.dumps(array, protocol=protocol)))
+    assert back.dtype == array.dtype
+    assert np.array_equal(back, array)
+
+
+@settings(max_examples=int(os.environ.get("MMVQ_FUZZ", 50)))
+@given(st.data())
+def test_damaged_pickles_raise_one_error(data: st.DataObject) -> None:
+    whole = bytearray(
+        pickle.dumps(np.ones((2, 3), np.float32), protocol=data.draw(st.integers(0, 5)))
+    )
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        array = arrays.unpickle_array(io.BytesIO(bytes(whole)))
+    except pickle.UnpicklingError:
+        return
+    assert array.dtype.kind in "fiub"
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no table": (lambda r: (r / "vggsound-avel40k.csv").unlink(), "cannot be read as a table"),
+    "no rows": (lambda r: (r / "vggsound-avel40k.csv").write_text(""), "needs the columns"),
+    "no clip": (lambda r: (r / "audio/zip/video000004.zip").unlink(), "no such file"),
+    "torn zip": (lambda r: (r / "video/zip/video000002.zip").write_bytes(b"PK"), "not a zip"),
+    "odd split": (
+        lambda r: released.table(
+            r / "vggsound-avel40k.csv",
+            ("split", "category", "video_id"),
+            [("x", "Violin", "video000000")],
+        ),
+        "split must be one of",
+    ),
+    "odd class": (
+        lambda r: (r / "VggsoundAVEL40kCategories.txt").write_text("Violin"),
+        "is not in the list",
+    ),
+    "twice": (
+        lambda r: (r / "VggsoundAVEL40kCategories.txt").write_text("Violin\nViolin"),
+        "each category once",
+    ),
+    "shape": (
+        lambda r: released.zip_of(r / "audio/zip/video000000.zip", np.ones((10, 3))),
+        "audio must be",
+    ),
+    "empty": (
+        lambda r: released.zip_of(r / "audio/zip/video000000.zip", np.ones((0, 128))),
+        "audio must be",
+    ),
+    "NaN": (
+        lambda r: released.zip_of(r / "audio/zip/video000000.zip", np.full((10, 128), np.nan)),
+        "must be finite",
+    ),
+    "label": (
+        lambda r: released.zip_of(r / "label/zip/video000000.zip", np.ones(9)),
+        "must be \\[10\\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(tmp_path: Path, name: str) -> None:
+    released.vggsound_avel(tmp_path, clips=9)
+    damage, message = DAMAGE[name]
+    damage(tmp_path)
+    with pytest.raises(DataError, match=message):
+        sets.vggsound_avel(tmp_path)
+
+
+def test_hdf5_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    released.ave(tmp_path)
+    (tmp_path / "val_order.h5").write_bytes(b"")
+    with pytest.raises(DataError, match=r"val_order\.h5: missing, damaged, or not HDF5"):
+        sets.ave(tmp_path)
+    released.h5(tmp_path / "val_order.h5", "other", np.arange(2))
+    with pytest.raises(DataError, match="no array 'order'"):
+        sets.ave(tmp_path)
+    released.h5(tmp_path / "val_order.h5", "order", np.array([99]))
+    with pytest.raises(DataError, match=r"labels\.h5: must be"):
+        sets.ave(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [(2, "x"), (3, "1,2"), (1, "Cat")])
+def test_odd_rows_of_avvp_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: int, value: str
+) -> None:
+    row = list(released.AVVP_ROWS[1])
+    row[field] = value
+    monkeypatch.setattr(released, "AVVP_ROWS", (*released.AVVP_ROWS[2:], tuple(row)))
+    released.avvp(tmp_path)
+    with pytest.raises(DataError, match=r"comma lists of one length|not in the list"):
+        sets.avvp(tmp_path)
