@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmvq import functional as F
 from mmvq.checks import check_choice, check_finite, check_int, check_number, message
+from mmvq.distributed import meet
 from mmvq.pretrained import Pretrained
 
 
@@ -32,6 +34,11 @@ class CLUBEstimator(Pretrained):
         logvar_bound: b > 0 keeps the log-variance in (-b, b) as `b tanh(. / b)`; None leaves it
             free. A bound of 1 (the released code) cannot represent an MI above about 0.5 nat for
             each dimension of y.
+        gather: bound and likelihood are those of one process on the batches of all ranks, on every
+            rank, and so are their gradients once the ranks' gradients are averaged (DDP, FSDP; see
+            `mmvq.distributed.Ranks`): sums of y and of its squares are exchanged, no rows. All
+            ranks must bring the same T; B may differ, down to 0. For `negatives="all"` only.
+        process_group: the ranks to gather from; None is the default group.
 
     Raises:
         ValueError: an argument out of range.
@@ -53,13 +60,26 @@ class CLUBEstimator(Pretrained):
         *,
         negatives: Literal["all", "shuffled"] = "all",
         logvar_bound: float | None = 8.0,
+        gather: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_int("CLUBEstimator", 1, x_dim=x_dim, y_dim=y_dim, hidden_dim=hidden_dim)
         check_choice("CLUBEstimator", ("all", "shuffled"), negatives=negatives)
         if logvar_bound is not None:
             check_number("CLUBEstimator", 1e-6, 1e6, logvar_bound=logvar_bound)
+        if gather and negatives != "all":
+            raise ValueError(
+                message(
+                    "CLUBEstimator",
+                    "gather takes all pairs, in closed form",
+                    hint='leave negatives at "all", or gather at False',
+                    negatives=negatives,
+                    gather=gather,
+                )
+            )
         self.x_dim, self.y_dim, self.hidden_dim = x_dim, y_dim, hidden_dim
+        self.gather, self.process_group = gather, process_group
         self.negatives, self.logvar_bound = negatives, logvar_bound
         self.p_mu = _mlp(x_dim, hidden_dim, y_dim)
         self.p_logvar = _mlp(x_dim, hidden_dim, y_dim)
@@ -98,14 +118,14 @@ class CLUBEstimator(Pretrained):
         x, y, mask = self._check(x, y, mask)
         mu, logvar = self.posterior(x)
         if self.negatives == "all":
-            return F.club(mu, logvar, y, mask)
+            return F.club(mu, logvar, y, mask, batch=self._batch(y))
         order = torch.randperm(len(y), generator=generator, device=y.device)
         return F.club_shuffled(mu, logvar, y, order, mask)
 
     def log_likelihood(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean of ln q(y | x) over the valid rows, in nats, with all constants."""
         x, y, mask = self._check(x, y, mask)
-        return F.gaussian_log_likelihood(*self.posterior(x), y, mask)
+        return F.gaussian_log_likelihood(*self.posterior(x), y, mask, batch=self._batch(y))
 
     def learning_loss(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """`-log_likelihood`, to fit q; x and y are detached, so that no encoder can follow it."""
@@ -114,6 +134,11 @@ class CLUBEstimator(Pretrained):
     def extra_repr(self) -> str:
         """The settings."""
         return f"negatives={self.negatives!r}, logvar_bound={self.logvar_bound}"
+
+    def _batch(self, y: Tensor) -> F.Batch:
+        if not self.gather:
+            return F.WHOLE
+        return meet("CLUBEstimator", y, self.process_group, T=y.shape[1] if y.ndim == 3 else 1)
 
     def _check(
         self, x: Tensor, y: Tensor, mask: Tensor | None

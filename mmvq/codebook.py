@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmvq import functional as F
 from mmvq.checks import check_choice, check_int, check_number, message
-from mmvq.distributed import all_reduce_, gather_rows, world_size
+from mmvq.distributed import all_reduce_, meet, world_size
 from mmvq.pretrained import Pretrained
 
 ResetRule = Literal["all", "any"]
@@ -150,6 +150,9 @@ class EMACodebook(Pretrained):
         """
         if self._ready:
             return
+        if not torch.compiler.is_compiling() and bool(self.initialized):
+            self._ready = True  # the state came without load_state_dict: DDP's broadcast, say
+            return
         keep = F.finite_rows(values)
         if usable is not None:
             keep = keep & usable
@@ -157,9 +160,8 @@ class EMACodebook(Pretrained):
             groups = torch.zeros_like(keep, dtype=torch.long)
         keep = keep & self.voters[groups]
         self.match_dtype(values.dtype)
-        rows, keep, groups = (
-            gather_rows(x, self.process_group) for x in (values.detach(), keep, groups)
-        )
+        ranks = meet("EMACodebook", values, self.process_group)
+        rows, keep, groups = (ranks.gather(x) for x in (values.detach(), keep, groups))
         if rows.shape[0] == 0:
             return
         order = groups.argsort(stable=True)  # by group, then rank: as one process would have them

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from einops import einsum
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from mmvq.checks import (
     check_same_length,
     message,
 )
+from mmvq.distributed import exchange, meet
 from mmvq.pretrained import Pretrained
 
 
@@ -58,6 +60,11 @@ class CrossCPC(Pretrained):
             the mean of the two.
         temperature: divides the scores; 1 in the paper.
         normalize: score by the cosine instead of the dot product.
+        gather: let the clips of all ranks be candidates: loss and accuracy are those of one process
+            on the whole batch, on every rank, and so is the gradient once the ranks' gradients are
+            averaged (DDP, FSDP; see `mmvq.distributed.Ranks`). All ranks must bring the same
+            modalities and T; B may differ, down to 0.
+        process_group: the ranks to gather from; None is the default group.
 
     Raises:
         ValueError: an argument out of range.
@@ -87,6 +94,8 @@ class CrossCPC(Pretrained):
         normalize_over: Literal["targets", "contexts", "both"] = "targets",
         temperature: float = 1.0,
         normalize: bool = False,
+        gather: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         context_dim = dim if context_dim is None else context_dim
@@ -109,6 +118,7 @@ class CrossCPC(Pretrained):
         self.num_steps, self.first_step = num_steps, first_step
         self.self_weight, self.normalize_over = self_weight, normalize_over
         self.temperature, self.normalize = temperature, normalize
+        self.gather, self.process_group = gather, process_group
         self.contexts = nn.ModuleDict(
             {
                 name: nn.LSTM(dim, context_dim, num_layers, batch_first=True)
@@ -139,7 +149,8 @@ class CrossCPC(Pretrained):
             masks: name -> bool `[B, T]`, True = valid. A prediction counts where the last observed
                 segment and the predicted one are valid.
             start: t, how many segments to observe, in [min_context, T - K] (for `first_step` 1);
-                `"all"`: every one of them; None: one drawn at random, as in the paper.
+                `"all"`: every one of them; None: one drawn at random, as in the paper. With
+                `gather`, that of rank 0 is everyone's.
             generator: draws `start` (a CPU generator).
 
         Returns:
@@ -147,7 +158,8 @@ class CrossCPC(Pretrained):
             all futures look alike.
 
         Raises:
-            ValueError: shapes, names or a start that do not fit.
+            ValueError: shapes, names or a start that do not fit; with `gather`, on all ranks, names
+                or T that differ from rank to rank.
             TypeError: features that are not floating point.
         """
         z, valid = check_features(
@@ -157,8 +169,13 @@ class CrossCPC(Pretrained):
         check_finite("CrossCPC", **z)
         names = list(z)
         z = {m: x.to(self.predictors[m].dtype) for m, x in z.items()}
-        K, T = self.num_steps, next(iter(z.values())).shape[1]
+        K, T = self.num_steps, z[names[0]].shape[1]
         first, last = self._starts(T, start, generator)
+        batch = F.WHOLE
+        if self.gather:
+            x = z[names[0]]
+            batch = meet("CrossCPC", x, self.process_group, names=names, T=T)
+            first, last = exchange((first, last), x.device, self.process_group)[0]
         seen = slice(first - 1, last)  # the last observed segment of each start
         with torch.autocast(z[names[0]].device.type, enabled=False):  # many CPUs lack such an LSTM
             context = torch.stack([self.contexts[m](z[m][:, :last])[0][:, seen] for m in names])
@@ -181,7 +198,11 @@ class CrossCPC(Pretrained):
         mask = observed[source] & arrived[target]  # [P, K, S, B]
         if self.normalize_over == "contexts":
             query, key = key, query
-        score: dict[str, Any] = {"temperature": self.temperature, "normalize": self.normalize}
+        score: dict[str, Any] = {
+            "temperature": self.temperature,
+            "normalize": self.normalize,
+            "batch": batch,
+        }
         nce = F.info_nce(
             query,
             key,
@@ -190,14 +211,16 @@ class CrossCPC(Pretrained):
             reduction="none",
             **score,
         )
-        losses = _mean(nce, mask)  # [P]
         own = source == target
-        some = mask.flatten(1).any(1)
+        summed, count = batch.sum(_sum(nce, mask), _sum(mask, mask))  # [P]
+        losses, some = summed / count.clamp(min=1), count > 0
         loss = (losses * ~own).sum() / (some & ~own).sum().clamp(min=1)
         if self.self_weight:
             loss = loss + self.self_weight * (losses * own).sum() / (some & own).sum().clamp(min=1)
         with torch.no_grad():
-            hits = _mean(F.matched(query, key, mask=mask, **score), mask)
+            hits = F.matched(query, key, mask=mask, **score)
+            (summed,) = batch.sum(_sum(hits, mask).to(losses))
+            hits = summed / count.clamp(min=1)
         accuracy = {(names[a], names[b]): hit for (a, b), hit in zip(pairs, hits, strict=True)}
         return CPCOutput(loss, accuracy)
 
@@ -233,6 +256,6 @@ class CrossCPC(Pretrained):
         return start, start
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
+def _sum(values: Tensor, mask: Tensor) -> Tensor:
     """Over the valid entries of all but the first dimension."""
-    return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+    return (values * mask).flatten(1).sum(1)

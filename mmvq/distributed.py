@@ -1,17 +1,35 @@
-"""The one place that talks to torch.distributed."""
+"""The one place that talks to torch.distributed.
+
+A batch is split over the ranks of a group by its rows (clips), in the order of the ranks. Nothing
+here, and nothing that calls it, decides by what one rank alone knows whether a collective runs:
+ranks that make the same calls cannot wait for each other in vain, whatever their batches hold. The
+group is looked up at each call, so modules may be built before `init_process_group`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmvq.checks import message
+from mmvq.functional.batch import WHOLE, Batch
+
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Ranks in the group; 1 when nothing is distributed."""
+    """Ranks in the group; 1 when nothing is distributed, or when this process is not in it."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
-    return dist.get_world_size(group)
+    return max(dist.get_world_size(group), 1)
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """The place of this process in the group; 0 when nothing is distributed."""
+    return dist.get_rank(group) if world_size(group) > 1 else 0
 
 
 def all_reduce_(flat: Tensor, group: dist.ProcessGroup | None = None) -> None:
@@ -20,17 +38,135 @@ def all_reduce_(flat: Tensor, group: dist.ProcessGroup | None = None) -> None:
         dist.all_reduce(flat, group=group)
 
 
-def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The rows `[N_k, ...]` of all ranks, in the order of the ranks; N_k may differ."""
+def average_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Put the mean over the ranks into each tensor, with one all-reduce: gradients, for example."""
     ranks = world_size(group)
-    if ranks == 1:
-        return rows
-    mine = torch.tensor([rows.shape[0]], device=rows.device)
-    sizes = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(sizes, mine, group=group)
-    longest = max(int(size) for size in sizes)
-    padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: rows.shape[0]] = rows
-    parts = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)])
+    if ranks == 1 or not tensors:
+        return
+    flat = torch.cat([x.detach().flatten() for x in tensors])
+    all_reduce_(flat, group)
+    parts = (flat / ranks).split([x.numel() for x in tensors])
+    for x, part in zip(tensors, parts, strict=True):
+        x.detach().copy_(part.view_as(x))
+
+
+class Ranks(Batch):
+    """A batch that is split by its clips over the ranks of a group.
+
+    Each operation has its true gradient: that of a sum is the sum of the ranks' gradients, that of
+    a gather goes back to the rank that gave the rows (reduce-scatter). A loss made of them has one
+    value, that of one process on the whole batch, on all K ranks; its gradient is K times what this
+    rank's clips contribute. The mean over the ranks, which DDP and FSDP take by themselves, is then
+    the gradient of one process, to rounding; a sum over the ranks would be K times too much.
+
+    Args:
+        sizes: clips of each rank.
+        group: the ranks; None is the default group.
+    """
+
+    whole = False
+
+    def __init__(self, sizes: Sequence[int], group: dist.ProcessGroup | None = None) -> None:
+        self.sizes, self.group = sizes, group
+        self.offset = sum(sizes[: rank(group)])
+
+    def gather(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The clips of all ranks along `dim`, in the order of the ranks."""
+        rows = x.movedim(dim, 0)
+        padding = rows.new_zeros(max(self.sizes) - len(rows), *rows.shape[1:])
+        parts: Tensor = _Gather.apply(torch.cat([rows, padding]), self.group)  # type: ignore[no-untyped-call]
+        whole = torch.cat([part[:n] for part, n in zip(parts, self.sizes, strict=True)])
+        return whole.movedim(0, dim)
+
+    def sum(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """Each tensor summed over the ranks, in the dtype of the first, with one all-reduce."""
+        flat = torch.cat([x.flatten().to(tensors[0]) for x in tensors])
+        total: Tensor = _Sum.apply(flat, self.group)  # type: ignore[no-untyped-call]
+        parts = total.split([x.numel() for x in tensors])
+        return [part.view_as(x) for part, x in zip(parts, tensors, strict=True)]
+
+
+def meet(
+    where: str,
+    x: Tensor,
+    group: dist.ProcessGroup | None = None,
+    *,
+    names: Collection[str] = (),
+    **same: int,
+) -> Batch:
+    """Learn how the clips lie over the ranks: one small exchange, which waits for the device.
+
+    Args:
+        where: who asks, for the error.
+        x: this rank's, `[B, ...]`; B may be 0.
+        group: the ranks that ask; None is the default group.
+        names: of modalities, which must be the same on all ranks.
+        same: numbers that must be the same on all ranks.
+
+    Raises:
+        ValueError: names or numbers differ; raised on all ranks.
+    """
+    if world_size(group) == 1:
+        return WHOLE
+    facts = {"modalities": crc32(" ".join(sorted(names)).encode()), **same}
+    sizes, *table = zip(*exchange([len(x), *facts.values()], x.device, group), strict=True)
+    for name, values in zip(facts, table, strict=True):
+        if len(set(values)) > 1:
+            here: Any = tuple(names) if name == "modalities" else facts[name]
+            raise ValueError(
+                message(
+                    where,
+                    f"{name} must be the same on all ranks",
+                    hint="pass zeros with a mask of False for what a rank lacks",
+                    **{f"{name} of this rank": here},
+                    ranks_unlike_rank_0=[k for k, v in enumerate(values) if v != values[0]],
+                )
+            )
+    return Ranks(sizes, group)
+
+
+def exchange(
+    numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[list[int]]:
+    """The numbers of every rank, by rank; waits for the device."""
+    if world_size(group) == 1:
+        return [list(numbers)]
+    mine = torch.tensor(numbers, device=device)
+    table = [torch.empty_like(mine) for _ in range(world_size(group))]
+    dist.all_gather(table, mine, group=group)
+    rows: list[list[int]] = torch.stack(table).tolist()
+    return rows
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        out = x.clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    """Equal shapes `[n, ...]` of all ranks -> `[K, n, ...]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        mine = torch.empty_like(grad[0], memory_format=torch.contiguous_format)
+        dist.reduce_scatter(mine, list(grad.contiguous()), group=ctx.group)
+        return mine, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmvq import functional as F
@@ -16,6 +17,7 @@ from mmvq.checks import (
     check_same_length,
     message,
 )
+from mmvq.distributed import meet
 
 
 class CrossModalCommitmentLoss(nn.Module):
@@ -123,8 +125,21 @@ class CrossModalCodeMatchingLoss(nn.Module):
     contrasted over the batch in both directions, averaged over pairs of modalities; P is
     `mmvq.functional.code_probabilities`. Finite, with a finite gradient, even where z is a code.
 
+    Args:
+        gather: contrast over the clips of all ranks: the loss is that of one process on the whole
+            batch, on every rank, and so is the gradient once the ranks' gradients are averaged
+            (DDP, FSDP; see `mmvq.distributed.Ranks`). All ranks must bring the same modalities; B
+            may differ, down to 0.
+        process_group: the ranks to gather from; None is the default group.
+
     Source: Liu et al. 2021, "Cross-Modal Discrete Representation Learning"; the L_cmcm of Sec. 4.4.
     """
+
+    def __init__(
+        self, *, gather: bool = False, process_group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        self.gather, self.process_group = gather, process_group
 
     def forward(
         self,
@@ -143,7 +158,8 @@ class CrossModalCodeMatchingLoss(nn.Module):
             A scalar in nats, in at least float32; 0 with fewer than two modalities.
 
         Raises:
-            ValueError: shapes or names that do not fit.
+            ValueError: shapes or names that do not fit; with `gather`, on all ranks, names that
+                differ from rank to rank.
             TypeError: features that are not floating point.
         """
         where = "CrossModalCodeMatchingLoss"
@@ -171,4 +187,7 @@ class CrossModalCodeMatchingLoss(nn.Module):
                 )
             )
         check_finite(where, **z)
-        return F.code_matching(z, codebook, None if masks is None else valid)
+        batch = F.WHOLE
+        if self.gather:
+            batch = meet(where, next(iter(z.values())), self.process_group, names=z)
+        return F.code_matching(z, codebook, None if masks is None else valid, batch=batch)

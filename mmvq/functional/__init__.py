@@ -1,6 +1,7 @@
 """The paper as pure functions, about one equation a file, with slow `*_ref` twins to read."""
 
 from mmvq.functional.attention import aligned_partner, cross_attend, cross_attend_ref
+from mmvq.functional.batch import WHOLE, Batch
 from mmvq.functional.club import (
     club,
     club_ref,
@@ -25,6 +26,8 @@ from mmvq.functional.usage import CodeUsage, code_usage
 
 __all__ = [
     "UNSEEN",
+    "WHOLE",
+    "Batch",
     "CodeUsage",
     "advance_ages",
     "aligned_partner",

@@ -7,9 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from mmvq.functional.batch import WHOLE, Batch
+
 
 def gaussian_log_likelihood(
-    mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None = None
+    mu: Tensor,
+    logvar: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    *,
+    batch: Batch = WHOLE,
 ) -> Tensor:
     r"""Mean over the valid rows of $\ln \mathcal N(y; \mu, e^{\mathrm{logvar}})$, in nats.
 
@@ -18,13 +25,21 @@ def gaussian_log_likelihood(
         logvar: `[..., D]`.
         y: `[..., D]`.
         mask: bool `[...]`, True = valid.
+        batch: `mmvq.distributed.meet(...)` where the rows are split over ranks: the mean of all.
     """
     mu, logvar, y = _prepare(mu, logvar, y, mask)
     log_q = -((mu - y).square() * (-logvar).exp() + logvar + math.log(2 * math.pi)).sum(-1) / 2
-    return _mean(log_q, mask)
+    return _mean(log_q, mask, batch)
 
 
-def club(mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+def club(
+    mu: Tensor,
+    logvar: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    *,
+    batch: Batch = WHOLE,
+) -> Tensor:
     r"""VCLUB over all pairs of a batch, time-aligned, in closed form (Eq. 5).
 
     $$\hat I = \frac{1}{BT} \sum_{i,t} \sum_d \frac{
@@ -39,6 +54,8 @@ def club(mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None = None) -> T
         logvar: its log-variance, shaped as mu.
         y: the samples, shaped as mu.
         mask: bool `[B, T]` (or `[B]`), True = valid, as sample and as negative.
+        batch: `mmvq.distributed.meet(...)` where B is split over ranks: mean, variance and bound
+            are those of the whole batch.
 
     Returns:
         A scalar in nats, in at least float32; 0 when nothing is valid.
@@ -48,12 +65,14 @@ def club(mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None = None) -> T
     """
     mu, logvar, y = _prepare(mu, logvar, y, mask)
     weight = torch.ones_like(y[..., :1]) if mask is None else mask[..., None].to(y.dtype)
-    count = weight.sum(0).clamp(min=1)  # [T, 1]
-    mean = (weight * y).sum(0) / count  # [T, D]
+    total, count = batch.sum((weight * y).sum(0), weight.sum(0))
+    count = count.clamp(min=1)  # [T, 1]
+    mean = total / count  # [T, D]
     y, mu = y - mean, mu - mean
-    variance = (weight * y.square()).sum(0) / count
+    (squares,) = batch.sum((weight * y.square()).sum(0))
+    variance = squares / count
     excess = variance - y.square() + 2 * mu * y  # mean_j (mu - y_j)^2 - (mu - y)^2
-    return _mean((excess * (-logvar).exp()).sum(-1) / 2, mask)
+    return _mean((excess * (-logvar).exp()).sum(-1) / 2, mask, batch)
 
 
 def club_ref(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
@@ -91,8 +110,9 @@ def _prepare(mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None) -> list
     return wide if mask is None else [torch.where(mask[..., None], x, 0) for x in wide]
 
 
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+def _mean(values: Tensor, mask: Tensor | None, batch: Batch = WHOLE) -> Tensor:
     if mask is not None:
         values = torch.where(mask, values, 0)
     count = values.numel() if mask is None else mask.sum()
-    return values.sum() / torch.as_tensor(count).clamp(min=1)
+    total, count = batch.sum(values.sum(), torch.as_tensor(count))
+    return total / count.clamp(min=1)

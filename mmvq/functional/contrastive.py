@@ -8,27 +8,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as unit_length
 
+from mmvq.functional.batch import WHOLE, Batch
+
 
 def similarities(
     query: Tensor, key: Tensor, *, temperature: float = 1.0, normalize: bool = False
 ) -> Tensor:
-    """Scores `[..., N, N]` of every query (rows) against every key (columns)."""
+    """Scores `[..., N, C]` of every query (rows) against every key (columns)."""
     if normalize:
         query, key = unit_length(query, dim=-1), unit_length(key, dim=-1)
     return query @ key.mT / temperature
 
 
-def matched_cross_entropy(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`-log softmax` over the last axis, at the diagonal: `[..., N, N]` -> `[..., N]`.
+def matched_cross_entropy(
+    logits: Tensor,
+    mask: Tensor | None = None,
+    candidates: Tensor | None = None,
+    *,
+    offset: int = 0,
+) -> Tensor:
+    """`-log softmax` over the last axis, at the diagonal: `[..., N, C]` -> `[..., N]`.
 
-    Pairs that are not valid in `mask` `[..., N]` are no candidates, and their own entry is 0.
+    Row i belongs to column `offset` + i. Rows that are not valid in `mask` `[..., N]` have entry 0,
+    columns that are not in `candidates` `[..., C]` (None: as `mask`) cannot be picked.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if mask is None:
-        return logits.logsumexp(-1) - logits.diagonal(dim1=-2, dim2=-1)
-    keep = mask[..., :, None] & mask[..., None, :]
+        return logits.logsumexp(-1) - logits.diagonal(offset, dim1=-2, dim2=-1)
+    candidates = mask if candidates is None else candidates
+    keep = mask[..., :, None] & candidates[..., None, :]
     logits = torch.where(keep, logits, torch.finfo(logits.dtype).min)
-    loss = logits.logsumexp(-1) - logits.diagonal(dim1=-2, dim2=-1)
+    loss = logits.logsumexp(-1) - logits.diagonal(offset, dim1=-2, dim2=-1)
     return torch.where(mask, loss, 0)
 
 
@@ -41,6 +51,7 @@ def info_nce(
     normalize: bool = False,
     symmetric: bool = False,
     reduction: Literal["mean", "none"] = "mean",
+    batch: Batch = WHOLE,
 ) -> Tensor:
     r"""InfoNCE: pick, among N keys, the one that belongs to each query (Eq. 6, one step).
 
@@ -55,6 +66,8 @@ def info_nce(
         normalize: cosine similarity instead of the dot product.
         symmetric: the mean of both directions, query to key and key to query.
         reduction: `"mean"` over all valid queries, or `"none"`.
+        batch: `mmvq.distributed.meet(...)` where N is split over ranks, each with a mask or none:
+            the queries here pick among the keys of all, and the mean is over all queries.
 
     Returns:
         A scalar in nats (0 when nothing is valid), or `[..., N]`; ln N when all keys look alike.
@@ -63,14 +76,21 @@ def info_nce(
     """
     if mask is not None:  # a NaN under a False must not reach the gradient of the others
         query, key = (torch.where(mask[..., None], x, 0) for x in (query, key))
-    logits = similarities(query, key, temperature=temperature, normalize=normalize)
-    loss = matched_cross_entropy(logits, mask)
+    candidates = None if mask is None else batch.gather(mask, -1)
+    keys = batch.gather(key, -2)
+    logits = similarities(query, keys, temperature=temperature, normalize=normalize)
+    loss = matched_cross_entropy(logits, mask, candidates, offset=batch.offset)
     if symmetric:
-        loss = (loss + matched_cross_entropy(logits.mT, mask)) / 2
+        back = logits.mT
+        if not batch.whole:
+            queries = batch.gather(query, -2)
+            back = similarities(key, queries, temperature=temperature, normalize=normalize)
+        loss = (loss + matched_cross_entropy(back, mask, candidates, offset=batch.offset)) / 2
     if reduction == "none":
         return loss
     count = loss.numel() if mask is None else mask.expand_as(loss).sum()
-    return loss.sum() / torch.as_tensor(count).clamp(min=1)
+    total, count = batch.sum(loss.sum(), torch.as_tensor(count))
+    return total / count.clamp(min=1)
 
 
 def matched(
@@ -80,14 +100,19 @@ def matched(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     normalize: bool = False,
+    batch: Batch = WHOLE,
 ) -> Tensor:
     """Whether each query scores its own key highest: bool `[..., N]`; see `info_nce`."""
-    logits = similarities(query, key, temperature=temperature, normalize=normalize)
-    if mask is not None:
-        logits = logits.masked_fill(~mask[..., None, :], -torch.inf)
+    candidates = None if mask is None else batch.gather(mask, -1)
+    logits = similarities(
+        query, batch.gather(key, -2), temperature=temperature, normalize=normalize
+    )
+    if candidates is not None:
+        logits = logits.masked_fill(~candidates[..., None, :], -torch.inf)
     if logits.numel() == 0:
         return logits.new_zeros(logits.shape[:-1], dtype=torch.bool)
-    hits = logits.argmax(-1) == torch.arange(logits.shape[-1], device=logits.device)
+    own = batch.offset + torch.arange(query.shape[-2], device=logits.device)
+    hits = logits.argmax(-1) == own
     return hits if mask is None else hits & mask
 
 

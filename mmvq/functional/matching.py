@@ -8,6 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from mmvq.functional.batch import WHOLE, Batch
 from mmvq.functional.contrastive import matched_cross_entropy
 from mmvq_kernels import code_log_probabilities
 
@@ -38,6 +39,8 @@ def code_matching(
     features: Mapping[str, Tensor],
     codebook: Tensor | Mapping[str, Tensor],
     masks: Mapping[str, Tensor] | None = None,
+    *,
+    batch: Batch = WHOLE,
 ) -> Tensor:
     r"""L_cmcm: tell, from the codes alone, which clips of two modalities belong together.
 
@@ -52,6 +55,8 @@ def code_matching(
         features: name -> `[B, T, D]`; T may differ.
         codebook: `[L, D]`, or one for each modality, tied by index.
         masks: name -> bool `[B, T]`, True = valid.
+        batch: `mmvq.distributed.meet(...)` where the clips are split over ranks: those of all are
+            candidates for each, and the mean is over all.
 
     Returns:
         A scalar in nats, finite even where a feature equals a code; ln B when all clips use codes
@@ -70,15 +75,25 @@ def code_matching(
         codes = codebook if isinstance(codebook, Tensor) else codebook[name]
         log_p[name] = code_log_probabilities(features[name], codes, mask)  # [B, L]
         some[name] = mask.any(1)  # [B]
+    every = {name: batch.gather(p) for name, p in log_p.items()}
     total = pairs = log_p[names[0]].new_zeros(())
     for a, b in combinations(names, 2):
-        with torch.autocast(total.device.type, enabled=False):
-            similarity = log_p[a].exp() @ log_p[b].T + log_p[a] @ log_p[b].exp().T  # [B, B]
         pair = some[a] & some[b]
-        both = matched_cross_entropy(similarity, pair) + matched_cross_entropy(similarity.T, pair)
-        total = total + both.sum() / 2 / pair.sum().clamp(min=1)
-        pairs = pairs + pair.any()
+        there = _similarity(log_p[a], every[b])  # [B, B of all ranks]
+        back = there.T if batch.whole else _similarity(log_p[b], every[a])
+        others = batch.gather(pair)
+        both = matched_cross_entropy(there, pair, others, offset=batch.offset)
+        both = both + matched_cross_entropy(back, pair, others, offset=batch.offset)
+        summed, count = batch.sum(both.sum(), pair.sum())
+        total = total + summed / 2 / count.clamp(min=1)
+        pairs = pairs + (count > 0)
     return total / pairs.clamp(min=1)
+
+
+def _similarity(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """S of each row of `[N, L]` and each of `[C, L]`."""
+    with torch.autocast(log_p.device.type, enabled=False):
+        return log_p.exp() @ log_q.T + log_p @ log_q.exp().T
 
 
 def code_matching_ref(features: Mapping[str, Tensor], codebook: Tensor) -> Tensor:

@@ -127,6 +127,22 @@ def like_theirs(**attributes: Any) -> torch.nn.Module:
     return module
 
 
+def split(call: Callable[[], object]) -> Callable[[], object]:
+    """The call on rank 0 of two, of which rank 1 has another T."""
+
+    def exchange(numbers: list[int], *_: object) -> list[list[int]]:
+        return [numbers, [*numbers[:-1], numbers[-1] + 1]]
+
+    def run() -> object:
+        with (
+            patch("mmvq.distributed.world_size", lambda group: 2),
+            patch("mmvq.distributed.exchange", exchange),
+        ):
+            return call()
+
+    return run
+
+
 def number(where: str, name: str, span: str, came: str, call: Callable[[], object]) -> Case:
     rule = f"{where}: {name} must be a finite number {span}"
     return Case(call, ValueError, rule, f"{name}: {came}", f"pass a number {span}")
@@ -394,6 +410,20 @@ FEATURES = [
 ]
 
 MODULES = [
+    Case(
+        split(lambda: mmvq.CrossCPC(4, gather=True)(both)),
+        ValueError,
+        "CrossCPC: T must be the same on all ranks",
+        "T of this rank: 5   ranks_unlike_rank_0: [1]",
+        "pass zeros with a mask of False for what a rank lacks",
+    ),
+    Case(
+        lambda: mmvq.CLUBEstimator(4, 4, negatives="shuffled", gather=True),
+        ValueError,
+        "CLUBEstimator: gather takes all pairs, in closed form",
+        "negatives: 'shuffled'   gather: True",
+        'leave negatives at "all", or gather at False',
+    ),
     Case(
         lambda: quantizer().encode(z[..., :3]),
         ValueError,

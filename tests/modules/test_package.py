@@ -90,6 +90,7 @@ SIGNATURES: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, Any]]] = {
         {"self": REQUIRED, "features": REQUIRED, "codes": REQUIRED, "masks": None},
         {},
     ),
+    mmvq.CrossModalCodeMatchingLoss: ({}, {"gather": False, "process_group": None}),
     mmvq.CrossModalCodeMatchingLoss.forward: (
         {"self": REQUIRED, "features": REQUIRED, "codebook": REQUIRED, "masks": None},
         {},
@@ -106,11 +107,12 @@ SIGNATURES: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, Any]]] = {
             "normalize": False,
             "symmetric": False,
             "reduction": "mean",
+            "batch": mmvq.functional.WHOLE,
         },
     ),
     mmvq.CLUBEstimator: (
         {"x_dim": REQUIRED, "y_dim": REQUIRED, "hidden_dim": 256},
-        {"negatives": "all", "logvar_bound": 8.0},
+        {"negatives": "all", "logvar_bound": 8.0, "gather": False, "process_group": None},
     ),
     mmvq.CLUBEstimator.forward: (
         {"self": REQUIRED, "x": REQUIRED, "y": REQUIRED, "mask": None},
@@ -136,6 +138,8 @@ SIGNATURES: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, Any]]] = {
             "normalize_over": "targets",
             "temperature": 1.0,
             "normalize": False,
+            "gather": False,
+            "process_group": None,
         },
     ),
     mmvq.CrossCPC.forward: (
