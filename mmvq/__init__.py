@@ -1,11 +1,12 @@
 """mmvq: one discrete codebook for several modalities."""
 
-from mmvq import functional
+from mmvq import figures, functional
 from mmvq.club import CLUBEstimator
 from mmvq.codebook import EMACodebook, update_codebooks
 from mmvq.cpc import CPCOutput, CrossCPC
 from mmvq.functional.usage import CodeUsage
 from mmvq.losses import CrossModalCodeMatchingLoss, CrossModalCommitmentLoss
+from mmvq.monitor import CodebookMonitor, HealthWarning
 from mmvq.quantizer import MultiModalEMAQuantizer, QuantizerOutput
 
 __version__ = "0.1.0"
@@ -14,12 +15,15 @@ __all__ = [
     "CLUBEstimator",
     "CPCOutput",
     "CodeUsage",
+    "CodebookMonitor",
     "CrossCPC",
     "CrossModalCodeMatchingLoss",
     "CrossModalCommitmentLoss",
     "EMACodebook",
+    "HealthWarning",
     "MultiModalEMAQuantizer",
     "QuantizerOutput",
+    "figures",
     "functional",
     "update_codebooks",
 ]

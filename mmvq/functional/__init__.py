@@ -22,18 +22,20 @@ from mmvq.functional.nearest import nearest_code, nearest_code_ref
 from mmvq.functional.reset import UNSEEN, advance_ages, inactive_codes, replacement_codes
 from mmvq.functional.statistics import code_statistics, code_statistics_ref, finite_rows
 from mmvq.functional.straight_through import rotate, straight_through
-from mmvq.functional.usage import CodeUsage, code_usage
+from mmvq.functional.usage import CodeAgreement, CodeUsage, code_agreement, code_usage
 
 __all__ = [
     "UNSEEN",
     "WHOLE",
     "Batch",
+    "CodeAgreement",
     "CodeUsage",
     "advance_ages",
     "aligned_partner",
     "club",
     "club_ref",
     "club_shuffled",
+    "code_agreement",
     "code_log_probabilities",
     "code_matching",
     "code_matching_ref",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmvq_kernels.messages import message
+
 
 class CodeUsage(NamedTuple):
-    """What `code_usage` returns; L codes.
+    """What `code_usage` returns; L codes. Each code is `shared`, `single` or `dead`.
 
     Attributes:
         counts: modality -> int64 `[L]`, vectors that chose each code.
@@ -23,6 +26,28 @@ class CodeUsage(NamedTuple):
     perplexity: dict[str, Tensor]
     shared: Tensor
     dead: Tensor
+
+    @property
+    def single(self) -> Tensor:
+        """Bool `[L]`, codes in use that no two modalities hold."""
+        return ~(self.shared | self.dead)
+
+
+class CodeAgreement(NamedTuple):
+    """What `code_agreement` returns, for each pair of modalities (a, b).
+
+    Attributes:
+        equal: int64 scalar, positions at which both chose the same code.
+        positions: int64 scalar, positions at which both chose one.
+    """
+
+    equal: dict[tuple[str, str], Tensor]
+    positions: dict[tuple[str, str], Tensor]
+
+    @property
+    def share(self) -> dict[tuple[str, str], Tensor]:
+        """Scalars in [0, 1], `equal / positions`; NaN where there is no position."""
+        return {pair: n / self.positions[pair] for pair, n in self.equal.items()}
 
 
 def code_usage(counts: Mapping[str, Tensor], min_share: float = 0.05) -> CodeUsage:
@@ -49,3 +74,41 @@ def code_usage(counts: Mapping[str, Tensor], min_share: float = 0.05) -> CodeUsa
         shared=holders >= 2,
         dead=total == 0,
     )
+
+
+def code_agreement(indices: Mapping[str, Tensor]) -> CodeAgreement:
+    r"""How often two modalities chose the same code at the same position, for all pairs.
+
+    $$\mathrm{equal}_{ab} = \sum_{i,t} [l^a_{it} = l^b_{it} \ge 0], \qquad
+      \mathrm{positions}_{ab} = \sum_{i,t} [l^a_{it} \ge 0][l^b_{it} \ge 0]$$
+
+    Args:
+        indices: modality -> int64 `[B, T]` or any other shape, the same for all; -1 (masked) never
+            counts.
+
+    Returns:
+        `CodeAgreement(equal, positions)`, each pair once, in the order of `indices`.
+
+    Raises:
+        ValueError: shapes that differ.
+
+    Source: `equal_num` of the released code, which counts the clips whose most frequent code is the
+    same in all modalities.
+    """
+    shapes = {name: tuple(index.shape) for name, index in indices.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            message(
+                "code_agreement",
+                "the indices of all modalities must have one shape [B, T]",
+                hint="give modalities of one time grid; positions of different grids do not pair",
+                indices=shapes,
+            )
+        )
+    equal: dict[tuple[str, str], Tensor] = {}
+    positions: dict[tuple[str, str], Tensor] = {}
+    for a, b in combinations(indices, 2):
+        both = (indices[a] >= 0) & (indices[b] >= 0)
+        equal[a, b] = (both & (indices[a] == indices[b])).sum()
+        positions[a, b] = both.sum()
+    return CodeAgreement(equal, positions)

@@ -1,4 +1,4 @@
-"""Perplexity, shared and dead codes."""
+"""Perplexity, shared, single and dead codes; agreement of modalities."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from support import close, rounding
+from support import bools, close, rounding
+from torch import Tensor
 
 from mmvq import functional as F
 
@@ -38,6 +39,7 @@ def test_shared_and_dead(dtype: torch.dtype) -> None:
     usage = F.code_usage(counts)
     # held: more than 5% of the code's vectors; 5 of 100 is not, 6 of 100 is
     assert usage.shared.tolist() == [True, False, False, True, False, True]
+    assert usage.single.tolist() == [False, True, True, False, False, False]
     assert usage.dead.tolist() == [False, False, False, False, True, False]
     assert F.code_usage(counts, min_share=0.3).shared.tolist() == [True] + [False] * 5
     assert F.code_usage(counts, min_share=0.0).shared.tolist()[2] is True
@@ -51,3 +53,38 @@ def test_one_modality_shares_nothing() -> None:
         6 / (2 ** (1 / 3) * 3 ** (1 / 2)),
         rounding(torch.float32, 20, 3),
     )
+
+
+def draw(*shape: int, seed: int, codes: int = 3) -> Tensor:
+    return torch.randint(codes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (7,), (7, 5, 2), (0, 5)], ids=str)
+def test_agreement_counts_positions_one_by_one(shape: tuple[int, ...]) -> None:
+    indices = {
+        name: torch.where(bools(*shape, seed=10 + i), draw(*shape, seed=i), -1)
+        for i, name in enumerate(("video", "audio", "text"))
+    }
+    agreement = F.code_agreement(indices)
+    pairs = [("video", "audio"), ("video", "text"), ("audio", "text")]
+    assert list(agreement.equal) == list(agreement.positions) == pairs
+    for a, b in pairs:
+        both = list(zip(indices[a].flatten().tolist(), indices[b].flatten().tolist(), strict=True))
+        valid = [(i, j) for i, j in both if i != -1 and j != -1]
+        equal = sum(i == j for i, j in valid)
+        assert agreement.equal[a, b] == equal
+        assert agreement.positions[a, b] == len(valid)
+        if valid:
+            close(agreement.share[a, b], equal / len(valid), rounding(torch.float32, 1))
+        else:
+            assert agreement.share[a, b].isnan()
+
+
+def test_two_masks_do_not_agree() -> None:
+    nowhere = torch.full((2, 3), -1)
+    agreement = F.code_agreement({"audio": nowhere, "video": nowhere})
+    assert agreement.equal["audio", "video"] == agreement.positions["audio", "video"] == 0
+
+
+def test_one_modality_has_no_pair() -> None:
+    assert F.code_agreement({"audio": draw(2, 3, seed=0)}).equal == {}

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mmvq
 import mmvq_kernels as kernels
@@ -84,6 +84,11 @@ def without_the_hub() -> object:
     _adapter.cache_clear()
     with patch.dict(sys.modules, {"huggingface_hub": None}):
         return mmvq.CLUBEstimator(4, 4).save_pretrained("nowhere")
+
+
+def without_matplotlib() -> object:
+    with patch.dict(sys.modules, {"matplotlib.figure": None}):
+        return mmvq.figures.plot_usage({})
 
 
 def from_config(config: object, **options: Any) -> Callable[[], object]:
@@ -794,7 +799,52 @@ FOREIGN = [
     ),
 ]
 
-CASES = PRETRAINED + FOREIGN + ARGUMENTS + FEATURES + MODULES + KERNELS + COMPAT
+HEALTH = [
+    Case(
+        lambda: mmvq.CodebookMonitor(nn.Linear(4, 4)),  # type: ignore[arg-type]
+        TypeError,
+        "CodebookMonitor: quantizer must be a MultiModalEMAQuantizer",
+        "quantizer: Linear",
+        "pass the quantizer itself, not the model around it, before torch.compile",
+    ),
+    Case(
+        lambda: mmvq.CodebookMonitor(quantizer(), "runs"),  # type: ignore[arg-type]
+        TypeError,
+        "CodebookMonitor: log must be a callable (name, value, step), a SummaryWriter, or None",
+        "log: str",
+        "pass print to try it",
+    ),
+    Case(
+        lambda: mmvq.CodebookMonitor(quantizer(), club=nn.Linear(4, 4)),
+        TypeError,
+        "CodebookMonitor: club must be or hold a CLUBEstimator",
+        "club: Linear",
+        "leave it out if there is none to watch",
+    ),
+    Case(
+        lambda: mmvq.CodebookMonitor(quantizer(), every=0),
+        ValueError,
+        "CodebookMonitor: every must be an int of at least 1",
+        "every: 0",
+        "pass 1 or more",
+    ),
+    Case(
+        lambda: mmvq.functional.code_agreement({"audio": whole.long(), "video": whole[:1].long()}),
+        ValueError,
+        "code_agreement: the indices of all modalities must have one shape [B, T]",
+        "indices: {'audio': (2, 5), 'video': (1, 5)}",
+        "give modalities of one time grid; positions of different grids do not pair",
+    ),
+    Case(
+        without_matplotlib,
+        ImportError,
+        "figures: pictures need matplotlib, which is not installed",
+        "missing: 'matplotlib.figure'",
+        "pip install matplotlib",
+    ),
+]
+
+CASES = PRETRAINED + FOREIGN + ARGUMENTS + FEATURES + MODULES + KERNELS + COMPAT + HEALTH
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.rule.replace(": ", "-"))

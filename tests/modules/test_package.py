@@ -20,12 +20,15 @@ PUBLIC = [
     "CLUBEstimator",
     "CPCOutput",
     "CodeUsage",
+    "CodebookMonitor",
     "CrossCPC",
     "CrossModalCodeMatchingLoss",
     "CrossModalCommitmentLoss",
     "EMACodebook",
+    "HealthWarning",
     "MultiModalEMAQuantizer",
     "QuantizerOutput",
+    "figures",
     "functional",
     "update_codebooks",
 ]
@@ -126,6 +129,15 @@ SIGNATURES: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, Any]]] = {
         {"self": REQUIRED, "x": REQUIRED, "y": REQUIRED, "mask": None},
         {},
     ),
+    mmvq.CodebookMonitor: (
+        {"quantizer": REQUIRED, "log": None},
+        {"every": 100, "club": None},
+    ),
+    mmvq.CodebookMonitor.step: ({"self": REQUIRED}, {}),
+    mmvq.CodebookMonitor.read: ({"self": REQUIRED}, {}),
+    mmvq.figures.plot_codes: ({"codebook": REQUIRED, "counts": REQUIRED}, {}),
+    mmvq.figures.plot_usage: ({"history": REQUIRED}, {}),
+    mmvq.functional.code_agreement: ({"indices": REQUIRED}, {}),
     mmvq.CrossCPC: (
         {"dim": REQUIRED, "modalities": ("audio", "video")},
         {

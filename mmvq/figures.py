@@ -1,0 +1,171 @@
+"""Pictures of a codebook (by matplotlib): whose codes the codes are, and how use changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmvq.checks import message
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_codes", "plot_usage"]
+
+OWN = ("#d1495b", "#2e6fbb", "#e8a33d", "#7d5ba6", "#4aa6a6", "#8c6d46")  # audio, video, text, ...
+SHARED = "#3f9b52"
+UNUSED = "#b8b8b8"
+INK = "#333333"
+_SINGLE = "#e8d48a"
+_MAJORITY = 0.8
+_LEGEND: dict[str, Any] = {
+    "frameon": False,
+    "handletextpad": 0.4,
+    "columnspacing": 1.2,
+    "labelcolor": INK,
+}
+
+
+def plot_codes(codebook: Tensor, counts: Mapping[str, Tensor]) -> Figure:
+    """Draw which modalities hold each code, after the paper's Fig. 4.
+
+    Left, the codes on their first two principal axes, a dot's area growing with use: in a
+    modality's colour where more than 80 % of the code's vectors are that modality's, green where
+    no modality has so many, a small cross where the code is unused. Right, the same shares in
+    full: a thin column per used code.
+
+    Args:
+        codebook: `[L, D]`, such as `quantizer.codebook`.
+        counts: modality -> `[L]`, how often each chose each code: `quantizer.usage().counts`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Source: Fig. 4; the paper does not say how it lays codes out.
+    """
+    figure = new_figure(11, 4.8)
+    atlas, shares = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    names = list(counts)
+    colours = {name: OWN[m % len(OWN)] for m, name in enumerate(names)}
+    table = torch.stack([counts[name].cpu().double() for name in names])  # [M, L]
+    total = table.sum(0)
+    used = total > 0
+    share = table / total.clamp(min=1)
+    owner = torch.where(share.amax(0) > _MAJORITY, share.argmax(0), len(names))  # M = shared
+    owner[~used] = len(names) + 1
+
+    x, y = _principal_plane(codebook.detach().cpu().double(), used).T
+    area = 30 + 220 * (total / total.max().clamp(min=1))
+    groups = [(name, colours[name]) for name in names] + [("shared", SHARED)]
+    atlas.scatter(x[~used], y[~used], s=14, c=UNUSED, marker="x", linewidths=1, label=None)
+    for group, (label, colour) in enumerate(groups):
+        mine = owner == group
+        text = f"{label}: {int(mine.sum())}"
+        atlas.scatter(
+            x[mine], y[mine], s=area[mine], c=colour, alpha=0.8, linewidths=0.6, edgecolors="white"
+        )
+        atlas.plot([], [], "o", color=colour, markersize=7, label=text)
+    if not used.all():
+        atlas.plot([], [], "x", color=UNUSED, label=f"unused: {int((~used).sum())}")
+    atlas.set(xticks=[], yticks=[], title="Codes by the modality that holds them (> 80 %)")
+    atlas.margins(0.08)
+    atlas.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, **_LEGEND)
+
+    order = _gradual_order(share, used)
+    floor = torch.zeros(len(order), dtype=torch.float64)
+    for m, name in enumerate(names):
+        height = share[m, order]
+        shares.bar(range(len(order)), height, 1.0, floor, color=colours[name], label=name)
+        floor = floor + height
+    shares.set(xlim=(-0.5, max(len(order), 1) - 0.5), ylim=(0, 1), xticks=[])
+    shares.set(title=f"Share of each modality in the {len(order)} codes in use")
+    shares.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+    shares.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=len(names), **_LEGEND)
+    for axes in (atlas, shares):
+        tidy(axes)
+    return figure
+
+
+def plot_usage(history: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw how the use of a codebook changes over training.
+
+    Left, the codes that two modalities share, that serve one, and that none chose, as parts of the
+    codebook; then the perplexity of each modality; and, of two modalities or more, the share of
+    positions at which they agree. Where a figure has no data there is a gap.
+
+    Args:
+        history: `CodebookMonitor.history`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    steps = history.get("step", [])
+    lines = {
+        title: {name.removeprefix(kind): history[name] for name in history if name.startswith(kind)}
+        for kind, title in (
+            ("perplexity/", "Perplexity, of each modality"),
+            ("agreement/", "Positions with the same code"),
+        )
+    }
+    figure = new_figure(12, 3.2)
+    codes, *others = figure.subplots(1, 1 + len(lines))
+    parts = {"shared": SHARED, "single": _SINGLE, "dead": UNUSED}
+    layers = [history.get(f"codes/{part}", []) for part in parts]
+    codes.stackplot(steps, layers, labels=list(parts), colors=list(parts.values()))
+    codes.set(ylim=(0, 1), title="Codes, as parts of the codebook")
+    for axes, (title, values) in zip(others, lines.items(), strict=True):
+        for m, (name, value) in enumerate(values.items()):
+            axes.plot(steps, value, color=OWN[m % len(OWN)], linewidth=1.8, label=name)
+        axes.set_ylim(bottom=0)
+        axes.set_title(title)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    for axes in (codes, *others):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, **_LEGEND)
+        tidy(axes)
+    figure.supxlabel("step", fontsize=10, color=INK)
+    return figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, of no window and no backend."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        text = message(
+            "figures",
+            "pictures need matplotlib, which is not installed",
+            hint="pip install matplotlib",
+            missing=error.name,
+        )
+        raise ImportError(text) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def tidy(axes: Axes) -> None:
+    """Quiet spines, ticks and title."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#999999")
+    axes.title.set(fontsize=10.5, color=INK)
+    axes.tick_params(labelsize=8.5, colors=INK, length=3)
+
+
+def _principal_plane(codebook: Tensor, used: Tensor) -> Tensor:
+    """All codes on the two axes along which the used ones vary most: [L, 2]."""
+    seen = codebook[used] if used.any() else codebook
+    centred = codebook - seen.mean(0)
+    axes = torch.linalg.svd(seen - seen.mean(0), full_matrices=False).Vh[:2]
+    plane = centred @ axes.T
+    return torch.nn.functional.pad(plane, (0, 2 - plane.shape[1]))
+
+
+def _gradual_order(share: Tensor, used: Tensor) -> Tensor:
+    """Used codes from those of the first modality to those of the last, evenly mixed in between."""
+    centre = torch.arange(len(share), dtype=share.dtype) @ share
+    return centre.masked_fill(~used, torch.inf).argsort(stable=True)[: int(used.sum())]
