@@ -263,8 +263,12 @@ class EMACodebook(Pretrained):
             votes = torch.where(self.voters[:, None], self.ages, F.UNSEEN)
             idle = F.inactive_codes(votes, self.reset_after, self.reset_rule)
             dead = idle & (batch_counts.sum() > 0)
-            replacement = F.replacement_codes(self.codes, dead, sums, batch_counts, self.steps)
-            self.ages.masked_fill_(dead & (self.ages >= 0), 0)
+            if _certainly_none(dead):
+                dead = None
+            else:
+                args = self.codes, dead, sums, batch_counts, self.steps
+                replacement = F.replacement_codes(*args)
+                self.ages.masked_fill_(dead & (self.ages >= 0), 0)
         F.ema_update_(
             self.codes,
             self.sums,
@@ -311,6 +315,12 @@ class EMACodebook(Pretrained):
         if not self.initialized.is_meta:
             self._ready = bool(self.initialized)
         self._pending = None  # it belongs to the state that was here before
+
+
+def _certainly_none(mask: Tensor) -> bool:
+    """Whether no entry is True; False also where a device or a graph would have to wait for it."""
+    waits = mask.device.type != "cpu" or torch.compiler.is_compiling()
+    return not waits and not mask.any()
 
 
 def update_codebooks(modules: nn.Module | Iterable[nn.Module]) -> None:

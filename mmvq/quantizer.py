@@ -196,7 +196,7 @@ class MultiModalEMAQuantizer(Pretrained):
             mixed, groups, usable = self._mix_partners(rows, z, valid)  # Sec. 4.3
             book.initialize(mixed, groups, usable)
         index = book.search(rows)  # Eq. 2
-        codes = _unflat(book.weight[index], z)  # the snapshot
+        codes = _unflat(book.weight.index_select(0, index), z)  # the snapshot
         if self.commitment is None:
             loss = book.weight.new_zeros(())
         else:
@@ -232,12 +232,12 @@ class MultiModalEMAQuantizer(Pretrained):
         if callable(self.partner):  # those of `_PARTNERS` read no other where its mask is False
             rows = torch.where(usable[:, None], rows, 0)
         z = _unflat(rows, z)
-        mixed: dict[str, Tensor] = {}
+        mixed = rows.clone()
+        parts = _unflat(mixed, z)
         with torch.autocast(book.codes.device.type, enabled=False):
             for name, x in z.items():
                 others = {other: z[other] for other in z if other != name}
                 if not others or self.partner == "none" or w == 0:
-                    mixed[name] = x
                     continue
                 partner = self.partner if callable(self.partner) else _PARTNERS[self.partner]
                 r = partner(x, others, {other: masks[other] for other in others})
@@ -251,14 +251,15 @@ class MultiModalEMAQuantizer(Pretrained):
                             r=r,
                         )
                     )
-                mixed[name] = (1 - w) * x + w * r.to(x)  # at 1/2, the same bits from either side
+                # at 1/2, the same bits from either side
+                parts[name].mul_(1 - w).add_(r, alpha=w)
         groups = torch.cat(
             [
                 m.new_full((m.numel(),), self._sorted.index(name), dtype=torch.long)
                 for name, m in masks.items()
             ]
         )
-        return _flat(mixed), groups, usable
+        return mixed, groups, usable
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.

@@ -132,9 +132,9 @@ def _ema_update_torch(
     smoothed = (counts + eps) / (total + counts.numel() * eps) * total  # [L]
     if dead is not None and replacement is not None:
         revived = replacement.to(sums.dtype) * smoothed[:, None]
-        sums.copy_(torch.where(dead[:, None], revived, sums))
+        torch.where(dead[:, None], revived, sums, out=sums)
     held = some & (smoothed > 0)[:, None]  # with eps = 0, a code may have no mass left at all
-    codes.copy_(torch.where(held, sums / smoothed[:, None], codes))
+    torch.where(held, sums / smoothed[:, None], codes, out=codes)
 
 
 def _check(

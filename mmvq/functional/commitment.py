@@ -50,7 +50,7 @@ def commitment(
         for b in others:
             if ratio := _ratio(cross_ratio, a, b):
                 cross = _distance(features, codes, masks, a, b, reduction)
-                total = total + ratio * beta * cross / torch.as_tensor(present).clamp(min=1)
+                total = total + ratio * beta * cross / _at_least_one(present)
     return total
 
 
@@ -95,4 +95,8 @@ def _distance(
         count = valid.sum()
     width = z.shape[-1] if reduction == "mean" else 1
     squares = torch.nn.functional.mse_loss(z, e, reduction="sum")
-    return squares / torch.as_tensor(count * width).clamp(min=1)
+    return squares / _at_least_one(count * width)
+
+
+def _at_least_one(count: Tensor | int) -> Tensor | int:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
