@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .systems import ALIGNMENTS
 
 Weights = dict[str, float]
-_PARTS = {
+PARTS = {
     "club": "CLUB",
     "cpc": "Cross-CPC",
     "club-cpc": "CLUB and Cross-CPC",
@@ -45,12 +45,12 @@ def _better(one: str, other: str) -> Weights:
 
 
 def _part(prefix: str, full: str, part: str) -> Claim:
-    return Claim(f"{_PARTS[part]} helps", _better(full, f"{prefix}without-{part}"))
+    return Claim(f"{PARTS[part]} helps", _better(full, f"{prefix}without-{part}"))
 
 
 def _smaller_loss(part: str) -> Claim:
     two, three = _better("uni-code", f"without-{part}"), _better(f"avt-without-{part}", "avt")
-    return Claim(f"{_PARTS[part]} is missed less", two | three)
+    return Claim(f"{PARTS[part]} is missed less", two | three)
 
 
 CLAIMS: dict[str, list[Claim]] = {
@@ -72,15 +72,15 @@ CLAIMS: dict[str, list[Claim]] = {
         for name, text in SYSTEMS.items()
     ],
     "Every part helps, with two modalities (Table 2)": [
-        *(_part("", "uni-code", part) for part in _PARTS),
+        *(_part("", "uni-code", part) for part in PARTS),
         Claim("Cross-CPC is missed more than CLUB", _better("without-club", "without-cpc")),
     ],
     "Every part helps, with three modalities (Table 3)": [
-        _part("avt-", "avt", part) for part in _PARTS if part != "club-cpc"
+        _part("avt-", "avt", part) for part in PARTS if part != "club-cpc"
     ],
     "A third modality helps the first two (Table 3)": [
         Claim("audio, video, text over audio, video", _better("avt", "uni-code")),
-        *(_smaller_loss(part) for part in _PARTS if part != "club-cpc"),
+        *(_smaller_loss(part) for part in PARTS if part != "club-cpc"),
     ],
     "A middling codebook is the best (Fig. 3)": [
         Claim("128 codes over 32", _better("uni-code", "codes-32")),

@@ -93,3 +93,10 @@ ALL = [
     Experiment("avtd", None, (*AVT, "display")),
 ]
 EXPERIMENTS = {experiment.name: experiment for experiment in ALL}
+TABLE_3 = ("avt-baseline", "avt", *(e.name for e in ALL if e.name.startswith("avt-without")))
+EVALUATED: dict[str, tuple[str, ...]] = {  # task -> the experiments whose models it scores
+    "across_sets": TABLE_3,
+    "unpaired": TABLE_3,
+    "segmentation": ("avt-baseline", "avt"),  # Table 4
+    "retrieval": ("avt-baseline", "avt"),  # Table 5
+}

@@ -14,7 +14,7 @@ from experiments.matrix import EXPERIMENTS
 from experiments.paper import PAPER, paper_contrast
 from experiments.report import write_report
 from experiments.results import Estimate, clips, contrast, read_results, segments, shared_codes
-from experiments.train import identity, run_name, write_result
+from experiments.train import identity, read_result, run_name, write_result
 
 
 def result(name: str, seed: int, clip: float, segment: float) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def test_the_page_says_what_the_results_say(folder: Path) -> None:
     assert lines["Uni-Code"].count("0.90 ± 0.00") == 4  # clips twice, precision twice
     assert "47.7 | 52.3 | 64.0 | 65.6" in lines["Uni-Code"]
     assert "half of the clips over all | -0.10 ± 0.00 | **no**" in page
-    assert "Not run" not in page
+    assert "Not yet run" not in page
     for claim in [*(c for group in CLAIMS.values() for c in group), *QUESTIONS, *SHARING]:
         assert claim.text in page
     pictures = re.findall(r"\]\(([\w-]+\.png)\)", page)
@@ -101,11 +101,34 @@ def test_experiments_that_were_not_run_are_named_and_left_out(folder: Path) -> N
     for path in (folder / "results").iterdir():
         if not path.name.startswith(("baseline-", "uni-code-", "without-cpc-")):
             path.unlink()
+    (folder / "results" / "without-cpc-seed2.json").unlink()
     write_report(folder / "results", folder / "docs")
     page = (folder / "docs" / "index.md").read_text()
-    assert "Not run: s-mit, dcid-s-mit" in page
+    assert "Not yet run with every seed: s-mit, dcid-s-mit" in page
     assert "Cross-CPC helps | +0.10" in page
+    assert "without-cpc, " in page
     assert "CMCM over" not in page
+
+
+def test_the_tables_of_tasks_appear_with_their_scores(folder: Path) -> None:
+    ways = [f"{a}->{b}" for a in ("audio", "video", "text") for b in ("audio", "video", "text")]
+    for seed in range(3):
+        path = folder / "results" / f"avt-seed{seed}.json"
+        tasks = {
+            "across_sets": {way: {"segment_f1": 0.5} for way in ways},
+            "unpaired": {
+                "own->other": {way: {"accuracy": 0.2} for way in ways},
+                "other->own": {way: {"accuracy": 0.4} for way in ways},
+            },
+            "retrieval": {way: {"r5": 0.1, "r10": 0.2, "chance_r5": 0.02} for way in ways},
+        }
+        write_result(path, read_result(path) | {"tasks": tasks})
+    write_report(folder / "results", folder / "docs")
+    page = (folder / "docs" / "index.md").read_text()
+    half, third = "0.50 ± 0.00", "0.30 ± 0.00"
+    assert f"| full model | {half} | {half} | {third} | {third} | 53.0 | 52.4 | 67.1" in page
+    assert "## Table 5" in page
+    assert "## Table 4" not in page  # nothing was segmented
 
 
 def test_claims_name_experiments_and_the_papers_numbers() -> None:

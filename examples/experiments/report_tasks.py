@@ -1,0 +1,109 @@
+"""The tables of the tasks on stored models: other data sets, segmentation, retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .matrix import EVALUATED
+from .paper import OTHER_SETS, RETRIEVAL, SEGMENTATION, Row
+from .results import Estimate, Results
+from .tables import comparison
+
+Read = Callable[[Mapping[str, Any]], float]  # one number out of a result's "tasks"
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """A table of the paper.
+
+    Attributes:
+        title: Of its section.
+        text: What is compared, and what the numbers mean.
+        tasks: Those that its columns come from.
+        columns: What a column is called -> how to read it.
+        paper: The paper's numbers, columns in the same order.
+    """
+
+    title: str
+    text: str
+    tasks: tuple[str, ...]
+    columns: Mapping[str, Read]
+    paper: Mapping[str, Row]
+
+
+def _at(task: str, way: str, score: str) -> Read:
+    return lambda tasks: tasks[task][way][score]
+
+
+def _both_ways(way: str) -> Read:
+    """Learned in one set and tested in the other, the mean of both."""
+    return lambda tasks: float(np.mean([x[way]["accuracy"] for x in tasks["unpaired"].values()]))
+
+
+TABLES = (
+    TaskTable(
+        "Table 3: other data sets",
+        "Learned here, tested on another rendering: other writers, voices, sentences and layout. "
+        "F1 of segments (the paper: from AVE to AVVP), and accuracy for clips of the classes that "
+        "two sets share, the mean of both ways (the paper: UCF and VGGSound).",
+        ("across_sets", "unpaired"),
+        {
+            "F1 V→A": _at("across_sets", "video->audio", "segment_f1"),
+            "F1 A→V": _at("across_sets", "audio->video", "segment_f1"),
+            "clips V→A": _both_ways("video->audio"),
+            "clips A→V": _both_ways("audio->video"),
+        },
+        OTHER_SETS,
+    ),
+    TaskTable(
+        "Table 4: query-based segmentation",
+        "A head learns to draw the digit that one modality's code names, and is tested with the "
+        "code of another.",
+        ("segmentation",),
+        {
+            "mIoU A→T": _at("segmentation", "audio->text", "miou"),
+            "F-score A→T": _at("segmentation", "audio->text", "f_score"),
+            "mIoU T→A": _at("segmentation", "text->audio", "miou"),
+            "F-score T→A": _at("segmentation", "text->audio", "f_score"),
+            "told nothing": _at("segmentation", "audio->text", "chance"),
+            "told the class": _at("segmentation", "audio->text", "class"),
+        },
+        SEGMENTATION,
+    ),
+    TaskTable(
+        "Table 5: retrieval of audio",
+        "Learned with video as the query, tested with text, and the reverse.",
+        ("retrieval",),
+        {
+            "R@5 V→T": _at("retrieval", "video->text", "r5"),
+            "R@10 V→T": _at("retrieval", "video->text", "r10"),
+            "R@5 T→V": _at("retrieval", "text->video", "r5"),
+            "R@10 T→V": _at("retrieval", "text->video", "r10"),
+            "R@5 at random": _at("retrieval", "video->text", "chance_r5"),
+        },
+        RETRIEVAL,
+    ),
+)
+
+
+def task_sections(results: Results) -> list[str]:
+    """A section for every table that has results."""
+    return [section for table in TABLES if (section := _section(results, table))]
+
+
+def _section(results: Results, table: TaskTable) -> str:
+    rows: dict[str, list[Estimate]] = {}
+    for name in EVALUATED[table.tasks[0]]:
+        found = [r["tasks"] for r in results.get(name, {}).values() if "tasks" in r]
+        found = [tasks for tasks in found if set(table.tasks) <= set(tasks)]
+        if found:
+            rows[name] = [Estimate.of([read(x) for x in found]) for read in table.columns.values()]
+    if not rows:
+        return ""
+    columns = tuple(table.columns)
+    body = comparison(rows, columns, table.paper, columns[:4])
+    return f"## {table.title}\n\n{table.text}\n\n{body}"

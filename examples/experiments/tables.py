@@ -1,0 +1,46 @@
+"""Tables in markdown: ours beside the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from .claims import PARTS, SYSTEMS
+from .paper import Row
+from .results import Estimate
+
+_NAMES = {"baseline": "Baseline", "uni-code": "Uni-Code", "avt": "full model", **SYSTEMS}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def comparison(
+    rows: Mapping[str, Sequence[Estimate]],
+    columns: Sequence[str],
+    paper: Mapping[str, Row],
+    paper_columns: Sequence[str],
+) -> str:
+    """Estimates of experiments and what the paper has for them, empty where it has nothing."""
+    lines = [
+        [title(name), *(f"{x:.2f}" for x in found), *_numbers(paper.get(name))]
+        for name, found in rows.items()
+    ]
+    first, *others = paper_columns
+    return table(("", *columns, f"paper: {first}", *others), lines)
+
+
+def title(name: str) -> str:
+    """What an experiment is called in tables."""
+    name = name.removeprefix("avt-")
+    if name.startswith("without-"):
+        return f"without {PARTS[name.removeprefix('without-')]}"
+    if name.startswith("dcid-"):
+        return f"DCID+{SYSTEMS[name.removeprefix('dcid-')]}"
+    return _NAMES.get(name, name)
+
+
+def _numbers(row: Row | None) -> list[str]:
+    return [""] * 4 if row is None else [f"{x:.1f}" for x in row]
