@@ -42,7 +42,7 @@ def plot_codes(path: str | Path, codebook: Tensor, counts: Mapping[str, Tensor])
         counts: Name -> [L], how often each modality chose each code.
     """
     require_matplotlib()
-    _write(figures.plot_codes(codebook, counts), path)
+    write_figure(figures.plot_codes(codebook, counts), path)
 
 
 def plot_training(path: str | Path, history: Mapping[str, Sequence[float]]) -> None:
@@ -68,10 +68,11 @@ def plot_training(path: str | Path, history: Mapping[str, Sequence[float]]) -> N
     for panel in panels[len(history) :]:
         panel.remove()
     figure.supxlabel("epoch", fontsize=10, color=figures.INK)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _write(figure: Figure, path: str | Path) -> None:
+def write_figure(figure: Figure, path: str | Path) -> None:
+    """As a png file, whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150, facecolor="white")
     write_atomic(path, image.getvalue())
