@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -48,9 +48,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     tensors, metadata = _read(path)
     try:
-        return _unflatten(json.loads(metadata[_KEY]), tensors)
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: not a checkpoint of this example.") from error
+        match _unflatten(json.loads(metadata[_KEY]), tensors):
+            case dict(state):
+                return state
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not a checkpoint of this example ({error!r}).") from error
+    raise DataError(f"{path}: not a checkpoint of this example.")
 
 
 def save_model(
@@ -72,9 +75,13 @@ def load_model(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(folder) / "model.safetensors"
     tensors, metadata = _read(path)
-    if "config" not in metadata:
-        raise DataError(f"{path}: not a model of this example.")
-    return tensors, json.loads(metadata["config"])
+    try:
+        match json.loads(metadata["config"]):
+            case dict(config):
+                return tensors, config
+    except (KeyError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a model of this example ({error!r}).") from error
+    raise DataError(f"{path}: not a model of this example.")
 
 
 def random_state() -> dict[str, Any]:
@@ -97,7 +104,7 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # SafetensorError, OSError; torch's for a dtype it lacks
         raise DataError(f"{path}: damaged, or not a safetensors file ({error}).") from error
 
 
@@ -136,5 +143,7 @@ def _unflatten(node: Any, tensors: Mapping[str, Tensor]) -> Any:
             return [_unflatten(child, tensors) for child in children]
         case ["tuple", children]:
             return tuple(_unflatten(child, tensors) for child in children)
-        case [_, value]:
+        case ["value", value]:
             return value
+        case _:
+            raise ValueError(f"unknown node {node!r:.40}")

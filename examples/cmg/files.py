@@ -15,20 +15,27 @@ def write_atomic(path: str | Path, content: bytes) -> None:
     Args:
         path: The file to create or replace; its folder is created if missing.
         content: Everything the file shall hold.
+
+    Raises:
+        DataError: It cannot be written: a full disk, no permission.
+
+    A process killed half-way leaves a hidden file, which the next write takes over.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        rule = "cannot be written; what it held before is untouched"
+        raise DataError(f"{path}: {rule} ({error}). Hint: free some space.") from error
 
 
 def make_writable(folder: Path) -> None:

@@ -193,13 +193,16 @@ class Trainer:
                     f"{path}: the checkpoint is of another run: {name} was {was}, now it is "
                     f"{value}. Hint: repeat the arguments, or give another --output."
                 )
-        self.epoch, self.history = state["epoch"], state["history"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.club_optimizer is not None:
-            self.club_optimizer.load_state_dict(state["club_optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        set_random_state(state["random"])
+        try:
+            self.epoch, self.history = state["epoch"], state["history"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.club_optimizer is not None:
+                self.club_optimizer.load_state_dict(state["club_optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            set_random_state(state["random"])
+        except Exception as error:  # whatever modules and optimizers raise for foreign state
+            raise DataError(f"{path}: the checkpoint does not fit ({error!r}).") from error
 
 
 def _tensorboard(folder: Path, epoch: int) -> Any:

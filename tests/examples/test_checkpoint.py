@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,29 @@ def test_an_interrupted_write_loses_nothing(
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path) == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_too_large_for_the_disk_loses_nothing(tmp_path: Path) -> None:
+    """A limit of the operating system, reached in the middle of the write."""
+    path = tmp_path / "state"
+    save_checkpoint(path, {"x": torch.zeros(10)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(
+            DataError, match=r"state: cannot be written; .* untouched \(.*too large"
+        ):
+            save_checkpoint(path, {"x": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.equal(load_checkpoint(path)["x"], torch.zeros(10))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_write_left_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / ".state.partial").write_bytes(b"half a checkpoint")
+    save_checkpoint(tmp_path / "state", {"step": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cmg_pretrain
@@ -15,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from cmg.checkpoint import load_model
+from cmg.checkpoint import load_checkpoint, load_model, save_checkpoint
 from cmg.training import CHECKPOINT
 
-SCRIPT = Path(cmg_pretrain.__file__)
 RESULTS = {
     "metrics.json",
     "model.safetensors",
@@ -187,22 +185,70 @@ def test_epochs_are_counted_from_one(epochs: str, capsys: pytest.CaptureFixture[
     assert "--epochs" in capsys.readouterr().err
 
 
-def test_a_killed_run_resumes_to_the_same_bits(clips_path: Path, tmp_path: Path) -> None:
-    """SIGKILL some epochs in, then --resume: model and metrics are those of a run left alone."""
-    command = [sys.executable, str(SCRIPT), "--data", str(clips_path), "--epochs", "30"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run([*command, "--output", whole], env=environment, check=True, capture_output=True)
+def test_a_killed_run_resumes_to_the_same_bits() -> None:
+    """SIGKILL at three random moments; the script kills as often as it is asked to."""
+    root = Path(__file__).parents[2]
+    paths = {"PYTHONPATH": ":".join(map(str, (root, root / "examples", root / "tests")))}
+    script = [sys.executable, str(Path(__file__).with_name("kill_and_resume.py"))]
+    done = subprocess.run(
+        [*script, "--kills", "3", "--epochs", "8"],
+        env={**os.environ, **paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sum(int(line.split(": ")[1]) for line in done.stdout.splitlines()[:-1]) == 3
 
-    killed = [*command, "--output", cut]
-    with subprocess.Popen(killed, env=environment, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (cut / CHECKPOINT).exists():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert not (cut / "metrics.json").exists()
-    subprocess.run([*killed, "--resume"], env=environment, check=True, capture_output=True)
 
-    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    first, second = (json.loads((p / "metrics.json").read_text()) for p in (whole, cut))
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+    clips_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["--data", str(clips_path), "--epochs", "3", "--output", str(tmp_path)]
+    fsync, written = os.fsync, 0
+
+    def full(handle: int) -> None:
+        nonlocal written
+        written += 1
+        if written > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        assert cmg_pretrain.main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        f"cmg_pretrain: {tmp_path / CHECKPOINT}: cannot be written; what it held"
+    )
+    assert "No space left on device" in error
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {CHECKPOINT}
+    assert load_checkpoint(tmp_path / CHECKPOINT)["epoch"] == 1
+    assert cmg_pretrain.main([*arguments, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("spoil", ["torn", "foreign", "missing"])
+def test_a_spoilt_checkpoint_is_one_line(
+    clips_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: str
+) -> None:
+    """Nothing is written over it, so that whoever looks into it finds it as it was."""
+    arguments = ["--data", str(clips_path), "--epochs", "1", "--output", str(tmp_path)]
+    assert cmg_pretrain.main(arguments) == 0
+    path = tmp_path / CHECKPOINT
+    state = load_checkpoint(path)
+    if spoil == "torn":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif spoil == "foreign":
+        save_checkpoint(path, {**state, "model": {"x": torch.zeros(2)}})
+    else:
+        save_checkpoint(path, {"identity": state["identity"]})
+    spoilt = path.read_bytes()
+    capsys.readouterr()
+    assert cmg_pretrain.main([*arguments, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"cmg_pretrain: {path}: ")
+    assert ("damaged" if spoil == "torn" else "the checkpoint does not fit") in error
+    assert error.count("\n") == 1
+    assert path.read_bytes() == spoilt
