@@ -3,8 +3,8 @@
     python -m mmvq_kernels.aot [--table | --report] [--only NAME] [--jobs 2]
 
 A kernel that compiles may still spill its registers, ask for more shared memory than there is, or
-consist of a lone trap. `audit` records the launches of `WORKLOADS` on fake CUDA tensors, so that
-what is compiled is what would be launched, and compiles each for the GPUs of `TARGETS`;
+consist of a lone trap. `audit` compiles the launches of `mmvq_kernels.workloads` for the GPUs of
+`TARGETS`, so that what is compiled is what would be launched;
 `violations` lists what is wrong with the outcome. Needs triton, no GPU, and a process in which
 TRITON_INTERPRET is not set.
 """
@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -26,7 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmvq_kernels.workloads import WORKLOADS, Launch, record
 
 
 class Target(NamedTuple):
@@ -36,15 +36,16 @@ class Target(NamedTuple):
     arch: int | str
     warp: int
     shared: int  # bytes a block may have
+    tensor: int  # columns of tensor memory
     registers: int  # 32-bit registers of a multiprocessor
     warps: int  # resident at most
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 << 10, 65536, 64),
-    "sm_90": Target("cuda", 90, 32, 227 << 10, 65536, 64),
-    "sm_100": Target("cuda", 100, 32, 227 << 10, 65536, 64),
-    "gfx942": Target("hip", "gfx942", 64, 64 << 10, 4 * 512 * 64, 32),
+    "sm_80": Target("cuda", 80, 32, 163 << 10, 0, 65536, 64),
+    "sm_90": Target("cuda", 90, 32, 227 << 10, 0, 65536, 64),
+    "sm_100": Target("cuda", 100, 32, 227 << 10, 512, 65536, 64),
+    "gfx942": Target("hip", "gfx942", 64, 64 << 10, 0, 4 * 512 * 64, 32),
 }
 _MATRIX = {  # target, precision -> the instruction that must do the products
     "sm_80": {"tf32x3": r"mma\.sync\S*tf32", "tf32": r"mma\.sync\S*tf32", "bf16": r"mma\S*bf16"},
@@ -65,16 +66,8 @@ _WIDE = {  # 16 bytes for each thread at once, from or to global memory
     "hip": r"(global|buffer)_(load|store)_dwordx4",
 }
 _ATOMIC = {"cuda": r"\b(?:red|atom)\.\S+", "hip": r"\b(?:global|buffer|flat)_atomic_\w+"}
+_NARROW = r"arith\.muli .*tensor<\S*xi32>"  # where a row times its width may pass 2^31
 _ORDERLESS = r"(min\.s64|smin_x2)"  # integer minima: the order of arrival does not show
-
-
-class Launch(NamedTuple):
-    """One recorded launch."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,84 +82,14 @@ class Outcome:
     registers: int
     spills: int  # bytes of stack, or spilled registers
     shared: int
+    tensor: int  # columns of tensor memory
     warps: int
     warps_resident: int  # for each multiprocessor
     matrix: bool
     wide: bool
+    narrow: bool  # a tile's address is multiplied in 32 bits
     trap: bool
     atomics: tuple[str, ...]
-
-
-def record(work: Callable[[], object]) -> list[Launch]:
-    """The launches that `work` makes on fake tensors; nothing runs."""
-    from mmvq_kernels.gpu import launching
-
-    launches: list[Launch] = []
-    original = launching.launch
-    launching.launch = lambda kernel, grid, *args, **options: (
-        launches.append(Launch(kernel, grid, args, options)) if 0 not in grid else None
-    )
-    try:
-        with FakeTensorMode():
-            work()
-    finally:
-        launching.launch = original
-    return launches
-
-
-def _fake(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cuda")
-
-
-def _search(N: int, L: int, D: int, dtype: torch.dtype, fast: bool) -> None:
-    from mmvq_kernels.gpu.nearest import search
-
-    search(_fake(N, D, dtype=dtype), _fake(L, D), fast=fast)
-
-
-def _statistics(N: int, L: int, D: int, dtype: torch.dtype, deterministic: bool = True) -> None:
-    from mmvq_kernels.gpu.statistics import accumulate
-
-    indices, groups = _fake(N, dtype=torch.int64), _fake(N, dtype=torch.int64)
-    accumulate(_fake(N, D, dtype=dtype), indices, L, groups, 2, deterministic=deterministic)
-
-
-def _ema(L: int, D: int, reset: bool) -> None:
-    from mmvq_kernels.gpu.ema import update_
-
-    dead = _fake(L, dtype=torch.bool) if reset else None
-    replacement = _fake(L, D) if reset else None
-    state = _fake(L, D), _fake(L, D), _fake(L)
-    update_(*state, _fake(L, D), _fake(L), 0.99, 1e-5, dead, replacement)
-
-
-def _distribution(B: int, T: int, L: int, D: int) -> None:
-    from mmvq_kernels.gpu.distribution import backward, forward
-
-    x, codebook, used = _fake(B, T, D), _fake(L, D), _fake(B, T, dtype=torch.bool)
-    log_p, normalizers = forward(x, codebook, used)
-    backward(_fake(B, L), x, codebook, used, log_p, normalizers, True)
-
-
-_F, _B = torch.float32, torch.bfloat16
-WORKLOADS: dict[str, Callable[[], object]] = {
-    "nearest": lambda: _search(65536, 1024, 256, _F, False),
-    "nearest, few rows": lambda: _search(1600, 400, 256, _F, False),
-    "nearest, D 8": lambda: _search(65536, 1024, 8, _F, False),
-    "nearest, odd sizes": lambda: _search(1601, 401, 257, _F, False),
-    "nearest, bf16": lambda: _search(65536, 1024, 256, _B, False),
-    "nearest, fast": lambda: _search(65536, 1024, 256, _F, True),
-    "nearest, fast bf16": lambda: _search(65536, 1024, 256, _B, True),
-    "statistics": lambda: _statistics(65536, 1024, 256, _F),
-    "statistics, odd sizes": lambda: _statistics(1601, 401, 257, _F),
-    "statistics, bf16": lambda: _statistics(65536, 1024, 256, _B),
-    "statistics, atomics": lambda: _statistics(65536, 1024, 256, _F, False),
-    "ema": lambda: _ema(1024, 256, False),
-    "ema, reset": lambda: _ema(1024, 256, True),
-    "ema, odd sizes": lambda: _ema(401, 257, True),
-    "distribution": lambda: _distribution(80, 10, 1024, 256),
-    "distribution, odd sizes": lambda: _distribution(17, 11, 401, 257),
-}
 
 
 def compile_launch(launch: Launch, target: Target) -> Any:
@@ -179,8 +102,8 @@ def compile_launch(launch: Launch, target: Target) -> Any:
 
     kernel, _, args, _ = launch
     options = fit(launch.options, amd=target.backend == "hip")
-    names = {torch.float32: "*fp32", _B: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
-    names |= {torch.uint8: "*u8", torch.int32: "*i32"}
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+    names |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -223,7 +146,9 @@ def examine(launch: Launch, target_name: str) -> Outcome:
             )
         )
         by_registers = 4 * min(8, 512 // _in_eights(registers)) // warps
+    tensor = getattr(compiled.metadata, "tmem_size", None) or 0
     blocks = min(by_registers, target.warps // warps, target.shared // shared if shared else 32)
+    blocks = min(blocks, target.tensor // tensor) if tensor else blocks
     precision = options.get("PRECISION", "")
     return Outcome(
         kernel=launch.kernel.__name__,
@@ -234,10 +159,12 @@ def examine(launch: Launch, target_name: str) -> Outcome:
         registers=registers,
         spills=spills,
         shared=shared,
+        tensor=tensor,
         warps=warps,
         warps_resident=blocks * warps,
         matrix=bool(precision and re.search(_MATRIX[target_name][precision], text)),
         wide=re.search(_WIDE[target.backend], text) is not None,
+        narrow=re.search(_NARROW, compiled.asm["ttir"]) is not None,
         trap=re.search(r"^\s*(s_)?trap\b", text, re.MULTILINE) is not None,
         atomics=tuple(sorted(set(re.findall(_ATOMIC[target.backend], text)))),
     )
@@ -275,9 +202,11 @@ def violations(outcome: Outcome) -> list[str]:
     wrong = {
         f"spills {o.spills}": o.spills > 0,
         f"{o.shared} bytes of shared memory": o.shared > target.shared,
+        f"{o.tensor} columns of tensor memory": o.tensor > target.tensor,
         f"{o.warps_resident} warps on a multiprocessor": o.warps_resident < 8,
         f"no {o.precision} matrix instruction": o.precision and not o.matrix,
         "no 16-byte access": o.aligned and not o.wide,
+        "a 32-bit product in an address": o.narrow,
         "a trap": o.trap,
         f"atomics {stray}": stray,
     }
@@ -301,27 +230,40 @@ def _audit_workload(name: str, target: str) -> dict[str, Outcome]:
 
 
 def table(outcomes: dict[str, Outcome]) -> dict[str, dict[str, list[int]]]:
-    """Triton's version -> workload/kernel/target -> registers for a thread, bytes shared."""
+    """Triton's version -> workload/kernel/target -> registers, bytes shared, resident warps."""
     import triton
 
-    return {triton.__version__: {key: [o.registers, o.shared] for key, o in outcomes.items()}}
+    numbers = {k: [o.registers, o.shared, o.warps_resident] for k, o in outcomes.items()}
+    return {triton.__version__: numbers}
+
+
+def markdown(numbers: dict[str, list[int]]) -> str:
+    """One version of `table` as the documents show it: registers, KB shared, resident warps."""
+    rows: dict[str, dict[str, str]] = {}
+    for key, (registers, shared, warps) in numbers.items():
+        workload, kernel, target = key.split("/")
+        cells = rows.setdefault(f"`{kernel}` | {workload}", {})
+        cells[target] = f"{registers}, {shared / 1024:.1f}, {warps}"
+    lines = [f"| kernel | workload | {' | '.join(TARGETS)} |", "|---|---" + "|---" * 4 + "|"]
+    lines += [f"| {row} | {' | '.join(cells[t] for t in TARGETS)} |" for row, cells in rows.items()]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the audit; the exit status is 1 when a kernel violates a rule."""
     parser = argparse.ArgumentParser(prog="python -m mmvq_kernels.aot", description=__doc__)
-    parser.add_argument("--table", action="store_true", help="registers and shared memory, as JSON")
-    parser.add_argument("--report", action="store_true", help="a static roofline; compiles nothing")
+    parser.add_argument("--table", action="store_true", help="the outcome as JSON")
+    parser.add_argument("--report", action="store_true", help="as Markdown, and a static roofline")
     parser.add_argument("--only", default="", help="workloads whose names start so")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args(argv)
+    outcomes = audit(options.jobs, options.only)
     if options.report:
         from mmvq_kernels.roofline import report
 
-        print(report())
-        return 0
-    outcomes = audit(options.jobs, options.only)
-    if options.table:
+        ((_, numbers),) = table(outcomes).items()
+        print(markdown(numbers), report(), sep="\n\n")
+    elif options.table:
         print(json.dumps(table(outcomes), indent=1))
     else:
         for key, o in outcomes.items():

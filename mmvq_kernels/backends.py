@@ -92,6 +92,8 @@ def _reason_against(*tensors: Tensor) -> str | None:
             return f"a tensor is on the {x.device.type}"
         if x.dtype == torch.float64:
             return "its kernels compute in float32 and a tensor is float64"
+    if len({x.device for x in tensors}) > 1:
+        return "the tensors are on several GPUs"
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import mmvq
+import mmvq_kernels
 
 from . import losses, memory, peers, search, step
 
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
-    quick, clock = options.quick, options.clock
+    quick, clock = options.quick, "gpu" if part == "gpu" else options.clock
     found: dict[str, Any] = {"part": part, "threads": threads}
     if part == "gpu" and not torch.cuda.is_available():
         print("gpu: torch sees no GPU here; nothing was run")
@@ -82,6 +83,7 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]
         rows = memory.run(quick=quick, threads=threads)
     else:
         found["device"] = torch.cuda.get_device_name()
+        found["backends"] = mmvq_kernels.available_backends()
         rows = search.run(**sizes, largest=options.largest, device="cuda")
         found["summary"] = search.summary(rows, clock)
         rows += step.run(quick=quick, repeats=6 * options.repeats, device="cuda")

@@ -11,7 +11,10 @@ from torch import Tensor
 
 Search = Callable[[Tensor, Tensor], object]
 _FULL_BYTES = 1 << 30  # of [N, L] scores that the usual way may allocate
-_BLOCK = 512, 1024  # rows and codes in a block of the product: 2 MiB of scores
+_BLOCK = {  # rows and codes in a block of the product: 2 MiB of scores, on a GPU 512
+    "cpu": (512, 1024),
+    "cuda": (16384, 8192),
+}
 
 
 def find(module: str) -> Any | None:
@@ -38,8 +41,8 @@ def use_threads(number: int) -> None:
 
 def product(x: Tensor, codebook: Tensor) -> None:
     """The floor: `torch.mm` of every vector with every code, in blocks of one buffer."""
-    width = min(_BLOCK[1], codebook.shape[0])
-    rows = _BLOCK[0] * _BLOCK[1] // width
+    rows, width = _BLOCK[x.device.type]
+    rows, width = rows * width // min(width, len(codebook)), min(width, len(codebook))
     scores = x.new_empty(min(rows, x.shape[0]), width)
     for codes in codebook.split(width):
         for block in x.split(rows):

@@ -65,10 +65,21 @@ def run(
             for name, f in {**searches, "product": peers.product}.items()
         }
         few = min(repeats, max(2, (1 << 34) // (N * L * D)))
-        times = in_turns(calls, few)
+        times = in_turns(calls, few, device=device)
         name = str(dtype).removeprefix("torch.")
-        rows.append({"N": N, "L": L, "D": D, "dtype": name, "repeats": few, "ms": times})
+        row = {"N": N, "L": L, "D": D, "dtype": name, "repeats": few, "ms": times}
+        if device == "cuda":
+            row["MB"] = _gpu_memory(x, codebook)
+        rows.append(row)
     return rows
+
+
+def _gpu_memory(x: Tensor, codebook: Tensor) -> int:
+    """MB that a search takes on a GPU at its peak, its result included."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    mmvq_kernels.nearest_code(x, codebook)
+    return (torch.cuda.max_memory_allocated() - before) >> 20
 
 
 def summary(rows: list[dict[str, Any]], clock: str) -> dict[str, Any]:

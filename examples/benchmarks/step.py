@@ -55,7 +55,7 @@ def run(*, quick: bool = False, repeats: int = 30, device: str = "cpu") -> list[
             together.grad = None
 
         calls["vector-quantize-pytorch"] = step
-    times = in_turns(calls, repeats)
+    times = in_turns(calls, repeats, device=device)
     return [{"B": batch, "T": T, "D": D, "L": size, "modalities": 2, "ms": times}]
 
 

@@ -76,7 +76,7 @@ def normalizer_kernel(
         higher = tl.maximum(top, tl.max(logits, axis=1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
         top = higher
-    tl.store(out + tl.program_id(1) * N + i, top + tl.log(total), mask=i < N)
+    tl.store(out + tl.program_id(1).to(tl.int64) * N + i, top + tl.log(total), mask=i < N)
 
 
 @triton.jit
@@ -90,8 +90,8 @@ def clip_kernel(
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per program, BLOCK_I codes and one clip."""
-    clip = tl.program_id(1)
-    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    clip = tl.program_id(0)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     top = tl.full([BLOCK_I], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_I], tl.float32)
     for start in tl.range(0, T, BLOCK_J):
@@ -148,7 +148,7 @@ def pull_kernel(
             i[:, None], j[None, :], d, normalizers, used, log_lengths, log_p, grad, T, N, L
         )
         total += tl.sum(gw, axis=1)
-    tl.store(out + tl.program_id(1) * N + i, total, mask=i < N)
+    tl.store(out + tl.program_id(1).to(tl.int64) * N + i, total, mask=i < N)
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def forward(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     normalizers = partial.logsumexp(0)
     log_p = norms.new_empty(B, L)
     args = (codes, rows, code_norms, norms, normalizers, flags, lengths, log_p, T, N, L, D)
-    launching.launch(clip_kernel, (cdiv(L, 64), B), *args, BLOCK_J=16, **tiles)
+    launching.launch(clip_kernel, (B, cdiv(L, 64)), *args, BLOCK_J=16, **tiles)
     return log_p, normalizers.view(B, T)
 
 

@@ -1,8 +1,9 @@
-"""One step of the moving average (Eq. 7), reset included, in two launches.
+"""One step of the moving average (Eq. 7), reset included, in one launch.
 
-`counts_kernel` is one program that reads the `[L]` vectors: it moves N and leaves the smoothed N
-that every code is divided by. `codes_kernel` moves o and e, `[L, D]`, in one pass over memory.
-Sums over codes run in a fixed order.
+Every code is divided by a smoothed N, which takes the sum of all N. Instead of a launch of its own
+or a barrier, every program makes that sum for itself: all L counts, in the same order, so all get
+the same bits. A bounded number of programs keeps that cheap, and each goes on to its share of the
+codes. As N changes in place while others still read it, the sum reads a copy.
 """
 
 from __future__ import annotations
@@ -15,88 +16,69 @@ from torch import Tensor
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
 
+_PROGRAMS_PER_PROCESSOR = 2  # each reads all counts: as few as keep the memory busy
+
 
 @triton.jit
-def counts_kernel(
+def average_kernel(
+    codes,  # fp32 [L, D], written
+    sums,  # fp32 [L, D], written
     counts,  # fp32 [L], written
+    before,  # fp32 [L]: the counts before the step
+    batch_sums,  # [L, D]
     batch_counts,  # [L]
     dead,  # uint8 [L], or None
-    smoothed,  # fp32 [L], out; all -1 for a batch without a vector: nothing is to move
+    replacement,  # [L, D], or None
     L,
+    D,
     decay,
     gain,  # 1 - decay
     eps,
     RESET: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """One program for all codes."""
-    places = tl.arange(0, BLOCK_L)
-    batch = tl.zeros([BLOCK_L], tl.float32)
-    for start in tl.range(0, L, BLOCK_L):
-        at = start + places
-        batch += tl.load(batch_counts + at, mask=at < L, other=0).to(tl.float32)
-    some = tl.sum(batch) > 0
-    decay = tl.where(some, decay, 1.0).to(tl.float32)
-    gain = tl.where(some, gain, 0.0).to(tl.float32)
-
-    moved = tl.zeros([BLOCK_L], tl.float32)
-    moved_dead = tl.zeros([BLOCK_L], tl.float32)
-    number_dead = tl.zeros([BLOCK_L], tl.float32)
-    for start in tl.range(0, L, BLOCK_L):
-        at = start + places
+    """Per program, BLOCK_D columns of every so many-th block of BLOCK_L codes."""
+    batch = tl.zeros([BLOCK], tl.float32)
+    moved = tl.zeros([BLOCK], tl.float32)
+    moved_dead = tl.zeros([BLOCK], tl.float32)
+    number_dead = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, L, BLOCK):
+        at = start + tl.arange(0, BLOCK)
         n = tl.load(batch_counts + at, mask=at < L, other=0).to(tl.float32)
-        moved_here = decay * tl.load(counts + at, mask=at < L, other=0.0) + gain * n
+        moved_here = decay * tl.load(before + at, mask=at < L, other=0.0) + gain * n
+        batch += n
         moved += moved_here
         if RESET:
             is_dead = tl.load(dead + at, mask=at < L, other=0) != 0
             moved_dead += tl.where(is_dead, moved_here, 0.0)
             number_dead += tl.where(is_dead, 1.0, 0.0)
+    end = tl.where(tl.sum(batch) > 0, L, 0)  # a batch without a vector moves nothing
     total = tl.sum(moved)
-    mass = tl.sum(moved_dead) / tl.maximum(tl.sum(number_dead), 1.0)
     scale = total / (total + L * eps)
+    mass_of_dead = tl.sum(moved_dead) / tl.maximum(tl.sum(number_dead), 1.0)
 
-    for start in tl.range(0, L, BLOCK_L):
-        at = start + places
-        n = tl.load(batch_counts + at, mask=at < L, other=0).to(tl.float32)
-        new = decay * tl.load(counts + at, mask=at < L, other=0.0) + gain * n
-        if RESET:
-            is_dead = tl.load(dead + at, mask=at < L, other=0) != 0
-            new = tl.where(is_dead, tl.where(some, mass, new), new)
-        tl.store(counts + at, new, mask=at < L)
-        tl.store(smoothed + at, tl.where(some, (new + eps) * scale, -1.0), mask=at < L)
-
-
-@triton.jit
-def codes_kernel(
-    codes,  # fp32 [L, D], written
-    sums,  # fp32 [L, D], written
-    batch_sums,  # [L, D]
-    dead,  # uint8 [L], or None
-    replacement,  # [L, D], or None
-    smoothed,  # fp32 [L]
-    L,
-    D,
-    decay,
-    gain,  # 1 - decay
-    RESET: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Per program, BLOCK_L codes by BLOCK_D columns."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mass = tl.load(smoothed + rows, mask=rows < L, other=-1.0)[:, None]
-    inside = (mass >= 0) & (columns < D)[None, :]
-    cells = rows[:, None] * D + columns[None, :]
-    s = tl.load(batch_sums + cells, mask=inside, other=0).to(tl.float32)
-    new = decay * tl.load(sums + cells, mask=inside, other=0.0) + gain * s
-    if RESET:
-        is_dead = (tl.load(dead + rows, mask=rows < L, other=0) != 0)[:, None]
-        revived = tl.load(replacement + cells, mask=inside & is_dead, other=0).to(tl.float32)
-        new = tl.where(is_dead, revived * mass, new)
-    tl.store(sums + cells, new, mask=inside)
-    e = tl.div_rn(new, tl.broadcast_to(mass, new.shape))
-    tl.store(codes + cells, e, mask=inside & (mass > 0))  # without mass, a code stays
+    for start in tl.range(tl.program_id(0) * BLOCK_L, end, tl.num_programs(0) * BLOCK_L):
+        rows = start + tl.arange(0, BLOCK_L).to(tl.int64)
+        n = tl.load(batch_counts + rows, mask=rows < L, other=0).to(tl.float32)
+        count = decay * tl.load(before + rows, mask=rows < L, other=0.0) + gain * n
+        inside = (rows < L)[:, None] & (columns < D)[None, :]
+        cells = rows[:, None] * D + columns[None, :]
+        s = tl.load(batch_sums + cells, mask=inside, other=0).to(tl.float32)
+        new = decay * tl.load(sums + cells, mask=inside, other=0.0) + gain * s
+        if RESET:
+            is_dead = tl.load(dead + rows, mask=rows < L, other=0) != 0
+            count = tl.where(is_dead, mass_of_dead, count)
+            there = inside & is_dead[:, None]
+            revived = tl.load(replacement + cells, mask=there, other=0).to(tl.float32)
+            new = tl.where(is_dead[:, None], revived * ((count + eps) * scale)[:, None], new)
+        smoothed = tl.broadcast_to(((count + eps) * scale)[:, None], new.shape)
+        tl.store(counts + rows, count, mask=(rows < L) & (tl.program_id(1) == 0))
+        tl.store(sums + cells, new, mask=inside)
+        # without mass, a code stays
+        tl.store(codes + cells, tl.div_rn(new, smoothed), mask=inside & (smoothed > 0))
 
 
 def update_(
@@ -112,46 +94,37 @@ def update_(
 ) -> None:
     """`mmvq_kernels.ema_update_` on a GPU, for float32 state."""
     written = codes, sums, counts
+    before = counts.clone()
     codes, sums, counts = (x.contiguous() for x in written)
     batch_sums, batch_counts = batch_sums.contiguous(), batch_counts.contiguous()
     reset = dead is not None and replacement is not None
     dead = dead.contiguous().view(torch.uint8) if dead is not None else None
     replacement = replacement.contiguous() if replacement is not None else None
     L, D = codes.shape
-    smoothed = torch.empty_like(counts)
+    block_d = min(128, max(4, triton.next_power_of_2(D)))
+    block_l, tiles = 2048 // block_d, cdiv(D, block_d)
+    most = cdiv(_PROGRAMS_PER_PROCESSOR * launching.processors(codes), tiles)
     launching.launch(
-        counts_kernel,
-        (1,),
-        counts,
-        batch_counts,
-        dead,
-        smoothed,
-        L,
-        decay,
-        1 - decay,
-        eps,
-        RESET=reset,
-        BLOCK_L=min(4096, triton.next_power_of_2(L)),
-        num_warps=4,
-    )
-    block_l, block_d = 8, min(128, max(16, triton.next_power_of_2(D)))
-    launching.launch(
-        codes_kernel,
-        (cdiv(L, block_l), cdiv(D, block_d)),
+        average_kernel,
+        (min(cdiv(L, block_l), most), tiles),
         codes,
         sums,
+        counts,
+        before,
         batch_sums,
+        batch_counts,
         dead,
         replacement,
-        smoothed,
         L,
         D,
         decay,
         1 - decay,
+        eps,
         RESET=reset,
+        BLOCK=min(4096, triton.next_power_of_2(L)),
         BLOCK_L=block_l,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=8,
     )
     for mine, theirs in zip((codes, sums, counts), written, strict=True):
         if mine is not theirs:

@@ -170,7 +170,8 @@ def centre(codebook: Tensor) -> tuple[Tensor, Tensor]:
     mean = rounded_mean(codebook.float())
     codes = codebook.new_empty((L, D), dtype=torch.float32)
     half_norm, keys = codes.new_empty(L), codes.new_empty(L, dtype=torch.long)
-    block_l = 16
+    block_d = min(64, triton.next_power_of_2(D))
+    block_l = 1024 // block_d
     launching.launch(
         centre_kernel,
         (cdiv(L, block_l),),
@@ -182,7 +183,7 @@ def centre(codebook: Tensor) -> tuple[Tensor, Tensor]:
         L,
         D,
         BLOCK_L=block_l,
-        BLOCK_D=64,
+        BLOCK_D=block_d,
         num_warps=4,
     )
     return codes, half_norm.masked_fill_(repeats_an_earlier_key(keys), torch.inf)

@@ -78,21 +78,22 @@ def combine_kernel(
 @triton.jit
 def scatter_atomic_kernel(
     values,  # [N, D]
-    bins,  # int64 [N]: code G + group, L G for a row that is left out
+    bins,  # int64 [N]: code G + group, `end` for a row that is left out
     counts,  # fp32 [G, L], added to
     sums,  # fp32 [L, D], added to
     N,
     L,
     G,
     D,
+    end,  # L G, made where it cannot overflow
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Per program, BLOCK_N rows by BLOCK_D columns."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    place = tl.load(bins + rows, mask=rows < N, other=L * G)
-    kept = place < L * G
+    place = tl.load(bins + rows, mask=rows < N, other=end)
+    kept = place < end
     inside = kept[:, None] & (columns < D)[None, :]
     value = tl.load(values + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
     into = sums + (place // G)[:, None] * D + columns[None, :]
@@ -114,17 +115,17 @@ def accumulate(
     """Counts fp32 `[G, L]` and sums fp32 `[L, D]`; see `mmvq_kernels.code_statistics`."""
     (N, D), L, G = values.shape, num_codes, num_groups
     values = values.contiguous()
-    sums = values.new_zeros((L, D), dtype=torch.float32)
+    sums = values.new_empty((L, D), dtype=torch.float32)
     if sums.numel() == 0 or N == 0:
-        return sums.new_zeros(G, L), sums
+        return sums.new_zeros(G, L), sums.zero_()
     bins = torch.where(indices < 0, L * G, indices * G if groups is None else indices * G + groups)
     block_d = min(128, max(16, triton.next_power_of_2(D)))
     tiles = cdiv(D, block_d)
     if not deterministic:
-        counts = sums.new_zeros(G, L)
+        counts, sums = sums.new_zeros(G, L), sums.zero_()
         sizes = {"BLOCK_N": 16, "BLOCK_D": block_d, "num_warps": 4}
         grid = (cdiv(N, 16), tiles)
-        args = (values, bins, counts, sums, N, L, G, D)
+        args = (values, bins, counts, sums, N, L, G, D, L * G)
         launching.launch(scatter_atomic_kernel, grid, *args, **sizes)
         return counts, sums
 

@@ -3,6 +3,7 @@
 REGISTERS may differ from the committed table by 16, two of the steps in which they are handed out:
 a patch of ptxas moves them that much; shared memory follows from the tiles and may not differ.
 After a change of the kernels: python -m mmvq_kernels.aot --table > tests/kernels/aot_resources.json
+and paste what --report prints into docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from mmvq_kernels.aot import Outcome, violations
+from mmvq_kernels.aot import TARGETS, Outcome, markdown, violations
+from mmvq_kernels.workloads import WORKLOADS
 
-COMMITTED = json.loads((Path(__file__).parent / "aot_resources.json").read_text())
+ROOT = Path(__file__).parents[2]
+COMMITTED = json.loads((ROOT / "tests/kernels/aot_resources.json").read_text())
 REGISTERS = 16
 
 
@@ -30,8 +35,7 @@ def aot(option: str, cache: Path) -> str:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mmvq_kernels.aot", option]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -43,20 +47,42 @@ def test_every_kernel_compiles_to_what_it_should(tmp_path: Path) -> None:
     if version not in COMMITTED:
         pytest.skip(f"no violation; no table of resources for triton {version} to compare with")
     assert found.keys() == COMMITTED[version].keys()
-    for key, (registers, shared) in COMMITTED[version].items():
+    for key, (registers, shared, _) in COMMITTED[version].items():
         assert abs(found[key][0] - registers) <= REGISTERS, key
         assert found[key][1] == shared, key
 
 
+def test_every_kernel_workload_and_target_has_its_resources() -> None:
+    """In the committed table, and as the documents show it; the audit compares it with the code."""
+    (numbers,) = COMMITTED.values()
+    kernels = set()
+    for target in TARGETS:
+        keys = [key.split("/") for key in numbers if key.endswith(f"/{target}")]
+        assert {workload for workload, _, _ in keys} == set(WORKLOADS)
+        kernels.add(frozenset(kernel for _, kernel, _ in keys))
+    (names,) = kernels
+    sources = "".join(path.read_text() for path in (ROOT / "mmvq_kernels/gpu").glob("*.py"))
+    assert names == set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+    assert markdown(numbers) in (ROOT / "docs/kernels.md").read_text()
+
+
 @needs_triton
-def test_the_roofline_covers_every_size(tmp_path: Path) -> None:
-    header, _, *rows = aot("--report", tmp_path).splitlines()
-    assert len(rows) == 24
-    assert all(row.count("|") == header.count("|") for row in rows)
+def test_the_documents_show_the_roofline() -> None:
+    from mmvq_kernels import roofline
+
+    if f"torch=={torch.__version__.split('+')[0]}" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("the calls of torch were counted with the version of constraints.txt")
+    assert roofline.report() in (ROOT / "docs/kernels.md").read_text()
     # 65,536 rows of 256: 512 blocks of 128; three products of 2 * 65,536 * 1,024 * 256 operations
-    (row,) = [row for row in rows if row.startswith("| 65,536 | 1,024 | 256 |")]
-    assert row.split(" | ")[3] == "512"
-    assert row.split(" | ")[6] == "103.1"
+    found = roofline.row("search", 65536, 1024, 256)
+    assert found["programs"] == 512
+    assert found["Gflop"] == 3 * 2 * 65536 * 1024 * 256 / 1e9
+    # each block reads all codes, and its own vectors once for each of the 16 tiles of 64 codes;
+    # `centre` reads and writes 1 MB, the mean, half-norms and keys
+    search = 4 * 256 * (512 * 1024 + 16 * 65536)
+    centre = 2 * 4 * 1024 * 256 + 4 * 256 + (4 + 8) * 1024
+    assert found["L2 MB"] == round((search + centre) / 1e6)
+    assert found["least MB"] < found["MB"] < found["unfused MB"]
 
 
 def test_what_counts_as_a_violation() -> None:
@@ -69,16 +95,21 @@ def test_what_counts_as_a_violation() -> None:
         registers=100,
         spills=0,
         shared=1 << 10,
+        tensor=0,
         warps=4,
         warps_resident=16,
         matrix=True,
         wide=True,
+        narrow=False,
         trap=False,
         atomics=("atom.global.gpu.relaxed.min.s64",),
     )
     assert violations(good) == []
     assert violations(replace(good, spills=8)) == ["spills 8"]
     assert violations(replace(good, shared=1 << 18)) == ["262144 bytes of shared memory"]
+    assert violations(replace(good, tensor=64)) == ["64 columns of tensor memory"]
+    assert violations(replace(good, tensor=512, target="sm_100")) == []
+    assert violations(replace(good, narrow=True)) == ["a 32-bit product in an address"]
     assert violations(replace(good, warps_resident=4)) == ["4 warps on a multiprocessor"]
     assert violations(replace(good, matrix=False)) == ["no tf32x3 matrix instruction"]
     assert violations(replace(good, wide=False)) == ["no 16-byte access"]

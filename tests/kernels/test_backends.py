@@ -85,6 +85,7 @@ def test_auto_says_once_what_it_takes(
 ) -> None:
     on_gpu = Mock(device=torch.device("cuda"), dtype=torch.float32)
     double = Mock(device=torch.device("cuda"), dtype=torch.float64)
+    elsewhere = Mock(device=torch.device("cuda:1"), dtype=torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for gpu, said in ((True, "auto: Triton kernels"), (False, "torch path, as torch sees no GPU")):
         triton_is(monkeypatch, installed=True, gpu=gpu)
@@ -93,6 +94,7 @@ def test_auto_says_once_what_it_takes(
         with caplog.at_level(logging.DEBUG, "mmvq_kernels"):
             assert not backends.runs_triton(x)
             assert not backends.runs_triton(double)
+            assert not backends.runs_triton(on_gpu, elsewhere)
             assert caplog.messages == []
             assert [backends.runs_triton(on_gpu) for _ in range(3)] == [gpu] * 3
         (record,) = caplog.messages

@@ -23,7 +23,7 @@ from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.distribution import backward, forward
 
 # one of all, D past a tile, T past a tile, L past a block, blocks that span clips
-SIZES = [(1, 1, 1, 1), (3, 10, 40, 8), (2, 19, 70, 13), (13, 5, 101, 33)]
+SIZES = [(1, 1, 1, 1), (3, 10, 40, 8), (2, 19, 70, 13), (13, 5, 101, 33), (2, 3, 70, 256)]
 FLOAT, DOUBLE = torch.float32, torch.float64
 PROCESSORS = pytest.mark.parametrize("processors", [1, 132])  # whole, and in parts
 

@@ -12,11 +12,14 @@ from support import close, rounding, strided, uniform
 from torch import Tensor
 
 from mmvq_kernels import ema_update_
+from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.ema import update_
 
-CASES = [(L, D, 0.9, 1e-3) for L, D in [(1, 1), (9, 4), (101, 13), (7, 257)]]
+# one of all, primes, more than a block of columns, of codes
+SIZES = [(1, 1), (9, 4), (101, 13), (7, 257), (5, 1024), (4100, 1)]
+CASES = [(L, D, 0.9, 1e-3) for L, D in SIZES]
 CASES += [(9, 4, 0.99, 1e-5), (9, 4, 0.0, 0.1), (9, 4, 1.0, 0.0)]
-CASES += [(4100, 1, 0.9, 1e-3)]  # more than one block of codes
+CASES += [(262_144, 4, 0.9, 1e-5)]
 State = tuple[Tensor, Tensor, Tensor]
 
 
@@ -41,8 +44,16 @@ def reset(L: int, D: int, device: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("L", "D", "decay", "eps"), CASES)
 @pytest.mark.parametrize("with_reset", [False, True])
 def test_equals_the_torch_path_in_float64(
-    L: int, D: int, with_reset: bool, decay: float, eps: float, device: str
+    L: int,
+    D: int,
+    with_reset: bool,
+    decay: float,
+    eps: float,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if L > 10_000:  # two programs are enough to interpret
+        monkeypatch.setattr(launching, "processors", lambda like: 1)
     mine = state(L, D, device)
     wanted = tuple(x.double() for x in mine)
     dead, replacement = reset(L, D, device) if with_reset else (None, None)
@@ -69,6 +80,23 @@ def test_a_reset_code_is_its_replacement_and_the_others_do_not_move(device: str)
     close(after[0][dead].cpu(), replacement[dead].cpu(), rounding(torch.float32, 3, 1))
     mass = plain[2][dead].double().mean().item()
     assert ((after[2][dead] - mass).abs() < rounding(torch.float32, 12, 20)).all()
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_same_bits_for_any_number_of_programs(
+    with_reset: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sums the counts for itself, and counts that another has moved must not enter."""
+    L, D = 1000, 13
+    dead, replacement = reset(L, D, device) if with_reset else (None, None)
+    runs = []
+    for processors in (132, 1, 2):
+        monkeypatch.setattr(launching, "processors", lambda like, n=processors: n)
+        runs.append(state(L, D, device))
+        update_(*runs[-1], *batch(L, D, device), 0.9, 1e-3, dead, replacement)
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("with_reset", [False, True])

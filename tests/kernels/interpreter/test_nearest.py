@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.nearest import centre, search
-from mmvq_kernels.nearest import nearest_code_ref, rounded_mean
+from mmvq_kernels.nearest import nearest_code, nearest_code_ref, rounded_mean
 
 # one row, one code, D below, at and past a tile, primes, blocks that end inside a tile
 SIZES = [(1, 1, 1), (63, 1, 8), (2, 7, 1), (97, 101, 13), (257, 400, 32), (0, 5, 3), (5, 2, 257)]
@@ -128,6 +128,25 @@ def test_ties_between_different_codes_give_the_lowest_index(
     assert torch.equal(search(x.to(device), codebook.to(device)).cpu(), expected)
 
 
+@pytest.mark.parametrize("data", ["Gaussian", "offset", "collapsed"])
+def test_exact_is_as_exact_as_float32_and_fast_is_not(data: str, device: str) -> None:
+    """As docs/kernels.md says: fast errs where codes lie close together, far from the origin."""
+    N, L, D = 256, 256, 128
+    generator = torch.Generator().manual_seed(0)
+    x, codebook = torch.randn(N, D, generator=generator), torch.randn(L, D, generator=generator)
+    if data == "offset":
+        x, codebook = x + 100, codebook + 100
+    if data == "collapsed":
+        point = torch.randn(D, generator=generator)
+        x, codebook = point + 1e-2 * x, point + 1e-2 * codebook
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, codes = x.to(device, dtype), codebook.to(device)
+        wanted = nearest_code_ref(rows, codes)
+        inexact = (nearest_code(rows, codes, backend="torch") != wanted).sum()
+        assert (search(rows, codes) != wanted).sum() <= inexact
+        assert (search(rows, codes, fast=True) != wanted).any() or data == "Gaussian"
+
+
 def test_zero_and_minus_zero_are_one_value(device: str) -> None:
     codebook = torch.tensor([[9.0, 9.0], [0.0, 1.0], [-0.0, 1.0], [1.0, 0.0]], device=device)
     x = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [1.0, -0.0]], device=device)
@@ -184,6 +203,18 @@ def test_same_bits_for_strides_and_any_split(
     for processors in (1, 3):
         set_processors(monkeypatch, processors)
         assert torch.equal(search(x, codebook), expected)
+
+
+@pytest.mark.parametrize(("N", "L", "D"), [(3, 8209, 4), (3, 100, 1024)])
+def test_many_codes_and_wide_ones(N: int, L: int, D: int, device: str) -> None:
+    if device == "cuda" and D == 4:
+        L = 262_144  # the interpreter takes a minute
+    codebook = uniform(L, D, dtype=torch.float32, seed=1).to(device)
+    wanted = torch.tensor([0, L // 2, L - 1], device=device)
+    x = codebook[wanted]
+    indices = search(x, codebook)
+    check_near(indices, x, codebook, 4 * rounding(torch.float32, 3 * D + 9, 2 * D))
+    assert torch.equal(indices, wanted)
 
 
 def test_centred_codes_and_half_norms(device: str) -> None:

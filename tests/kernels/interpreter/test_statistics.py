@@ -16,6 +16,7 @@ from mmvq_kernels.statistics import code_statistics_ref
 
 # one row, one code, more codes than rows, primes, more than one tile of columns, no row
 SIZES = [(1, 1, 1), (63, 1, 8), (5, 30, 4), (97, 101, 13), (401, 11, 131), (0, 5, 3)]
+SIZES += [(9, 3, 1024), (3, 130, 4)]  # wide rows, many codes
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 WAYS = pytest.mark.parametrize("deterministic", [True, False])
 G = 3

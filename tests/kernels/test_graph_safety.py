@@ -1,0 +1,102 @@
+"""What a CUDA graph can hold: on the way to a launch nothing looks at data or leaves the GPU.
+
+Tensors without data raise where one would wait for the GPU (`.item()`, `bool(x)`, `nonzero`, a
+shape that depends on data): fake CUDA tensors for the operations, tensors of the meta device for a
+whole training step, as autograd has no fake CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from support import bools
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mmvq
+from mmvq_kernels import workloads
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+class StaysThere(TorchDispatchMode):
+    """Raises when data crosses between devices; numbers of no dimension may come from the CPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if len({x.device.type for x in tensors if x.ndim}) > 1:
+            raise RuntimeError(f"{func} crosses between devices")
+        return out
+
+
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
+def test_an_operation_never_waits(name: str) -> None:
+    def work() -> None:
+        with StaysThere():
+            workloads.WORKLOADS[name]()
+
+    assert workloads.record(work)
+
+
+@pytest.mark.parametrize("operation", ["search", "statistics"])
+def test_an_empty_batch_never_waits(operation: str) -> None:
+    launches = workloads.record(lambda: getattr(workloads, operation)(0, 5, 4))
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == (["centre_kernel"] if operation == "search" else [])
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.sum() > 0),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "unique": lambda x: x.unique(),
+    "to the CPU": lambda x: x.cpu(),
+    "from the CPU": lambda x: x.copy_(torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_would_wait_is_caught(name: str) -> None:
+    with pytest.raises(RuntimeError), StaysThere():
+        WAITS[name](torch.empty(3, device="meta"))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that would be launched: the operators go to the functions that launch."""
+    from mmvq_kernels.gpu import ema, launching, nearest, statistics
+
+    names: list[str] = []
+    monkeypatch.setattr(launching, "launch", lambda kernel, *_, **__: names.append(kernel.__name__))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
+    monkeypatch.setattr("mmvq_kernels.nearest._search_torch", nearest.search)
+    monkeypatch.setattr("mmvq_kernels.statistics._code_statistics_torch", statistics.accumulate)
+    monkeypatch.setattr("mmvq_kernels.ema._ema_update_torch", ema.update_)
+    return names
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("partner", ["attention", "aligned", "none"])
+def test_a_training_step_never_waits(launches: list[str], masked: bool, partner: Any) -> None:
+    quantizer = mmvq.MultiModalEMAQuantizer(
+        16, 32, init="uniform", reset_after=1, partner=partner
+    ).to("meta")
+    z = {m: torch.empty(3, 10, 16, device="meta", requires_grad=True) for m in ("audio", "video")}
+    masks = {"audio": bools(3, 10).to("meta")} if masked else None
+    with StaysThere():
+        quantizer(z, masks).loss.backward()
+        assert launches == [
+            "centre_kernel",
+            "search_kernel",
+            "chunk_kernel",
+            "combine_kernel",
+            "average_kernel",
+        ]
+        mmvq.CrossModalCodeMatchingLoss()(z, quantizer.codebook, masks).backward()
