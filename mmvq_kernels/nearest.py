@@ -50,7 +50,8 @@ def nearest_code(
         codebook: codes, `[L, D]`, L >= 1.
         backend: `"auto"`, `"torch"` or `"triton"`.
         precision: `"exact"` (Triton multiplies in tf32x3, as near as float32), or `"fast"`: on a
-            GPU tf32 products, bf16 ones for a bfloat16 `x` (the torch path is always exact).
+            GPU tf32 products, bf16 ones for a bfloat16 `x`. The torch path is always exact, on a
+            GPU as far as `torch.set_float32_matmul_precision` leaves it at its default.
 
     Returns:
         int64 `[N]`. Ties go to the lowest index. A row whose scores are not finite (NaN, Inf or

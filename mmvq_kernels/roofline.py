@@ -101,12 +101,14 @@ def _unfused_statistics(N: int, L: int, D: int) -> None:
 
 
 def _unfused_average(N: int, L: int, D: int) -> None:
-    from mmvq_kernels.ema import _ema_update_torch
-
-    state = torch.empty(L, D), torch.empty(L, D), torch.empty(L)
-    batch = torch.empty(L, D), torch.empty(L)
-    dead, replacement = torch.empty(L, dtype=torch.bool), torch.empty(L, D)
-    _ema_update_torch(*state, *batch, 0.99, 1e-5, dead, replacement)
+    o, s, replacement = (torch.empty(L, D) for _ in range(3))
+    n, c, dead = torch.empty(L), torch.empty(L), torch.empty(L, dtype=torch.bool)
+    n.mul_(0.99).add_(c, alpha=0.01)
+    o.mul_(0.99).add_(s, alpha=0.01)
+    total = n.sum()
+    smoothed = (n + 1e-5).mul_(total / (total + 1e-5 * L))[:, None]
+    o.copy_(torch.where(dead[:, None], replacement * smoothed, o))
+    torch.div(o, smoothed)
 
 
 def _unfused_distribution(N: int, L: int, D: int) -> None:

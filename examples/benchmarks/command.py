@@ -84,6 +84,7 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]
     else:
         found["device"] = torch.cuda.get_device_name()
         found["backends"] = mmvq_kernels.available_backends()
+        print(f"gpu: {found['device']}, mmvq by {found['backends'][0]}")
         rows = search.run(**sizes, largest=options.largest, device="cuda")
         found["summary"] = search.summary(rows, clock)
         rows += step.run(quick=quick, repeats=6 * options.repeats, device="cuda")
