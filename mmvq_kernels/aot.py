@@ -150,12 +150,14 @@ def examine(launch: Launch, target_name: str) -> Outcome:
     blocks = min(by_registers, target.warps // warps, target.shared // shared if shared else 32)
     blocks = min(blocks, target.tensor // tensor) if tensor else blocks
     precision = options.get("PRECISION", "")
+    arguments = zip(launch.kernel.arg_names, launch.args, strict=False)
+    sizes = {name: x for name, x in arguments if type(x) is int}
     return Outcome(
         kernel=launch.kernel.__name__,
         target=target_name,
         precision=precision,
         atomics_allowed=bool(options.get("SPLIT") or "atomic" in launch.kernel.__name__),
-        aligned=all(x % 16 == 0 for x in launch.args if type(x) is int and x > 8),
+        aligned=all(size % 16 == 0 for name, size in sizes.items() if name == "D" or size > 8),
         registers=registers,
         spills=spills,
         shared=shared,

@@ -75,12 +75,11 @@ def average(L: int, D: int, reset: bool = True) -> None:
     update_(*state, fake(L, D), fake(L), 0.99, 1e-5, dead, replacement)
 
 
-def distribution(B: int, T: int, L: int, D: int, dtype: torch.dtype = _F) -> None:
+def distribution(B: int, T: int, L: int, D: int) -> None:
     """`code_log_probabilities`, forward and backward."""
     from mmvq_kernels.gpu.distribution import backward, forward
 
-    x, codebook = fake(B, T, D, dtype=dtype), fake(L, D, dtype=dtype)
-    used = fake(B, T, dtype=torch.bool)
+    x, codebook, used = fake(B, T, D), fake(L, D), fake(B, T, dtype=torch.bool)
     log_p, normalizers = forward(x, codebook, used)
     backward(fake(B, L), x, codebook, used, log_p, normalizers, True)
 
@@ -93,11 +92,14 @@ WORKLOADS: dict[str, Callable[[], object]] = {
     "nearest, bf16": lambda: search(65536, 1024, 256, _B),
     "nearest, fp16": lambda: search(65536, 1024, 256, _H, _H),
     "nearest, few rows, bf16": lambda: search(1600, 400, 256, _B, _B),
+    "nearest, few rows, D 8": lambda: search(1601, 401, 8),
+    "nearest, few rows, fast bf16": lambda: search(1600, 400, 256, _B, _B, fast=True),
     "nearest, fast": lambda: search(65536, 1024, 256, fast=True),
     "nearest, fast bf16": lambda: search(65536, 1024, 256, _B, fast=True),
     "nearest, fast fp16": lambda: search(65536, 1024, 256, _H, fast=True),
     "statistics": lambda: statistics(65536, 1024, 256),
     "statistics, odd sizes": lambda: statistics(1601, 401, 257),
+    "statistics, D 8": lambda: statistics(1601, 401, 8),
     "statistics, bf16": lambda: statistics(65536, 1024, 256, _B),
     "statistics, fp16": lambda: statistics(65536, 1024, 256, _H),
     "statistics, atomics": lambda: statistics(65536, 1024, 256, deterministic=False),
@@ -105,6 +107,8 @@ WORKLOADS: dict[str, Callable[[], object]] = {
     "ema": lambda: average(1024, 256, reset=False),
     "ema, reset": lambda: average(1024, 256),
     "ema, odd sizes": lambda: average(401, 257),
+    "ema, D 4": lambda: average(401, 4),
     "distribution": lambda: distribution(80, 10, 1024, 256),
     "distribution, odd sizes": lambda: distribution(17, 11, 401, 257),
+    "distribution, D 8": lambda: distribution(17, 11, 401, 8),
 }

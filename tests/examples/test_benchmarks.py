@@ -61,6 +61,25 @@ def test_without_a_gpu_one_line_says_so(
         command.main(["speed"])
 
 
+def test_the_gpu_part_shows_the_time_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU of straw: what stands around the measurement."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("mmvq_kernels.available_backends", lambda: ("triton", "torch"))
+    monkeypatch.setattr(timing, "_by_the_gpu", lambda call: 0.25)
+    monkeypatch.setattr(search, "_gpu_memory", lambda x, codebook: 3)
+    monkeypatch.setattr(Tensor, "to", lambda x, device: x)
+    monkeypatch.setattr(step, "run", lambda **_: [])
+    command.main(["gpu", "--quick", "--repeats", "1"])
+    printed = capsys.readouterr().out
+    assert "gpu: a GPU, mmvq by triton\n" in printed
+    assert "medians in ms (gpu clock)" in printed
+    assert "| 64 | 40 | 8 | float32 | 3 | 250.00 | 1.00 |" in printed
+
+
 def test_powers_and_means() -> None:
     points = [{"N": n, "L": k, "t": 3 * n * k**0.5} for n in (2.0, 5, 9) for k in (4.0, 7)]
     assert timing.exponents(points, "t", "N", "L") == {"N": 1.0, "L": 0.5}
