@@ -7,6 +7,7 @@ a classifier on labels of ONE modality and tests it on ANOTHER, in every directi
     python examples/cmg_pretrain.py --data clips.npz           a file of yours, see cmg/data.py
     python examples/cmg_pretrain.py --modalities audio video   two of the modalities
     python examples/cmg_pretrain.py --without cpc              without a part of the method
+    torchrun --nproc-per-node 2 examples/cmg_pretrain.py       the same run on two processes
 
 Writes metrics.json, model.safetensors, config.json, codes.png and training.png into --output.
 """
@@ -14,6 +15,7 @@ Writes metrics.json, model.safetensors, config.json, codes.png and training.png 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +32,7 @@ from cmg.evaluation import evaluate
 from cmg.figures import plot_codes, plot_training, require_matplotlib
 from cmg.files import make_writable
 from cmg.model import PARTS, Config, UniCode
+from cmg.ranks import is_first, joined
 from cmg.reference import cca_reference
 from cmg.report import code_counts, codebook_summary, table, write_metrics
 from cmg.standardize import Standardizer
@@ -41,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(_parse(argv))
     except (DataError, OSError) as error:
-        print(f"cmg_pretrain: {error}", file=sys.stderr)
+        if is_first():
+            print(f"cmg_pretrain: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -71,8 +75,11 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         **config.json(),
     }
-    trainer = Trainer(model, features, clips.rows(PRETRAIN), recipe, folder, identity)
-    history = trainer.fit(resume=args.resume)
+    with joined(device):
+        trainer = Trainer(model, features, clips.rows(PRETRAIN), recipe, folder, identity)
+        history = trainer.fit(resume=args.resume)
+    if not is_first():
+        return
 
     codes, indices = quantize(model, features)
     scores = evaluate(codes, clips, args.seed)
@@ -141,6 +148,8 @@ def open_data(data: str, modalities: Sequence[str] | None) -> tuple[str, Clips]:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

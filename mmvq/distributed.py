@@ -38,7 +38,7 @@ def all_reduce_(flat: Tensor, group: dist.ProcessGroup | None = None) -> None:
         dist.all_reduce(flat, group=group)
 
 
-def average_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+def average_(tensors: Collection[Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Put the mean over the ranks into each tensor, with one all-reduce: gradients, for example."""
     ranks = world_size(group)
     if ranks == 1 or not tensors:

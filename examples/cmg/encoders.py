@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmvq.distributed import Ranks, rank, world_size
+
 
 class SemanticEncoder(nn.Module):
     """Phi: what the modalities could share, z = Phi(x), `[B, T, P, C]` -> `[B, T, D]` (Eq. 1).
@@ -38,7 +40,7 @@ class SemanticEncoder(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.describe = nn.Sequential(nn.Linear(channels, width), nn.GELU())
         self.attend = nn.Linear(width, heads)
         self.mix = nn.Linear(heads * width, dim)
@@ -46,9 +48,7 @@ class SemanticEncoder(nn.Module):
         self.segment = nn.Sequential(nn.Linear(dim, dim // 2), Sphere(dim // 2))
         self.recall = nn.Linear(dim // 2, dim)
         self.position = nn.Parameter(torch.zeros(segments, dim))
-        self.context = nn.TransformerEncoderLayer(
-            dim, heads, 2 * dim, dropout, nn.functional.gelu, batch_first=True, norm_first=True
-        )
+        self.context = Context(dim, heads, dropout)
         self.clip = nn.Sequential(nn.Linear(dim, dim // 2), Sphere(dim // 2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,6 +63,61 @@ class SemanticEncoder(nn.Module):
         return torch.cat([segment, self.clip(context)], -1)
 
 
+class Context(nn.TransformerEncoderLayer):
+    """A pre-norm Transformer layer, `[B, T, D]` -> `[B, T, D]`, with the `Dropout` below.
+
+    Only the attention is written anew, as torch hides its dropout; the numbers are torch's.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        gelu = nn.functional.gelu
+        super().__init__(dim, heads, 2 * dim, dropout, gelu, batch_first=True, norm_first=True)
+        self.dropout = self.dropout1 = self.dropout2 = Dropout(dropout)
+
+    def _sa_block(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        inner = self.self_attn
+        x = x.transpose(0, 1)  # [T, B, D]
+        heads = nn.functional.linear(x, inner.in_proj_weight, inner.in_proj_bias)
+        heads = heads.unflatten(-1, (3, inner.num_heads, -1))
+        q, k, v = heads.permute(2, 1, 3, 0, 4)  # [B, H, T, D / H] each
+        scale = q.shape[-1] ** -0.25
+        weights = self.dropout((q * scale @ (k * scale).mT).softmax(-1))
+        x = inner.out_proj((weights @ v).permute(2, 0, 1, 3).flatten(2))  # [T, B, D]
+        return self.dropout1(x, 1).transpose(0, 1)
+
+
+class Dropout(nn.Dropout):
+    """Drawn for the clips of all ranks, each of which keeps its own: any number trains alike."""
+
+    def forward(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Drop elements of x, whose clips lie along `dim`."""
+        if not self.training:
+            return x
+        shape = list(x.shape)
+        shape[dim] *= world_size()
+        drawn = super().forward(x.new_ones(shape))
+        return x * drawn.narrow(dim, rank() * x.shape[dim], x.shape[dim])
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over the rows of all ranks, of which each has as many; on any device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[N, D]`."""
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        ranks = Ranks([len(x)] * world_size())
+        rows = sum(ranks.sizes)
+        (total,) = ranks.sum(x.sum(0))
+        x = x - total / rows
+        (squares,) = ranks.sum(x.square().sum(0))
+        with torch.no_grad():
+            self.running_mean.lerp_(total / rows, self.momentum)
+            self.running_var.lerp_(squares / (rows - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return x * (squares / rows + self.eps).rsqrt() * self.weight + self.bias
+
+
 class Sphere(nn.Module):
     """Batch normalisation, then length sqrt(D): features spread over one sphere, elements about 1.
 
@@ -72,7 +127,7 @@ class Sphere(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.spread = nn.BatchNorm1d(dim)
+        self.spread = BatchNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`."""

@@ -16,6 +16,7 @@ from mmvq import (
     CrossModalCommitmentLoss,
     MultiModalEMAQuantizer,
 )
+from mmvq.distributed import average_
 
 from .encoders import Decoder, SemanticEncoder, SpecificEncoder
 
@@ -129,6 +130,7 @@ class UniCode(nn.Module):
                     normalize_over="both",
                     temperature=c.temperature,
                     normalize=True,
+                    gather=True,
                 )
                 for scale in ("segment", "clip")
                 if "cpc" not in c.without
@@ -137,13 +139,17 @@ class UniCode(nn.Module):
         self.club = nn.ModuleDict(
             {
                 name: CLUBEstimator(
-                    c.dim, c.specific_dim, hidden_dim=64, negatives=c.club_negatives
+                    c.dim,
+                    c.specific_dim,
+                    hidden_dim=64,
+                    negatives=c.club_negatives,
+                    gather=c.club_negatives == "all",
                 )
                 for name in names
                 if "club" not in c.without
             }
         )
-        self.matching = CrossModalCodeMatchingLoss()
+        self.matching = CrossModalCodeMatchingLoss(gather=True)
 
     def encode(self, x: Mapping[str, Tensor]) -> Features:
         """Both features of a batch of `[B, T, P, C]` (Eq. 1)."""
@@ -170,9 +176,10 @@ class UniCode(nn.Module):
             decoded, _, terms["commitment"] = self.quantizer(z)  # Eq. 2, 7, 8
             if "matching" not in self.config.without:
                 terms["matching"] = self.matching(_each_alone(z), self.quantizer.codebook)
+        power = {name: v.square().mean() for name, v in x.items()}
+        average_(power.values())
         errors = [
-            (self.decoder[name](decoded[name], specific[name]) - v).square().mean()
-            / v.square().mean()
+            (self.decoder[name](decoded[name], specific[name]) - v).square().mean() / power[name]
             for name, v in x.items()
         ]
         terms["reconstruction"] = torch.stack(errors).mean()  # Eq. 3

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mmvq.distributed import average_, rank, world_size
+
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .errors import DataError
 from .model import UniCode
+from .ranks import share
 
 CHECKPOINT = "checkpoint.safetensors"
 _RISE = 20  # steps until the learning rate is full
@@ -58,6 +61,8 @@ class Recipe:
 class Trainer:
     """Trains a model; what `fit` does depends on its arguments and the seed only.
 
+    Under several ranks each takes its share of every batch, and all end with the same model.
+
     Args:
         model: What to train, on its device.
         features: Name -> standardised [N, T, P, C] of all clips.
@@ -65,6 +70,9 @@ class Trainer:
         recipe: How.
         folder: Where the checkpoint goes, and TensorBoard's log if that is installed.
         identity: What a resumed run must have in common with this one: numbers and texts.
+
+    Raises:
+        DataError: The clips of a batch cannot be shared out equally.
     """
 
     def __init__(
@@ -80,6 +88,11 @@ class Trainer:
         self.folder = folder
         self.identity = {**identity, **asdict(recipe)}
         self.batch_size = min(recipe.batch_size, len(rows))
+        if self.batch_size % world_size():
+            raise DataError(
+                f"a batch of {self.batch_size} clips has no {world_size()} equal parts. "
+                "Hint: start as many ranks as divide it."
+            )
         self.steps = len(rows) // self.batch_size  # an epoch's; clips left over sit it out
         club = list(model.club.parameters())
         self.others = [p for part, p in model.named_parameters() if not part.startswith("club.")]
@@ -99,13 +112,14 @@ class Trainer:
         """
         if resume:
             self._load(self.folder / CHECKPOINT)
-        log = _tensorboard(self.folder, self.epoch)
+        log = None if rank() else _tensorboard(self.folder, self.epoch)
         clips = self.steps * self.batch_size
         with tqdm(
             desc="pre-training",
             initial=self.epoch * clips,
             total=self.recipe.epochs * clips,
             unit="clip",
+            disable=rank() > 0,
         ) as bar:
             while self.epoch < self.recipe.epochs:
                 for name, value in self._train_epoch(bar).items():
@@ -113,7 +127,8 @@ class Trainer:
                     if log is not None:
                         log.add_scalar(name, value, self.epoch)
                 self.epoch += 1
-                self._save(self.folder / CHECKPOINT)
+                if rank() == 0:
+                    self._save(self.folder / CHECKPOINT)
         if log is not None:
             log.close()
         return self.history
@@ -127,10 +142,12 @@ class Trainer:
         self.model.quantizer.usage(reset=True)
         total: dict[str, Tensor] = {}
         for batch in batches:
-            terms = self._step({m: x[batch].to(device) for m, x in self.features.items()}, weights)
+            mine = share(batch)
+            terms = self._step({m: x[mine].to(device) for m, x in self.features.items()}, weights)
             for name, term in terms.items():
                 total[name] = total.get(name, 0) + term.detach() / len(batches)
             bar.update(self.batch_size)
+        average_(total.values())
         record = {name: float(value) for name, value in total.items()}
         bar.set_postfix({name: f"{value:.2f}" for name, value in record.items()}, refresh=False)
         usage = self.model.quantizer.usage()
@@ -145,10 +162,12 @@ class Trainer:
             for _ in range(self.recipe.club_steps):
                 self.club_optimizer.zero_grad()
                 self.model.club_fit(features).backward()
+                average_([p.grad for p in self.model.club.parameters()])
                 self.club_optimizer.step()
         terms = self.model.losses(x, features, quantize="commitment" in weights)
         self.optimizer.zero_grad()
         torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()
+        average_([p.grad for p in self.others if p.grad is not None])
         nn.utils.clip_grad_norm_(self.others, self.recipe.clip_norm)
         self.optimizer.step()
         self.schedule.step()

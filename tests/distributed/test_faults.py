@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 import mmvq
 
 RANKS = 3
-PATIENCE = 60  # seconds; the default timeout of a collective, which must not be needed, is 1,800
+PATIENCE = 300  # seconds; a collective that nobody ends gives up after 1,800
 
 
 def work(rank: int, folder: str, fault: str) -> None:

@@ -1,0 +1,163 @@
+"""The example on two real processes over gloo: the run of one, its faults, and what it writes.
+
+ATOL: training in float64. On two ranks a gradient is a sum of the same terms in another order, up
+to 240 of size 10: it differs by 240 * 2^-53 * 10 = 3e-13 at most. AdamW divides it by its size, at
+least 1e-6 where it matters (behind a batch normalisation a bias has none, and moves nothing), so a
+step at rate 1e-3 moves a weight by 3e-10 more or less, and the 12 steps here move the losses by
+less than 1e-7. Batch statistics or dropout of one rank alone would show at 1e-2.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cmg_pretrain
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from cmg.checkpoint import load_checkpoint
+from cmg.errors import DataError
+from cmg.model import Config, UniCode
+from cmg.training import CHECKPOINT, History, Recipe, Trainer
+
+ATOL = 1e-7
+RANKS = 2
+PATIENCE = 300  # seconds; nothing may wait for the 1,800 after which torch gives up
+CONFIG = Config(
+    {"audio": (1, 7), "video": (4, 5)}, 6, dim=16, specific_dim=8, width=8, codebook_size=24
+)
+RECIPE = Recipe(epochs=4, batch_size=8)
+N = 24
+CODES = "quantizer.ema_codebook.codes"
+
+
+def trainer(folder: Path) -> Trainer:
+    torch.manual_seed(0)
+    features = {
+        name: torch.randn(N, 6, *shape, dtype=torch.float64)
+        for name, shape in CONFIG.shapes.items()
+    }
+    model = UniCode(CONFIG).double()
+    return Trainer(model, features, torch.arange(N), RECIPE, folder, {})
+
+
+def work(rank: int, folder: Path) -> None:
+    """A whole run; then one in whose third epoch rank 1 is killed."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    whole = trainer(folder / "whole")
+    history = whole.fit()
+    torch.save({"history": history, "model": whole.model.state_dict()}, folder / f"{rank}.pt")
+
+    cut = trainer(folder / "cut")
+    step, steps = cut._step, 0
+
+    def interrupted(*args: Any) -> dict[str, Tensor]:
+        nonlocal steps
+        steps += 1
+        if rank == 1 and steps == 2 * cut.steps + 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*args)
+
+    cut._step = interrupted  # type: ignore[method-assign]
+    try:
+        cut.fit()
+    except RuntimeError as error:
+        (folder / "ended").write_text(f"in epoch {cut.epoch}: {error}")
+        raise SystemExit(1) from error
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks have been at work."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=work, args=(rank, folder)) for rank in range(RANKS)]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(PATIENCE)
+        assert [process.exitcode for process in ranks] == [1, -signal.SIGKILL]
+    finally:
+        for process in ranks:
+            process.kill()
+    return folder
+
+
+def close(found: History, expected: History) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        for mine, value in zip(found[name], values, strict=True):
+            assert math.isclose(mine, value, rel_tol=0, abs_tol=ATOL) or math.isnan(value)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    t = trainer(tmp_path_factory.mktemp("alone"))
+    t.fit()
+    return t
+
+
+def test_two_ranks_train_as_one(folder: Path, alone: Trainer) -> None:
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS))
+    assert repr(first["history"]) == repr(second["history"])
+    assert all(torch.equal(x, second["model"][name]) for name, x in first["model"].items())
+    close(first["history"], alone.history)
+    expected = alone.model.state_dict()[CODES]
+    torch.testing.assert_close(first["model"][CODES], expected, atol=ATOL, rtol=0)
+
+
+def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(folder: Path, alone: Trainer) -> None:
+    """One process can go on from it."""
+    assert (folder / "ended").read_text().startswith("in epoch 2: ")
+    assert load_checkpoint(folder / "cut" / CHECKPOINT)["epoch"] == 2
+    resumed = trainer(folder / "cut")
+    close(resumed.fit(resume=True), alone.history)
+
+
+def test_torchrun_writes_and_prints_once(clips_path: Path, tmp_path: Path) -> None:
+    """In float32 a loss, a mean of up to 240 terms below 10, may round to 240 * 2^-24 * 10 else."""
+    options = ["--data", str(clips_path), "--epochs", "2", "--output"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*launch, cmg_pretrain.__file__, *options, str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert cmg_pretrain.main([*options, str(tmp_path / "one")]) == 0
+    assert run.stdout.count("codes in use") == 1
+    one, two = ({path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    one, two = (load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("one", "two"))
+    for name, values in one["history"].items():
+        assert two["history"][name][0] == pytest.approx(values[0], abs=1.5e-4, nan_ok=True)
+
+
+def test_only_rank_0_speaks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert cmg_pretrain.main(["--data", "nowhere.npz", "--output", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_a_batch_without_equal_parts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmg.training.world_size", lambda: 3)
+    with pytest.raises(DataError, match=r"a batch of 8 clips has no 3 equal parts\. Hint: "):
+        trainer(tmp_path)
