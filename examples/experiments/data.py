@@ -17,6 +17,7 @@ from cmg_pretrain import open_data
 
 from cmg.data import BACKGROUND, PRETRAIN, Clips
 from cmg.digits import clips as plots
+from cmg.digits.style import HOME
 from cmg.errors import DataError
 
 from .matrix import Experiment
@@ -75,7 +76,7 @@ def _plot(clip: plots.Clip, rng: np.random.Generator) -> np.ndarray:
     """What the display shows: the event, and at times something else beside it."""
     together = np.logical_and.reduce([x == clip.label for x in clip.shown.values()])
     shown = np.where(together, clip.label, BACKGROUND)
-    if rng.random() < plots.DISTRACTED:
+    if rng.random() < HOME.distracted:
         start, length = int(together.argmax()), int(together.sum())
         taken = {int(digit) for x in clip.shown.values() for digit in x}
         free = [digit for digit in range(plots.CLASSES) if digit not in taken]

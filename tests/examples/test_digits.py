@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cmg import digits
-from cmg.digits import clips, pictures, sentences, speech
+from cmg.digits import clips, pictures, sentences, speech, style
 
 COUNTS = (3, 2, 2)
 
@@ -236,3 +236,67 @@ def test_an_interrupted_write_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         digits.load(0, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_house_has_the_same_arrays_and_other_clips(data: dict[str, np.ndarray]) -> None:
+    away = digits.render(5, clips=(1, 4, 4), style=style.AWAY)
+    assert {name: x.shape[1:] for name, x in away.items()} == {
+        name: x.shape[1:] for name, x in data.items()
+    }
+    events = (away["seg_labels_audio"] == away["labels"][:, None]).sum(1)
+    assert set(events) <= set(range(2, 7))
+    for name in clips.MODALITIES:
+        assert not (away[name][0] == data[name][0]).all()
+    for split in range(3):
+        assert not set(speech.voices(0, split)) & set(speech.voices(0, split, style.AWAY))
+
+
+def test_hands_of_another_house_lean_to_the_right() -> None:
+    ones = np.ones(100, dtype=np.int64)
+
+    def lean(hand: style.Style) -> float:
+        frames, _ = pictures.film(ones, 2, np.random.default_rng(0), hand)
+        ink = frames > 0.4
+        row, column = (np.broadcast_to(x, ink.shape) for x in np.mgrid[:56, :56])
+        slopes = [np.polyfit(r[i], c[i], 1)[0] for r, c, i in zip(row, column, ink, strict=True)]
+        return float(np.median(slopes))  # columns to the right per row down
+
+    leaning = style.Style(slant=-0.5)
+    assert lean(leaning) < lean(style.HOME) - 0.2
+
+
+def test_echoes_come_later() -> None:
+    quiet, echoing = style.Style(), style.Style(echo=0.5)
+    voice = speech.voices(0, 0)[0]
+    spoken = np.array([3])
+    dry = speech.record(spoken, voice, np.random.default_rng(0), quiet)
+    wet = speech.record(spoken, voice, np.random.default_rng(0), echoing)
+    assert (dry[:, : speech.ECHO] == wet[:, : speech.ECHO]).all()
+    assert (wet**2).sum() > 1.05 * (dry**2).sum()
+
+
+def test_scenes_show_the_named_digit_and_another_one() -> None:
+    named = np.tile(np.arange(-1, 10), 4)
+    frames, masks, boxes = pictures.film_pair(named, (named + 1) % 10, 2, np.random.default_rng(0))
+    assert (masks.any((1, 2)) == (named >= 0)).all()
+    for frame, mask, (x0, y0, x1, y1) in zip(frames, masks, boxes, strict=True):
+        assert mask.sum() == mask[y0:y1, x0:x1].sum()
+        if mask.any():
+            ink = frame > 0.6 * np.quantile(frame[mask], 0.5)
+            assert ink[mask].mean() > 0.8  # the digit is drawn where the mask says
+            assert ink[~mask].sum() > 20  # and so is something else
+
+
+def test_scenes_are_named_alike_by_sound_and_text() -> None:
+    scenes = digits.render_scenes(3, clips=(1, 2, 2))
+    assert np.array_equal(scenes["seg_labels_audio"], scenes["seg_labels_text"])
+    assert np.array_equal(scenes["masks"].any((2, 3)), scenes["seg_labels_video"] >= 0)
+    assert equal(scenes, digits.render_scenes(3, clips=(1, 2, 2)))
+
+
+def test_every_set_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"split": np.zeros(1)}
+    monkeypatch.setattr(digits, "render", lambda *_, **__: one)
+    monkeypatch.setattr(digits, "render_scenes", lambda *_: one)
+    makers = (digits.load, digits.load_away, digits.load_scenes)
+    assert len({make(seed, tmp_path) for make in makers for seed in (0, 1)}) == 6

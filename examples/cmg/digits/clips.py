@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cmg.digits.style import HOME, Style
+
 SEGMENTS = 10
 CLASSES = 10
 BACKGROUND = -1
 MODALITIES = ("audio", "video", "text")
-DISTRACTED = 0.3
 
 
 class Clip(NamedTuple):
@@ -30,16 +31,17 @@ class Clip(NamedTuple):
     shown: dict[str, np.ndarray]  # modality -> int64 [T], BACKGROUND where no digit is shown
 
 
-def compose(rng: np.random.Generator) -> Clip:
+def compose(rng: np.random.Generator, style: Style = HOME) -> Clip:
     """Draw the plot of one clip."""
+    shortest, longest = style.length
     label, *others = (int(digit) for digit in rng.permutation(CLASSES))
-    length = int(rng.integers(3, 8))
+    length = int(rng.integers(shortest, longest + 1))
     start = int(rng.integers(0, SEGMENTS - length + 1))
     shown = {}
     for modality, other in zip(MODALITIES, others, strict=False):
         digits = np.full(SEGMENTS, BACKGROUND, dtype=np.int64)
         digits[start : start + length] = label
-        if rng.random() < DISTRACTED:
+        if rng.random() < style.distracted:
             digits[aside(rng, start, length)] = other
         shown[modality] = digits
     return Clip(label, shown)

@@ -19,6 +19,8 @@ from functools import cache
 import numpy as np
 from sklearn.datasets import load_digits
 
+from cmg.digits.style import HOME, Style
+
 FRAME, GRID, CELL, CHANNELS = 56, 7, 8, 512
 INK = 32  # pixels of an upscaled digit
 ROW, COLUMN = np.mgrid[:FRAME, :FRAME].astype(np.float32) + 0.5  # pixel centres
@@ -27,17 +29,61 @@ ROW, COLUMN = np.mgrid[:FRAME, :FRAME].astype(np.float32) + 0.5  # pixel centres
 WRITERS = {0: range(0, 900), 1: range(900, 1280), 2: range(1418, 1797)}
 
 
-def film(digits: np.ndarray, split: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def film(
+    digits: np.ndarray, split: int, rng: np.random.Generator, style: Style = HOME
+) -> tuple[np.ndarray, np.ndarray]:
     """Film one clip: digits [T] to frames [T, 56, 56] and boxes [T, 4] (zeros where no digit)."""
     T = len(digits)
-    frames = 0.6 * _shapes(T, rng)
+    frames = 0.6 * (_stripes(T, rng) if style.striped else _shapes(T, rng))
     boxes = np.zeros((T, 4), dtype=np.int64)
     shown = np.flatnonzero(digits >= 0)
-    ink = _place(_pick(digits[shown], split, rng), rng)  # [S, 56, 56]
+    ink = _place(_pick(digits[shown], split, rng), style.centre, style.centre, rng, style)
     frames[shown] = np.maximum(frames[shown] / 2, ink)
     boxes[shown] = [_box(picture) for picture in ink]
+    return _expose(frames, rng), boxes
+
+
+def film_pair(
+    named: np.ndarray, others: np.ndarray, split: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Film two digits at a time, side by side or one above the other.
+
+    Args:
+        named: The digit to find, [T], negative = neither digit is shown.
+        others: The other digit, [T].
+        split: Whose handwriting.
+        rng: Where chance comes from.
+
+    Returns:
+        Frames [T, 56, 56], the pixels of the digit to find, bool [T, 56, 56], and its boxes
+        [T, 4].
+    """
+    T = len(named)
+    frames = 0.6 * _shapes(T, rng)
+    masks, boxes = np.zeros(frames.shape, dtype=bool), np.zeros((T, 4), dtype=np.int64)
+    shown = np.flatnonzero(named >= 0)
+    S = len(shown)
+    across, first = rng.random((2, S, 1, 1)) < 0.5
+    side = np.where(first, FRAME / 4, 3 * FRAME / 4)
+    style = Style(size=(20, 28))
+    ink = []
+    for digits, along in ((named, side), (others, FRAME - side)):
+        near = (along - 2, along + 2)
+        free = (np.full_like(along, 18), np.full_like(along, FRAME - 18))
+        rows = tuple(np.where(across, f, n) for f, n in zip(free, near, strict=True))
+        columns = tuple(np.where(across, n, f) for f, n in zip(free, near, strict=True))
+        ink.append(_place(_pick(digits[shown], split, rng), rows, columns, rng, style))
+    frames[shown] = np.maximum(frames[shown] / 2, np.maximum(*ink))
+    masks[shown] = ink[0] > 0.5
+    boxes[shown] = [_box(picture) for picture in ink[0]]
+    return _expose(frames, rng), masks, boxes
+
+
+def _expose(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Choose brightness and noise of every frame."""
+    T = len(frames)
     grain = rng.standard_normal(frames.shape, dtype=np.float32)
-    return _draw(rng, T, 0.5, 1.0) * frames + _draw(rng, T, 0.03, 0.15) * grain, boxes
+    return _draw(rng, T, 0.5, 1.0) * frames + _draw(rng, T, 0.03, 0.15) * grain
 
 
 def see(frames: np.ndarray) -> np.ndarray:
@@ -51,7 +97,9 @@ def see(frames: np.ndarray) -> np.ndarray:
     return np.maximum(patches @ weight + bias, 0).reshape(T, GRID, GRID, CHANNELS)
 
 
-def _draw(rng: np.random.Generator, T: int, low: float, high: float) -> np.ndarray:
+def _draw(
+    rng: np.random.Generator, T: int, low: float | np.ndarray, high: float | np.ndarray
+) -> np.ndarray:
     """Draw one number for each of T frames: [T, 1, 1]."""
     return rng.uniform(low, high, (T, 1, 1)).astype(np.float32)
 
@@ -74,14 +122,24 @@ def _handwriting() -> tuple[np.ndarray, np.ndarray]:
     return (blend @ images @ blend.T).astype(np.float32), classes
 
 
-def _place(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Move, turn, scale and redraw ink [S, 32, 32] into frames [S, 56, 56]."""
+def _place(
+    ink: np.ndarray,
+    rows: tuple[float | np.ndarray, ...],
+    columns: tuple[float | np.ndarray, ...],
+    rng: np.random.Generator,
+    style: Style,
+) -> np.ndarray:
+    """Move, turn, scale and redraw ink [S, 32, 32] into frames [S, 56, 56].
+
+    The centre lies between `rows` and between `columns`, (low, high) for all or each [S, 1, 1].
+    """
     S = len(ink)
-    angle, scale = _draw(rng, S, -0.3, 0.3), INK / _draw(rng, S, 22, 34)  # 22 to 34 pixels wide
-    dy, dx = ROW - _draw(rng, S, 22, 34), COLUMN - _draw(rng, S, 22, 34)
-    row = (np.cos(angle) * dy - np.sin(angle) * dx) * scale + INK / 2
-    column = (np.sin(angle) * dy + np.cos(angle) * dx) * scale + INK / 2
-    threshold = _draw(rng, S, 0.25, 0.55)
+    angle, scale = _draw(rng, S, -0.3, 0.3), INK / _draw(rng, S, *style.size)
+    dy, dx = ROW - _draw(rng, S, *rows), COLUMN - _draw(rng, S, *columns)
+    down = (np.cos(angle) * dy - np.sin(angle) * dx) * scale
+    right = (np.sin(angle) * dy + np.cos(angle) * dx) * scale
+    row, column = down + INK / 2, (right - style.slant * down) / style.narrow + INK / 2
+    threshold = _draw(rng, S, *style.stroke)
     return 1 / (1 + np.exp(12 * (threshold - _bilinear(ink, row, column))))
 
 
@@ -117,6 +175,13 @@ def _shapes(T: int, rng: np.random.Generator) -> np.ndarray:
         edge = np.where(kind < 1, ellipse, np.where(kind < 2, box, bar)) - 1
         frames = np.maximum(frames, np.exp(-((edge * (tall + wide)) ** 2) / 8))
     return frames
+
+
+def _stripes(T: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw soft parallel stripes [T, 56, 56], of one width and direction in a frame."""
+    angle, period = _draw(rng, T, 0, np.pi), _draw(rng, T, 6, 20)
+    across = np.cos(angle) * ROW + np.sin(angle) * COLUMN
+    return (1 + np.sin(2 * np.pi * (across / period + _draw(rng, T, 0, 1)))) / 2
 
 
 @cache

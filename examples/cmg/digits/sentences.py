@@ -15,6 +15,8 @@ from zlib import crc32
 
 import numpy as np
 
+from cmg.digits.style import HOME, Style
+
 WIDTH = 768
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # What follows is given for the splits 0, 1 and 2; a plus sign stands for a space.
@@ -91,7 +93,9 @@ TEMPLATES = (
 )
 
 
-def write(digits: np.ndarray, split: int, rng: np.random.Generator) -> list[str]:
+def write(
+    digits: np.ndarray, split: int, rng: np.random.Generator, style: Style = HOME
+) -> list[str]:
     """Write one clip: digits [T] to T sentences."""
 
     def pick(words: str) -> str:
@@ -100,7 +104,7 @@ def write(digits: np.ndarray, split: int, rng: np.random.Generator) -> list[str]
 
     def sentence(digit: int) -> str:
         thing = DIGITS[digit] if digit >= 0 else pick(NOUNS[split])
-        template = TEMPLATES[split][rng.integers(len(TEMPLATES[split]))]
+        template = style.sentence.format(TEMPLATES[split][rng.integers(len(TEMPLATES[split]))])
         return template.format(name=pick(NAMES[split]), thing=thing, place=pick(PLACES[split]))
 
     return [sentence(digit) for digit in digits]

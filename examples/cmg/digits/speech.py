@@ -16,9 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cmg.digits.style import HOME, Style
+
 RATE, HOP = 16_000, 160
 FRAMES = 70  # synthesis frames of the longest word
 TURN = 2 * math.pi
+ECHO = RATE // 12  # samples to the walls and back
 BANDS, STEPS = 16, 8  # log-mel bands and time steps per second: 128 numbers
 
 # phoneme: milliseconds, formants F1 F2 F3 (Hz), voicing, friction, its centre and width (Hz)
@@ -69,19 +72,22 @@ class Voice(NamedTuple):
     breath: float
 
 
-def voices(seed: int, split: int) -> list[Voice]:
+def voices(seed: int, split: int, style: Style = HOME) -> list[Voice]:
     """Draw the speakers of a split; no other split has them."""
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(split,)))
+    key = (split, *style.name.encode())
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
     speakers = []
     for _ in range(VOICES[split]):
         size = rng.uniform(-1, 1)  # large bodies have low voices and long tracts
-        f0 = 150 * 2 ** (-0.6 * size + rng.uniform(-0.2, 0.2))
-        tract = 1 + 0.12 * size + rng.uniform(-0.04, 0.04)
-        speakers.append(Voice(f0, tract, rng.uniform(0.8, 1.25), rng.uniform(0.02, 0.25)))
+        f0 = style.pitch * 2 ** (-0.6 * size + rng.uniform(-0.2, 0.2))
+        tract = style.tract + 0.12 * size + rng.uniform(-0.04, 0.04)
+        speakers.append(Voice(f0, tract, rng.uniform(*style.pace), rng.uniform(*style.breath)))
     return speakers
 
 
-def record(digits: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.ndarray:
+def record(
+    digits: np.ndarray, voice: Voice, rng: np.random.Generator, style: Style = HOME
+) -> np.ndarray:
     """Record one clip: digits [T] to sound [T, 16000]."""
     T = len(digits)
     spoken = digits >= 0
@@ -91,6 +97,8 @@ def record(digits: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.nda
     for segment, word in zip(np.flatnonzero(spoken), words, strict=True):
         start = rng.integers(0, RATE - len(word))
         sound[segment, start : start + len(word)] = word
+    if style.echo:
+        sound[:, ECHO:] += style.echo * sound[:, :-ECHO]
     level, snr = _draw(rng, T, -6, 6), _draw(rng, T, 1, 21)  # decibels
     return _gain(level) * (sound + _gain(-snr) * _room(T, rng))
 
