@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from cmg.data import BACKGROUND, Clips, load_clips
-from cmg.evaluation import clip_scores, evaluate, segment_scores
+from cmg.evaluation import (
+    clip_scores,
+    evaluate,
+    event_localization,
+    event_scores,
+    segment_scores,
+)
 
 WAYS = {f"{a}->{b}" for a in ("audio", "video", "text") for b in ("audio", "video", "text")}
 WAYS -= {"audio->audio", "video->video", "text->text"}
@@ -35,7 +41,7 @@ def test_shared_codes_transfer_perfectly(clips: Clips) -> None:
         assert scores == {"accuracy": 1.0, "chance": 7 / 20, "upper_bound": 1.0}
     for scores in blocks["localization"].values():
         ones = {name for name, value in scores.items() if value == 1.0}
-        assert ones == set(scores) - {"chance"}
+        assert ones == set(scores) - {"chance", "chance_f1"}
 
 
 def test_codes_in_separate_places_do_not_transfer(clips: Clips) -> None:
@@ -118,9 +124,33 @@ def test_segment_scores_by_hand() -> None:
         "recall": pytest.approx(1 / 3),
         "segment_accuracy": 0.5,
         "chance": 0.5,
+        "chance_f1": pytest.approx(4 / 9),  # event 1 in all six segments: two hits, three events
     }
 
 
 def test_background_everywhere_has_no_f1() -> None:
     truth = torch.tensor([[1, 0]])
     assert segment_scores(torch.zeros_like(truth), truth)["segment_f1"] == 0.0
+
+
+def test_several_events_at_once_are_found_by_shared_codes(clips: Clips) -> None:
+    generator = torch.Generator().manual_seed(0)
+    events = (torch.rand(120, 4, 5, generator=generator) < 0.5).float()
+    book = torch.linalg.qr(torch.randn(8, 5, generator=generator)).Q.T
+    codes = dict.fromkeys(clips.features, events @ book)
+    scores = event_localization(codes, dict.fromkeys(codes, events), clips, seed=0)
+    assert set(scores) == WAYS
+    for way in scores.values():
+        assert way["segment_f1"] == way["precision"] == way["recall"] == way["upper_bound"] == 1.0
+        assert way["chance_f1"] < 0.75  # all events everywhere: 2 / 3
+
+
+def test_event_scores_by_hand() -> None:
+    truth = torch.tensor([[[1, 1, 0], [0, 1, 0]]])
+    predicted = torch.tensor([[[True, False, True], [False, True, False]]])
+    assert event_scores(predicted, truth) == {
+        "segment_f1": pytest.approx(2 / 3),  # two hits, three claims, three events
+        "precision": pytest.approx(2 / 3),
+        "recall": pytest.approx(2 / 3),
+        "chance_f1": pytest.approx(6 / 7),  # the two commonest everywhere: 3 hits of 4 claims
+    }
