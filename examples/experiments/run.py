@@ -67,8 +67,8 @@ class TrainedRun:
 
     @cached_property
     def codes(self) -> Codes:
-        """What `quantize` makes of the run's own clips."""
-        return self.quantize(self.clips.features)
+        """What `quantize` makes of the run's own clips; they may have modalities it knows not."""
+        return self.quantize({name: self.clips.features[name] for name in self.config.shapes})
 
 
 Task = Callable[[TrainedRun], dict[str, Any]]  # numbers by name, nested as the task likes

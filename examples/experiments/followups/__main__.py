@@ -1,0 +1,21 @@
+"""Print the follow-ups of a model folder that `cmg_pretrain` made of digits or of an npz file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from cmg_pretrain import open_data
+
+from ..run import TrainedRun
+from . import all_followups
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", help="the --output of cmg_pretrain.py")
+parser.add_argument("--data", default="digits", help="as in cmg_pretrain.py")
+parser.add_argument("--modalities", nargs="+", metavar="NAME", help="as in cmg_pretrain.py")
+parser.add_argument("--seed", type=int, default=0, help="of the heads")
+args = parser.parse_args()
+_, clips = open_data(args.data, args.modalities)
+run = TrainedRun.load(args.folder, clips, args.seed)
+print(json.dumps({name: task(run) for name, task in all_followups.items()}, indent=2))

@@ -1,0 +1,98 @@
+"""Open-set generalisation: the classes of one modality's labels, and everything else is unknown.
+
+The task of "Open-set Cross Modal Generalization via Multimodal Unified Representation" (Huang et
+al., ICCV 2025). A head learns the known classes in one modality. In another modality it must name
+clips of known classes and refuse clips of classes that it was never shown.
+
+A clip is refused if the head's highest probability is below a threshold. The threshold is chosen
+on training clips of the source modality that the head did not learn from, so that a given share of
+them is accepted; no unknown and no test clip takes part.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cmg.data import TEST, TRAIN
+from cmg.evaluation import ClipHead, Scores, directions, fit_head
+
+if TYPE_CHECKING:
+    from ..run import TrainedRun
+
+UNKNOWN = -1
+
+
+def meet_unknown(run: TrainedRun, known: float = 0.6, accept: float = 0.9) -> Scores:
+    """H-score of every direction.
+
+    Args:
+        run: The run. Its pre-training saw all classes, without labels.
+        known: The share of the classes that are known; which ones depends on the run's seed.
+        accept: The share of held-out training clips to accept.
+
+    Returns:
+        {"a->b": the fields of `open_scores`, and "upper_bound", the h_score of b to b}.
+    """
+    clips, codes = run.clips, run.codes[0]
+    generator = torch.Generator().manual_seed(run.seed)
+    K = round(known * clips.num_classes)
+    classes = torch.randperm(clips.num_classes, generator=generator)[:K].sort().values
+    truth = renumber(clips.labels, classes)
+    train = clips.rows(TRAIN)
+    train = train[truth[train] != UNKNOWN]
+    held_out, learned = train[::4], train[torch.arange(len(train)) % 4 != 0]
+    test = clips.rows(TEST)
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    with torch.random.fork_rng(devices=[]):
+        for a, x in codes.items():
+            torch.manual_seed(run.seed)
+            head = fit_head(ClipHead(x.shape[-1], K), x[learned], truth[learned])
+            confidence, _ = _answer(head, x[held_out])
+            threshold = confidence.quantile(1 - accept)
+            for b, there in codes.items():
+                confidence, answer = _answer(head, there[test])
+                answer[confidence < threshold] = UNKNOWN
+                scores[a, b] = open_scores(answer, truth[test])
+    return directions(scores, {"upper_bound": "h_score"})
+
+
+def renumber(labels: Tensor, classes: Tensor) -> Tensor:
+    """Labels as places in `classes`, ascending; UNKNOWN where they are none of them."""
+    place = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
+    return torch.where(classes[place] == labels, place, UNKNOWN)
+
+
+def open_scores(answer: Tensor, truth: Tensor) -> dict[str, float]:
+    """H = 2 k u / (k + u): k of the known clips named right, u of the unknown clips refused.
+
+    Chance is the highest H of a guess that knows nothing: it accepts a clip with probability p and
+    names the commonest class, c of the known clips. Then k = p c and u = 1 - p, and the best p
+    gives H = 2 c / (1 + sqrt c)^2.
+
+    Args:
+        answer: int64 [n], UNKNOWN = refused.
+        truth: int64 [n], UNKNOWN = of no known class.
+
+    Returns:
+        "known", "unknown", "h_score" and "chance".
+    """
+    known = truth != UNKNOWN
+    k = (answer[known] == truth[known]).double().mean().item()
+    u = (answer[~known] == UNKNOWN).double().mean().item()
+    c = (truth[known].bincount().max() / known.sum()).item()
+    return {
+        "known": k,
+        "unknown": u,
+        "h_score": 2 * k * u / (k + u) if k + u else 0.0,
+        "chance": 2 * c / (1 + c**0.5) ** 2,
+    }
+
+
+@torch.no_grad()
+def _answer(head: nn.Module, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest probability and its class, both [n]."""
+    confidence, answer = head(codes.float()).softmax(-1).max(-1)
+    return confidence, answer

@@ -1,0 +1,125 @@
+"""Retrieval X -> audio: learned with one modality as X, tested with another (Table 5).
+
+Queries are frozen codes. The gallery is what the queries' codes have never been tied to: raw
+features of audio, standardised, for which a tower of its own is learned together with one for the
+queries, on pairs of split 1. Then the queries change: text in place of video, or the reverse. In
+the paper the run itself has only seen video and text; with a run that has also seen audio the
+protocol is the same, since its audio encoder is not used.
+
+The paper names the two stages and R@5 and R@10, no architecture, gallery or loss. Here both towers
+describe every segment, the similarity of two clips is the cosine of all their segments in order,
+the loss is InfoNCE over the batch, and the gallery is all of split 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cmg.data import TEST, TRAIN
+from cmg.errors import DataError
+from cmg.evaluation import Scale, Scores, descend, directions
+from cmg.standardize import Standardizer
+from mmvq.functional import info_nce
+
+if TYPE_CHECKING:
+    from ..run import TrainedRun
+
+RANKS = (5, 10)
+
+
+class Towers(nn.Module):
+    """Vectors of queries and of the gallery in one space.
+
+    Args:
+        query: Codes [n, T, D], for their scale.
+        channels: Of a segment of the gallery.
+        width: Of a segment in the common space.
+    """
+
+    def __init__(self, query: Tensor, channels: int, width: int = 16) -> None:
+        super().__init__()
+        self.query = nn.Sequential(Scale(query), nn.Linear(query.shape[-1], width), nn.Flatten())
+        self.gallery = nn.Sequential(
+            nn.Dropout(0.3),
+            nn.Linear(channels, 64),
+            nn.GELU(),
+            nn.Dropout(0.3),
+            nn.Linear(64, width),
+            nn.Flatten(),
+        )
+
+    def loss(self, query: Tensor, gallery: Tensor) -> Tensor:
+        """InfoNCE of a batch, both ways."""
+        return info_nce(
+            self.query(query),
+            self.gallery(gallery),
+            temperature=0.1,
+            normalize=True,
+            symmetric=True,
+        )
+
+    @torch.no_grad()
+    def similarity(self, query: Tensor, gallery: Tensor) -> Tensor:
+        """Cosines [n, m] of queries and gallery."""
+        q, g = self.query(query), self.gallery(gallery)
+        return nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(g, dim=-1).T
+
+
+def retrieve(run: TrainedRun, gallery: str = "audio") -> Scores:
+    """R@5 and R@10 of every pair of query modalities.
+
+    Args:
+        run: A run of two modalities or more besides the gallery's; its clips must have that too.
+        gallery: The modality to retrieve.
+
+    Returns:
+        {"a->b": learned with a as the query, tested with b: "r5" and "r10", with "chance_*" k/n
+        and "upper_bound_*" of learning with b}.
+
+    Raises:
+        DataError: The clips do not have the gallery, or the run too few other modalities.
+    """
+    queries = {name: x for name, x in run.codes[0].items() if name != gallery}
+    if gallery not in run.clips.features or len(queries) < 2:
+        raise DataError(
+            f"retrieval: needs clips with {gallery} and two other modalities in the run; came "
+            f"clips of {' '.join(run.clips.features)} and a run of {' '.join(run.config.shapes)}."
+        )
+    only = dataclasses.replace(run.clips, features={gallery: run.clips.features[gallery]})
+    items = Standardizer.fit(only).transform(only.features)[gallery].flatten(2)  # [N, T, C]
+    train, test = run.clips.rows(TRAIN), run.clips.rows(TEST)
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    with torch.random.fork_rng(devices=[]):
+        for a, codes in queries.items():
+            torch.manual_seed(run.seed)
+            towers = Towers(codes[train], items.shape[-1])
+
+            def loss(batch: Tensor, towers: Towers = towers, codes: Tensor = codes) -> Tensor:
+                return towers.loss(codes[train[batch]], items[train[batch]])
+
+            descend(towers, loss, len(train), steps=200, learning_rate=3e-3, weight_decay=1e-4)
+            towers.eval()
+            for b, held in queries.items():
+                scores[a, b] = recall(towers.similarity(held[test], items[test]))
+    bounds = {f"upper_bound_{name}": name for name in (f"r{k}" for k in RANKS)}
+    return directions(scores, bounds)
+
+
+def recall(similarity: Tensor) -> dict[str, float]:
+    """R@k: how many queries have their own item among the k most similar; a tie is no hit.
+
+    Args:
+        similarity: [n, n], query i belongs to item i.
+
+    Returns:
+        "r5", "r10", and "chance_r5", "chance_r10": k of n items at random.
+    """
+    own = similarity.diagonal()[:, None]
+    rank = (similarity >= own).sum(1)  # 1 = first
+    n = len(similarity)
+    found = {f"r{k}": (rank <= k).double().mean().item() for k in RANKS}
+    return found | {f"chance_r{k}": min(k / n, 1.0) for k in RANKS}

@@ -1,0 +1,177 @@
+"""Query-based segmentation: the pixels of the digit that sound or text names (Table 4, Fig. 5).
+
+Frames show two digits, of which the query names one. The query is the frozen code of that segment
+in one modality; the head learns with one modality's codes and is tested with another's. It sees
+the cells of the frame as they are, not the run's video encoder. Only segments in which a digit is
+named take part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cmg import digits
+from cmg.data import TEST, TRAIN, load_clips
+from cmg.errors import DataError
+from cmg.evaluation import Scale, Scores, descend, directions
+from cmg.standardize import Standardizer
+
+from .masks import mask_scores
+
+if TYPE_CHECKING:
+    from ..run import TrainedRun
+
+
+class Frames(NamedTuple):
+    """Frames in which a digit is named.
+
+    Attributes:
+        cells: [n, 7, 7, C], standardised.
+        queries: Name -> codes [n, D].
+        masks: bool [n, 56, 56], the pixels of the digit.
+        classes: int64 [n], the digit.
+        pictures: uint8 [n, 56, 56], for the eye.
+    """
+
+    cells: Tensor
+    queries: dict[str, Tensor]
+    masks: Tensor
+    classes: Tensor
+    pictures: Tensor
+
+
+class MaskHead(nn.Module):
+    """Logits of a mask: the query chooses among what 3 x 3 cells show, then pixels are drawn.
+
+    Args:
+        query: [n, D], for its scale.
+        channels: C of a cell.
+        cell: Pixels of a cell's side.
+        width: Inside.
+    """
+
+    def __init__(self, query: Tensor, channels: int, cell: int, width: int = 64) -> None:
+        super().__init__()
+        self.look = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.GELU())
+        self.ask = nn.Sequential(Scale(query), nn.Linear(query.shape[-1], width))
+        self.draw = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, cell * cell, 1),
+            nn.PixelShuffle(cell),
+        )
+
+    def forward(self, cells: Tensor, query: Tensor) -> Tensor:
+        """Map cells [n, 7, 7, C] and queries [n, D] to logits [n, 56, 56]."""
+        seen = self.look(cells.movedim(-1, 1))  # [n, W, 7, 7]
+        return self.draw(seen * self.ask(query)[..., None, None]).squeeze(1)
+
+
+def segment(run: TrainedRun) -> Scores:
+    """The fields of `query_scores` on scenes of two digits, queried by audio and by text.
+
+    Raises:
+        DataError: The run has not both audio and text.
+    """
+    train, test = scenes(run)
+    return query_scores(train, test, run.seed)
+
+
+def query_scores(train: Frames, test: Frames, seed: int, *, steps: int = 200) -> Scores:
+    """MIoU and F-score of every pair of query modalities.
+
+    Returns:
+        {"a->b": learned with the codes of a, tested with those of b: "miou" and "f_score", with
+        "upper_bound" and "upper_bound_f_score" of learning with b, "chance" and
+        "chance_f_score" of a head that is not told what to look for, and "class" and
+        "class_f_score" of one that is told the true class}.
+    """
+    found = {a: fit_mask_head(train, q, seed, steps=steps) for a, q in train.queries.items()}
+    scores = {
+        (a, b): mask_scores(masks(head, test.cells, q), test.masks)
+        for a, head in found.items()
+        for b, q in test.queries.items()
+    }
+    limits: dict[str, float] = {}
+    classes = torch.cat([train.classes, test.classes])
+    for name, query in {
+        "chance": torch.zeros(len(classes), 1),
+        "class": nn.functional.one_hot(classes).float(),
+    }.items():
+        learned, held = query.split([len(train.cells), len(test.cells)])
+        head = fit_mask_head(train, learned, seed, steps=steps)
+        limit = mask_scores(masks(head, test.cells, held), test.masks)
+        limits |= {name: limit["miou"], f"{name}_f_score": limit["f_score"]}
+    ways = directions(scores, {"upper_bound": "miou", "upper_bound_f_score": "f_score"})
+    return {way: own | limits for way, own in ways.items()}
+
+
+def scenes(run: TrainedRun, path: str | Path | None = None) -> tuple[Frames, Frames]:
+    """Frames to learn from, and to test on.
+
+    Args:
+        run: Whose codes to use as queries, of audio and text.
+        path: A file as `digits.load_scenes` makes it; by default that of seed 0.
+    """
+    names = [name for name in run.config.shapes if name in ("audio", "text")]
+    if len(names) < 2:
+        raise DataError(
+            "segmentation: needs a run of audio and text, to query with one and then the other; "
+            f"came {' '.join(run.config.shapes)}."
+        )
+    path = digits.load_scenes() if path is None else path
+    clips = load_clips(path, [*names, "video"])
+    codes, _ = run.quantize({name: clips.features[name] for name in names})
+    video = dataclasses.replace(clips, features={"video": clips.features["video"]})
+    cells = Standardizer.fit(video).transform(video.features)["video"]
+    with np.load(path, allow_pickle=False) as file:
+        drawn, pictures = (torch.from_numpy(file[key]) for key in ("masks", "frames"))
+
+    def part(split: int) -> Frames:
+        named = (clips.split[:, None] == split) & (clips.segment_labels["video"] >= 0)  # [N, T]
+        return Frames(
+            cells[named],
+            {name: codes[name][named] for name in names},
+            drawn[named],
+            clips.segment_labels["video"][named],
+            pictures[named],
+        )
+
+    return part(TRAIN), part(TEST)
+
+
+def fit_mask_head(train: Frames, query: Tensor, seed: int, *, steps: int = 200) -> MaskHead:
+    """Learn masks from queries [n, D]; the global random state stays as it was."""
+
+    def loss(batch: Tensor) -> Tensor:
+        logits, truth = head(train.cells[batch], query[batch]), train.masks[batch].float()
+        return nn.functional.binary_cross_entropy_with_logits(logits, truth)
+
+    cell = train.masks.shape[-1] // train.cells.shape[-2]  # pixels of its side
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = MaskHead(query, train.cells.shape[-1], cell)
+        descend(
+            head,
+            loss,
+            len(query),
+            steps=steps,
+            learning_rate=3e-3,
+            weight_decay=1e-4,
+            batch_size=64,
+        )
+    return head
+
+
+@torch.no_grad()
+def masks(head: MaskHead, cells: Tensor, query: Tensor) -> Tensor:
+    """Probabilities [n, 56, 56]."""
+    return torch.cat(
+        [head(c, q).sigmoid() for c, q in zip(cells.split(256), query.split(256), strict=True)]
+    )
