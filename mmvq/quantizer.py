@@ -61,7 +61,8 @@ class MultiModalEMAQuantizer(Pretrained):
     All modalities search the codebook as it was when `forward` began; then one joint step moves it.
     The partner r of a vector says what the other modalities hold where it stands. State and
     statistics are float32 (float64 once float64 features train it), whatever the module is cast to.
-    Vectors that are not finite never enter the state. Nothing is written in eval mode.
+    Vectors that are not finite, or too large to square (elements beyond 1e15; 8e149 in float64),
+    never enter the state. Nothing is written in eval mode.
 
     Args:
         dim: D.

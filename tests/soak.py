@@ -5,6 +5,7 @@ PYTHONPATH=. python tests/soak.py [STEPS]       200,000 if not given; prints the
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ class Record(NamedTuple):
     Attributes:
         step: how many were made.
         memory: resident memory of the process, in bytes.
+        tensors: how many there are.
         perplexity: the lowest of any modality since the record before.
         dead: codes that no modality chose since then.
         finite: whether all of the state is.
@@ -31,6 +33,7 @@ class Record(NamedTuple):
 
     step: int
     memory: int
+    tensors: int
     perplexity: float
     dead: int
     finite: bool
@@ -67,6 +70,7 @@ def soak(steps: int, records: int = 20) -> list[Record]:
                 Record(
                     step,
                     resident(),
+                    sum(type(x) is torch.Tensor for x in gc.get_objects()),
                     min(float(x) for x in usage.perplexity.values()),
                     int(usage.dead.sum()),
                     all(bool(x.isfinite().all()) for x in quantizer.state_dict().values()),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from support import DTYPES, wide
 
 import mmvq_kernels
 from mmvq import functional as F
@@ -20,6 +22,18 @@ def test_by_hand() -> None:
         assert torch.equal(n.float(), counts)
         assert torch.equal(s.float(), sums)
     assert F.code_statistics is mmvq_kernels.code_statistics
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finite_rows_leave_room_for_sums_of_squares(dtype: torch.dtype) -> None:
+    """2^25 squares of differences of the largest elements let in; float16 has no larger ones."""
+    largest = torch.finfo(wide(dtype)).max
+    limit = largest**0.5 / 2**14
+    assert 2**25 * (2 * limit) ** 2 <= largest
+    x = torch.tensor([[0.99 * limit, 0.0], [0.0, -0.99 * limit], [1.01 * limit, 0.0]]).double()
+    x = torch.cat([x, -x, torch.tensor([[0.0, 1e-300]]).double()]).to(dtype)
+    allowed = [True, True, False, True, True, False, True]
+    assert F.finite_rows(x).tolist() == (x.isfinite().all(1) & torch.tensor(allowed)).tolist()
 
 
 def test_finite_rows_are_those_without_nan_or_infinity() -> None:
