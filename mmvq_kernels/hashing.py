@@ -35,7 +35,8 @@ def repeats_an_earlier_row(rows: Tensor) -> Tensor:
     length = max(1, _BLOCK // words) if rows.device.type == "cpu" else len(rows)
     for block, out in zip(rows.split(length), keys.split(length), strict=True):
         bits = (block + 0.0).contiguous().view(torch.int32)  # + 0.0: one zero, not two
-        bits = (bits >> 16).bitwise_xor_(bits)  # no two words differ in their high bits alone
+        # One to one, and no two words differ in their high bits alone; `>>` copies the sign bit.
+        bits = (bits >> 16).bitwise_and_(0xFFFF).bitwise_xor_(bits)
         out.copy_((bits * factors).sum(1))
     return repeats_an_earlier_key(keys)
 

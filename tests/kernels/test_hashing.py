@@ -32,6 +32,9 @@ def rows(kind: str) -> Tensor:
         return torch.cartesian_prod(few, few, few)
     if kind == "signs":
         return torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 10)
+    if kind == "complements":  # each with all bits turned, from [1, 2) to (-4, -2]
+        words = (1 + torch.rand(50, 1, generator=generator)).view(torch.int32)
+        return torch.cat([words, ~words]).view(torch.float32)
     if kind == "one hot":
         return torch.cat([torch.eye(40), -torch.eye(40)])
     return torch.tensor([[1.0, 2.0], [2.0, 1.0], [0.0, 3.0], [3.0, 0.0]])  # permutations
@@ -55,7 +58,9 @@ def test_mix_is_one_to_one_and_every_bit_is_even() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["normal", "bfloat16", "grid", "signs", "one hot", "permutations"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "bfloat16", "grid", "signs", "complements", "one hot", "permutations"]
+)
 def test_repeated_rows_are_those_seen_before(dtype: torch.dtype, kind: str) -> None:
     distinct = rows(kind).to(dtype)
     assert not repeats_an_earlier_row(distinct.unique(dim=0)).any()
