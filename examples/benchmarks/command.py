@@ -15,7 +15,7 @@ import torch
 import mmvq
 import mmvq_kernels
 
-from . import losses, memory, peers, search, step
+from . import losses, memory, peers, plot, search, step
 
 PARTS = ("search", "step", "losses", "memory")
 
@@ -25,7 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m examples.benchmarks", description="Speed and memory beside the peers."
     )
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}, gpu; all but gpu")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        help=f"of {', '.join(PARTS)}, gpu; all but gpu. Or plot: draws the documents' figures",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=5)
@@ -41,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
     parts = options.parts or list(PARTS)
+    if parts == ["plot"]:
+        plot.draw(json.loads(plot.FIGURES.read_text()), plot.IMAGE)
+        return print(f"wrote {plot.IMAGE}")
     if unknown := set(parts) - {*PARTS, "gpu"}:
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
     for name in peers.missing():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import command, losses, peers, search, step, timing
+from benchmarks import command, losses, peers, plot, search, step, timing
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
 
@@ -78,6 +78,20 @@ def test_the_gpu_part_shows_the_time_of_the_gpu(
     assert "gpu: a GPU, mmvq by triton\n" in printed
     assert "medians in ms (gpu clock)" in printed
     assert "| 64 | 40 | 8 | float32 | 3 | 250.00 | 1.00 |" in printed
+
+
+def test_the_plot_shows_every_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    times = {"mmvq": {"cpu": 1.0, "wall": 2.0}, "product": {"cpu": 1.0, "wall": 1.0}}
+    rows = [{"N": n, "L": 7, "D": 8, "dtype": "float32", "ms": times} for n in (5, 50)]
+    file = tmp_path / "figures.json"
+    search_run = {"part": "search", "rows": rows}
+    file.write_text(json.dumps({"clock of the tables": "cpu", "runs": [search_run]}))
+    monkeypatch.setattr(plot, "FIGURES", file)
+    monkeypatch.setattr(plot, "IMAGE", tmp_path / "figures.svg")
+    command.main(["plot"])
+    text = plot.IMAGE.read_text()
+    assert all(f"<!-- {label} -->" in text for label in ("D = 8", "mmvq", "product"))
 
 
 def test_powers_and_means() -> None:
