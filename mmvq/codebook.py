@@ -45,7 +45,8 @@ class EMACodebook(Pretrained):
         reset_rule: `"all"`: a code survives only if every group chose it within `reset_after`
             batches; `"any"`: if any group did.
         init: `"uniform"` in (-1/L, 1/L), or `"kmeans"` or `"samples"` of the first data.
-        process_group: the ranks that share the codebook; None is the default group.
+        process_group: the ranks that share the codebook; None is the default group, looked up at
+            each step: the module may be built before it.
 
     Raises:
         ValueError: an argument out of range.

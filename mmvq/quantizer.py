@@ -64,6 +64,15 @@ class MultiModalEMAQuantizer(Pretrained):
     Vectors that are not finite, or too large to square (elements beyond 1e15; 8e149 in float64),
     never enter the state. Nothing is written in eval mode.
 
+    Under several ranks, each with its clips, the codebook is that of one process on all of them,
+    to rounding, and the same bits on all ranks: one all-reduce of one flat buffer for each step
+    (the first codes are gathered before). A rank's batch may be empty, masked, of other modalities
+    or not finite; but all ranks take the same steps, in the same mode and dtype, from the same
+    state (`DistributedDataParallel` hands out rank 0's; else seed alike). An error on one rank
+    ends that rank, and the others with torch's error for a lost peer. The state is never sharded
+    or averaged, and is safe under `DistributedDataParallel`, whose `forward_sync_buffers=False`
+    saves a broadcast of what is equal anyway, and under `fully_shard`.
+
     Args:
         dim: D.
         codebook_size: L.
