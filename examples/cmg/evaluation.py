@@ -285,17 +285,15 @@ def transfer(
     return scores
 
 
-def directions(scores: Pairs, bounds: Mapping[str, str], within: Pairs | None = None) -> Scores:
+def directions(scores: Pairs, bounds: Mapping[str, str]) -> Scores:
     """Name the directions "source->target" and add their upper bounds.
 
     Args:
         scores: (source, target) -> scores, the same modality twice included.
         bounds: Name of a bound -> the score of (target, target) that it is.
-        within: The scores to take bounds from; `scores` if not given.
     """
-    within = scores if within is None else within
     return {
-        f"{a}->{b}": own | {bound: within[b, b][score] for bound, score in bounds.items()}
+        f"{a}->{b}": own | {bound: scores[b, b][score] for bound, score in bounds.items()}
         for (a, b), own in scores.items()
         if a != b
     }

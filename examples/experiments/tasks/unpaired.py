@@ -13,47 +13,48 @@ import torch
 from torch import Tensor
 
 from cmg.data import TEST, TRAIN, Clips
-from cmg.evaluation import ClipHead, Labelled, Scores, clip_scores, directions, transfer
+from cmg.evaluation import ClipHead, Labelled, Scores, clip_scores, transfer
 
-from .other_set import other_set
+from .sets import away, between_sets, encode
 
 if TYPE_CHECKING:
     from ..run import TrainedRun
 
 
 def classify_unpaired(
-    run: TrainedRun, other: Clips | None = None, classes: Sequence[int] = range(2, 8)
+    run: TrainedRun,
+    first: Clips | None = None,
+    second: Clips | None = None,
+    classes: Sequence[int] = range(2, 8),
 ) -> dict[str, Scores]:
     """The class of a clip, from set to set both ways, in every direction.
 
     Args:
         run: The run.
-        other: A set with its modalities; the digits of another house if not given.
+        first: A set; the run's own clips if not given.
+        second: Another; the digits of another house if not given.
         classes: Those that the sets share.
 
     Returns:
-        {"own->other" and "other->own": {"a->b": "accuracy", "chance", "same_modality" (b in one set
-        to b in the other) and "upper_bound" (b within the set of the test)}}.
+        {"first->second" and "second->first": {"a->b": "accuracy", "chance", and the bounds of
+        `between_sets`}}.
 
     Raises:
-        DataError: The other set does not fit the run.
+        DataError: A set does not fit the run.
     """
-    other = other_set(run, other)
-    other_codes, _ = run.quantize(other.features)
-    own_codes = {name: run.codes[0][name] for name in other_codes}
+    first = run.clips if first is None else first
+    second = away(run) if second is None else second
     shared = torch.tensor(sorted(classes))
+    coded = [(encode(run, clips), clips) for clips in (first, second)]
     train, test = (
-        [_part(own_codes, run.clips, split, shared), _part(other_codes, other, split, shared)]
-        for split in (TRAIN, TEST)
+        [_part(codes, clips, split, shared) for codes, clips in coded] for split in (TRAIN, TEST)
     )
     heads = (ClipHead, clip_scores, len(shared), run.seed)
     found: dict[str, Scores] = {}
-    for way, source, target in (("own->other", 0, 1), ("other->own", 1, 0)):
+    for way, source, target in (("first->second", 0, 1), ("second->first", 1, 0)):
         across = transfer(train[source], test[target], *heads)
         within = transfer(train[target], test[target], *heads)
-        scores = directions(across, {"same_modality": "accuracy"})
-        bounded = directions(across, {"upper_bound": "accuracy"}, within)
-        found[way] = {name: scores[name] | bounded[name] for name in scores}
+        found[way] = between_sets(across, within, "accuracy")
     return found
 
 

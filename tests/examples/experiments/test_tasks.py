@@ -85,6 +85,11 @@ def perfect() -> Stub:
 
 
 @pytest.fixture(scope="module")
+def lost(noise: Stub) -> dict[str, dict[str, float]]:
+    return retrieve(noise)
+
+
+@pytest.fixture(scope="module")
 def noise() -> Stub:
     return Stub(make_clips(1, informed=False))
 
@@ -96,8 +101,8 @@ def test_every_task_gives_plain_numbers_again_and_leaves_the_global_state_alone(
     query_scores = segmentation.query_scores
     monkeypatch.setattr(segmentation, "query_scores", partial(query_scores, steps=2))
     monkeypatch.setattr(segmentation, "scenes", lambda run: (frames, frames))
-    monkeypatch.setattr("experiments.tasks.across_sets.other_set", lambda run, _: run.clips)
-    monkeypatch.setattr("experiments.tasks.unpaired.other_set", lambda run, _: run.clips)
+    for module in ("across_sets", "unpaired"):
+        monkeypatch.setattr(f"experiments.tasks.{module}.away", lambda run: run.clips)
     for name, task in (all_tasks | all_followups).items():
         before = torch.get_rng_state()
         first = task(perfect)
@@ -108,7 +113,7 @@ def test_every_task_gives_plain_numbers_again_and_leaves_the_global_state_alone(
 
 
 def test_perfect_codes_find_every_event_of_another_set(perfect: Stub) -> None:
-    scores = localize_across(perfect, make_clips(2))
+    scores = localize_across(perfect, target=make_clips(2))
     assert set(scores) == WAYS
     for way in scores.values():
         perfectly = {key: way[key] for key in ("segment_f1", "same_modality", "upper_bound")}
@@ -117,7 +122,7 @@ def test_perfect_codes_find_every_event_of_another_set(perfect: Stub) -> None:
 
 
 def test_noise_finds_no_more_events_of_another_set_than_chance(noise: Stub) -> None:
-    for way in localize_across(noise, make_clips(2, informed=False)).values():
+    for way in localize_across(noise, target=make_clips(2, informed=False)).values():
         assert way["segment_f1"] < way["chance_f1"] + 0.1
 
 
@@ -126,14 +131,14 @@ def test_another_set_is_measured_by_its_own_encodings(perfect: Stub) -> None:
     turned = dataclasses.replace(
         turned, features={name: x.roll(3, -1) for name, x in turned.features.items()}
     )
-    for way in localize_across(perfect, turned).values():
+    for way in localize_across(perfect, target=turned).values():
         assert way["segment_f1"] < 0.6
         assert way["upper_bound"] == 1.0
 
 
 def test_perfect_codes_name_clips_of_shared_classes_both_ways(perfect: Stub) -> None:
-    scores = classify_unpaired(perfect, make_clips(2), classes=(1, 3))
-    assert set(scores) == {"own->other", "other->own"}
+    scores = classify_unpaired(perfect, second=make_clips(2), classes=(1, 3))
+    assert set(scores) == {"first->second", "second->first"}
     for block in scores.values():
         assert set(block) == WAYS
         for way in block.values():
@@ -146,7 +151,9 @@ def test_perfect_codes_name_clips_of_shared_classes_both_ways(perfect: Stub) -> 
 
 
 def test_noise_names_clips_by_chance(noise: Stub) -> None:
-    for block in classify_unpaired(noise, make_clips(2, informed=False), classes=range(4)).values():
+    for block in classify_unpaired(
+        noise, second=make_clips(2, informed=False), classes=range(4)
+    ).values():
         mean = sum(way["accuracy"] for way in block.values()) / len(block)
         assert mean == pytest.approx(0.25, abs=0.11)  # 80 clips: 0.048 each, 2.3 of them
 
@@ -155,10 +162,23 @@ def test_sets_that_do_not_fit_are_refused(perfect: Stub) -> None:
     other = make_clips(2)
     wide = dataclasses.replace(other, features=other.features | {"text": torch.zeros(240, T, 9)})
     with pytest.raises(DataError, match=r"text: .* shape \[4, 8\]; came \[4, 9\]"):
-        localize_across(perfect, wide)
-    alone = dataclasses.replace(other, features={"text": other.features["text"]})
-    with pytest.raises(DataError, match="two of the run's modalities"):
-        classify_unpaired(perfect, alone)
+        localize_across(perfect, target=wide)
+    strange = dataclasses.replace(other, features={"smell": other.features["text"]})
+    with pytest.raises(DataError, match=r"modalities of the run \(audio video text\); came smell"):
+        classify_unpaired(perfect, second=strange)
+
+
+def test_sets_of_one_modality_each_are_enough(perfect: Stub) -> None:
+    """As UCF has video and VGGSound has sound; neither is what the run was trained on."""
+    seen, heard = (
+        dataclasses.replace(clips, features={name: clips.features[name]})
+        for clips, name in ((make_clips(2), "video"), (make_clips(3), "audio"))
+    )
+    perfectly = {"accuracy": 1.0, "chance": 0.5, "upper_bound": 1.0}
+    assert classify_unpaired(perfect, seen, heard, (0, 2)) == {
+        "first->second": {"video->audio": perfectly},
+        "second->first": {"audio->video": perfectly},
+    }
 
 
 def test_recall_by_hand() -> None:
@@ -181,17 +201,34 @@ def test_ties_are_no_hits() -> None:
     assert recall(torch.ones(20, 20))["r10"] == 0.0
 
 
-def test_retrieval_follows_what_queries_tell(noise: Stub) -> None:
+def test_retrieval_follows_what_queries_tell(
+    noise: Stub, lost: dict[str, dict[str, float]]
+) -> None:
     """Codes that tell clips apart find their audio; codes of noise do not."""
     clips = noise.clips
     clear = dataclasses.replace(clips, features=dict.fromkeys(NAMES, clips.features["audio"]))
-    found, lost = retrieve(Stub(clear)), retrieve(noise)
+    found = retrieve(Stub(clear))
     assert set(found) == set(lost) == {"video->text", "text->video"}
     for way in found.values():
         assert way["r5"] == way["upper_bound_r5"] > 0.8
         assert way["chance_r5"] == 5 / 80
     for way in lost.values():
         assert way["r10"] < 0.3  # chance is 0.125, a standard error 0.037
+
+
+def test_the_gallery_may_be_of_a_modality_that_the_run_does_not_know(
+    noise: Stub, lost: dict[str, dict[str, float]]
+) -> None:
+    class Two(Stub):
+        @property
+        def config(self) -> Any:
+            return SimpleNamespace(shapes=dict.fromkeys(("video", "text")))
+
+        @property
+        def codes(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+            return self.quantize({name: self.clips.features[name] for name in self.config.shapes})
+
+    assert retrieve(Two(noise.clips)) == lost
 
 
 def test_retrieval_needs_two_queries_and_a_gallery(perfect: Stub) -> None:
