@@ -2,6 +2,7 @@
 
     python examples/cmg_experiments.py                           run what has no result yet
     python examples/cmg_experiments.py --only uni-code baseline  some experiments; --list names all
+    python examples/cmg_experiments.py --evaluate                more tasks on the stored models
     python examples/cmg_experiments.py --report                  pages and pictures from the results
 
 An experiment with a seed is a run and one JSON file in --results; an interrupted matrix goes on
@@ -20,7 +21,7 @@ from cmg_pretrain import natural, positive
 from cmg.errors import DataError
 from experiments.matrix import EXPERIMENTS
 from experiments.report import write_report
-from experiments.runner import pick, run_missing
+from experiments.runner import evaluate_missing, pick, run_missing
 
 DOCS = Path(__file__).parents[1] / "docs" / "experiments"
 
@@ -34,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.report:
             write_report(args.results, args.docs)
         else:
+            work = evaluate_missing if args.evaluate else run_missing
             chosen = pick(args.only, args.scale)
-            run_missing(chosen, args.seeds, args.results, args.runs, args.jobs)
+            work(chosen, args.seeds, args.results, args.runs, args.jobs)
     except (DataError, OSError) as error:
         print(f"cmg_experiments: {error}", file=sys.stderr)
         return 2
@@ -51,6 +53,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=natural, default=[0, 1, 2], metavar="S")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all epochs")
     parser.add_argument("--jobs", type=positive, default=1, help="processes at a time")
+    parser.add_argument("--evaluate", action="store_true", help="more tasks on stored models")
     parser.add_argument("--report", action="store_true", help="write --docs from --results")
     parser.add_argument("--results", type=Path, default=DOCS / "results", metavar="DIR")
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), metavar="DIR")

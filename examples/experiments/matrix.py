@@ -99,4 +99,11 @@ EVALUATED: dict[str, tuple[str, ...]] = {  # task -> the experiments whose model
     "unpaired": TABLE_3,
     "segmentation": ("avt-baseline", "avt"),  # Table 4
     "retrieval": ("avt-baseline", "avt"),  # Table 5
+    "channels": ("avt",),
+    "open_set": ("avt",),
 }
+
+
+def tasks_of(experiment: Experiment) -> list[str]:
+    """The tasks that score its models once they are stored."""
+    return [task for task, names in EVALUATED.items() if experiment.name in names]

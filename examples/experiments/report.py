@@ -51,7 +51,7 @@ def write_report(folder: Path, docs: Path) -> None:
         _codes(results, docs),
         _questions(results),
         _modalities(results),
-        *task_sections(results),
+        *task_sections(results, folder, docs),
     ]
     text = "\n\n".join(section for section in sections if section)
     write_atomic(docs / "index.md", f"{text}\n".encode())

@@ -1,9 +1,11 @@
-"""The tables of the tasks on stored models: other data sets, segmentation, retrieval."""
+"""The tables of the tasks on stored models: other sets, segmentation, retrieval, follow-ups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os.path import relpath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from .matrix import EVALUATED
 from .paper import OTHER_SETS, RETRIEVAL, SEGMENTATION, Row
 from .results import Estimate, Results
-from .tables import comparison
+from .tables import comparison, title
 
 Read = Callable[[Mapping[str, Any]], float]  # one number out of a result's "tasks"
 
@@ -90,9 +92,55 @@ TABLES = (
 )
 
 
-def task_sections(results: Results) -> list[str]:
-    """A section for every table that has results."""
-    return [section for table in TABLES if (section := _section(results, table))]
+def _mean(task: str, key: str) -> Read:
+    """The mean over the directions of a task."""
+
+    def read(tasks: Mapping[str, Any]) -> float:
+        ways = tasks[task].get("classification", tasks[task])
+        return float(np.mean([way[key] for way in ways.values()]))
+
+    return read
+
+
+FOLLOW_UPS = TaskTable(
+    "Follow-ups",
+    "Later ideas of the same authors (`examples/experiments/followups`), means of all directions: "
+    "clip accuracy with half of the codes' channels, chosen without training or at random; and the "
+    "H-score of naming known classes and refusing unknown ones, the threshold chosen on training "
+    "clips.",
+    ("channels", "open_set"),
+    {
+        "all channels": _mean("channels", "all"),
+        "half, chosen": _mean("channels", "selected"),
+        "half, at random": _mean("channels", "random"),
+        "H-score": _mean("open_set", "h_score"),
+        "same-modality bound": _mean("open_set", "upper_bound"),
+        "chance": _mean("open_set", "chance"),
+    },
+    {},
+)
+
+
+def task_sections(results: Results, folder: Path, docs: Path) -> list[str]:
+    """A section for every table that has results, Fig. 5 after Table 4, and the follow-ups."""
+    sections = [_section(results, table) for table in TABLES]
+    sections.insert(2, _pictures(folder, docs))
+    sections.append(_section(results, FOLLOW_UPS))
+    return [section for section in sections if section]
+
+
+def _pictures(folder: Path, docs: Path) -> str:
+    """The pictures that `--evaluate` left beside the results."""
+    parts = [
+        f"**{title(name)}**\n\n![Masks of {name}]({relpath(path, docs)})"
+        for name in EVALUATED["segmentation"]
+        for path in sorted(folder.glob(f"{name}-seed*.png"))
+    ]
+    heading = (
+        "## Fig. 5: masks\n\nFrames of the test, evenly spread over it, under the digit that is "
+        "asked for; learned with the first modality's codes, asked with the second's."
+    )
+    return "\n\n".join([heading, *parts]) if parts else ""
 
 
 def _section(results: Results, table: TaskTable) -> str:
@@ -105,5 +153,5 @@ def _section(results: Results, table: TaskTable) -> str:
     if not rows:
         return ""
     columns = tuple(table.columns)
-    body = comparison(rows, columns, table.paper, columns[:4])
+    body = comparison(rows, columns, table.paper, columns[:4] if table.paper else ())
     return f"## {table.title}\n\n{table.text}\n\n{body}"

@@ -13,8 +13,8 @@ from typing import Any
 from cmg.errors import DataError
 from cmg.files import make_writable
 
-from .matrix import EXPERIMENTS, Experiment
-from .train import identity, read_result, run_name, train
+from .matrix import EXPERIMENTS, Experiment, tasks_of
+from .train import evaluate_stored, identity, read_result, run_name, train
 
 
 def pick(names: Sequence[str] | None, scale: float) -> list[Experiment]:
@@ -49,6 +49,24 @@ def run_missing(
     total, left = len(experiments) * len(seeds), sum(map(len, missing.values()))
     print(f"{total - left} of {total} runs are done; {left} to go", flush=True)
     calls = {e.name: (train, e, todo, results, runs) for e, todo in missing.items() if todo}
+    _in_processes(calls, jobs)
+
+
+def evaluate_missing(
+    experiments: Sequence[Experiment], seeds: Sequence[int], results: Path, runs: Path, jobs: int
+) -> None:
+    """Score stored models on the tasks that their results lack.
+
+    Raises:
+        DataError: Some experiments failed, for example since there is no model of them.
+    """
+    calls = {}
+    for experiment in experiments:
+        wanted = set(tasks_of(experiment))
+        paths = {seed: results / f"{run_name(experiment, seed)}.json" for seed in seeds}
+        scored = {seed: set(read_result(path).get("tasks", ())) for seed, path in paths.items()}
+        if todo := [seed for seed in seeds if not wanted <= scored[seed]]:
+            calls[experiment.name] = (evaluate_stored, experiment, todo, results, runs)
     _in_processes(calls, jobs)
 
 

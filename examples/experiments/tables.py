@@ -24,12 +24,17 @@ def comparison(
     paper_columns: Sequence[str],
 ) -> str:
     """Estimates of experiments and what the paper has for them, empty where it has nothing."""
+    theirs = [f"paper: {name}" if n == 0 else name for n, name in enumerate(paper_columns)]
     lines = [
-        [title(name), *(f"{x:.2f}" for x in found), *_numbers(paper.get(name))]
+        [
+            title(name),
+            *(f"{x:.2f}" for x in found),
+            *(f"{x:.1f}" for x in paper.get(name, ())),
+            *([""] * len(theirs) if name not in paper else ()),
+        ]
         for name, found in rows.items()
     ]
-    first, *others = paper_columns
-    return table(("", *columns, f"paper: {first}", *others), lines)
+    return table(("", *columns, *theirs), lines)
 
 
 def title(name: str) -> str:
@@ -40,7 +45,3 @@ def title(name: str) -> str:
     if name.startswith("dcid-"):
         return f"DCID+{SYSTEMS[name.removeprefix('dcid-')]}"
     return _NAMES.get(name, name)
-
-
-def _numbers(row: Row | None) -> list[str]:
-    return [""] * 4 if row is None else [f"{x:.1f}" for x in row]

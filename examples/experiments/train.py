@@ -23,8 +23,12 @@ from cmg.standardize import Standardizer
 from cmg.training import CHECKPOINT, Recipe, Trainer
 
 from . import data
-from .matrix import CLIPS, Experiment
+from .followups import all_followups
+from .matrix import CLIPS, Experiment, tasks_of
+from .run import TrainedRun
 from .systems import build
+from .tasks import all_tasks
+from .tasks.picture import draw_segmentation
 
 ALIGNMENT = 1.0  # weight of a system's own objective
 
@@ -93,6 +97,23 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
         }
         save_model(runs / name, state, config.json())
         write_result(results / f"{name}.json", result)
+
+
+def evaluate_stored(
+    experiment: Experiment, seeds: Sequence[int], results: Path, runs: Path
+) -> None:
+    """Score stored models on more tasks; of those that segment, draw how the first one does."""
+    torch.set_num_threads(1)
+    clips, names = data.load(experiment), tasks_of(experiment)
+    tasks = all_tasks | all_followups
+    for seed in seeds:
+        name = run_name(experiment, seed)
+        run = TrainedRun.load(runs / name, clips, seed)
+        scores = {task: tasks[task](run) for task in names}
+        path = results / f"{name}.json"
+        write_result(path, read_result(path) | {"tasks": scores})
+        if "segmentation" in names and seed == seeds[0]:
+            draw_segmentation(run, results / f"{name}.png")
 
 
 def _code_map(codebook: Tensor, indices: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -129,6 +129,10 @@ def test_the_tables_of_tasks_appear_with_their_scores(folder: Path) -> None:
     assert f"| full model | {half} | {half} | {third} | {third} | 53.0 | 52.4 | 67.1" in page
     assert "## Table 5" in page
     assert "## Table 4" not in page  # nothing was segmented
+    assert "## Fig. 5" not in page
+    (folder / "results" / "avt-seed0.png").touch()
+    write_report(folder / "results", folder / "docs")
+    assert "(../results/avt-seed0.png)" in (folder / "docs" / "index.md").read_text()
 
 
 def test_claims_name_experiments_and_the_papers_numbers() -> None:

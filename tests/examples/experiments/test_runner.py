@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cmg_experiments
 import pytest
@@ -14,7 +15,7 @@ from cmg.checkpoint import load_model
 from cmg.data import load_clips
 from cmg.errors import DataError
 from experiments import runner
-from experiments.matrix import EXPERIMENTS, Experiment
+from experiments.matrix import EVALUATED, EXPERIMENTS, Experiment
 from experiments.results import read_results
 from experiments.run import TrainedRun
 from experiments.train import identity, read_result, train
@@ -75,6 +76,29 @@ def test_what_is_done_is_not_done_again(
     for other in (replace(good, epochs=2), replace(good, clips=60)):
         assert not runner.is_done(other, 0, tmp_path / "results")
     assert not runner.is_done(good, 2, tmp_path / "results")
+
+
+def test_stored_models_are_scored_on_the_tasks_that_their_results_lack(
+    clips_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = small("avt-without-cpc", clips_path)
+    places = (tmp_path / "results", tmp_path / "runs")
+    train(experiment, [0, 1], *places)
+    before = read_result(places[0] / "avt-without-cpc-seed1.json")
+    fake = {name: lambda run: {"codes": len(run.codes[0])} for name in EVALUATED}
+    monkeypatch.setattr("experiments.train.all_tasks", fake)
+    monkeypatch.setattr("experiments.train.all_followups", {})
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(runner, "_in_processes", lambda made, jobs: calls.extend(made.values()))
+    runner.evaluate_missing([experiment, small("uni-code", clips_path)], [0, 1], *places, jobs=1)
+    ((function, *arguments),) = calls  # nothing more is asked of Uni-Code
+    function(*arguments)
+    after = read_result(places[0] / "avt-without-cpc-seed1.json")
+    scored = {"across_sets": {"codes": 3}, "unpaired": {"codes": 3}}
+    assert after == before | {"tasks": scored}
+    calls.clear()
+    runner.evaluate_missing([experiment], [0, 1], *places, jobs=1)
+    assert calls == []
 
 
 def test_the_command_line_names_what_it_does_not_know(
