@@ -135,7 +135,7 @@ def check_features(
         else:
             valid[name] = mask[:, None] if flat else mask
     batches = {name: x.shape[0] for name, x in z.items()}
-    if len(set(batches.values())) > 1:
+    if _differ(batches):
         raise ValueError(
             message(
                 where,
@@ -150,7 +150,7 @@ def check_features(
 def check_same_length(where: str, features: Mapping[str, Tensor]) -> None:
     """All modalities have the same T."""
     lengths = {name: x.shape[1] for name, x in features.items()}
-    if len(set(lengths.values())) > 1:
+    if _differ(lengths):
         raise ValueError(
             message(
                 where,
@@ -175,6 +175,11 @@ def check_finite(where: str, **tensors: Tensor) -> None:
                     **{name: x},
                 )
             )
+
+
+def _differ(sizes: Mapping[str, int]) -> bool:
+    first, *rest = sizes.values()  # a set would hash them, which compiles a graph for each size
+    return any(size != first for size in rest)
 
 
 def _check_names(

@@ -119,7 +119,11 @@ class CLUBEstimator(Pretrained):
         mu, logvar = self.posterior(x)
         if self.negatives == "all":
             return F.club(mu, logvar, y, mask, batch=self._batch(y))
-        order = torch.randperm(len(y), generator=generator, device=y.device)
+        B, device = y.shape[0], y.device
+        if generator is None:  # as an argument, None would compile a graph for each B
+            order = torch.randperm(B, device=device)
+        else:
+            order = torch.randperm(B, generator=generator, device=device)
         return F.club_shuffled(mu, logvar, y, order, mask)
 
     def log_likelihood(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:

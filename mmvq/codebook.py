@@ -190,6 +190,9 @@ class EMACodebook(Pretrained):
             indices: int64 `[...]`, the code each goes to; -1 leaves the row out.
             groups: int64 `[...]`, the group of each row; None: all of group 0.
 
+        Inside a backward pass, where activation checkpointing runs a forward pass again, nothing
+        is added: its rows were, the first time.
+
         Raises:
             ValueError: shapes that do not fit.
         """
@@ -203,6 +206,8 @@ class EMACodebook(Pretrained):
                     indices=indices,
                 )
             )
+        if recomputing():
+            return
         self.match_dtype(values.dtype)
         groups = torch.zeros_like(indices) if groups is None else groups
         values, indices, groups = values.flatten(0, -2), indices.flatten(), groups.flatten()
@@ -322,6 +327,11 @@ def _certainly_none(mask: Tensor) -> bool:
     """Whether no entry is True; False also where a device or a graph would have to wait for it."""
     waits = mask.device.type != "cpu" or torch.compiler.is_compiling()
     return not waits and not mask.any()
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is under way, so that a forward pass is one of checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def update_codebooks(modules: nn.Module | Iterable[nn.Module]) -> None:

@@ -21,7 +21,7 @@ from mmvq.checks import (
     check_same_length,
     message,
 )
-from mmvq.codebook import EMACodebook, Init, ResetRule
+from mmvq.codebook import EMACodebook, Init, ResetRule, recomputing
 from mmvq.losses import CrossModalCommitmentLoss
 from mmvq.pretrained import Pretrained
 
@@ -95,7 +95,9 @@ class MultiModalEMAQuantizer(Pretrained):
         commitment: the loss, called with (features, codes, masks); None makes it exactly 0.
         gradient: `"straight_through"`, or `"rotation"` (Fifty et al. 2024).
         update: `"auto"` moves the codebook at the end of each training forward; `"manual"`
-            accumulates until `update_codebook()`: k micro-batches then equal one batch.
+            accumulates until `update_codebook()`: k micro-batches then equal one batch, and
+            activation checkpointing, which repeats the forward pass in the backward pass, finds
+            the codes it had. Call it after `backward`.
         process_group: the ranks that share the codebook; None is the default group.
 
     Raises:
@@ -179,9 +181,10 @@ class MultiModalEMAQuantizer(Pretrained):
         """Quantize a batch; in training mode, also move the codebook.
 
         Args:
-            features: name -> `[B, T, D]` (or `[B, D]`, which is T = 1), any float dtype, for any
-                non-empty subset of the modalities. T may differ, unless the partner is `"aligned"`
-                or the commitment has a cross term.
+            features: name -> `[B, T, D]` (or `[B, D]`, which is T = 1), any float dtype (they may
+                differ; the codebook computes in the widest), for any non-empty subset of the
+                modalities. T may differ, unless the partner is `"aligned"` or the commitment has
+                a cross term.
             masks: name -> bool `[B, T]`, True = valid. What lies under a False is never read.
             freeze: leave the codebook as it is.
 
@@ -199,7 +202,7 @@ class MultiModalEMAQuantizer(Pretrained):
         check_finite(where, **z)
         if self.partner == "aligned":
             check_same_length(where, z)
-        updating = self.training and not freeze
+        updating = self.training and not freeze and not recomputing()
 
         rows = _flat(z)  # [N, D], of all modalities
         if updating:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -71,7 +71,32 @@ def require(where: str, backend: str, *tensors: Tensor) -> None:
 
 def through_operator(backend: str, x: Tensor) -> bool:
     """Whether an operation on `x` goes through its custom operator."""
-    return backend != "torch" and (x.device.type == "cuda" or torch.compiler.is_compiling())
+    traced = torch.compiler.is_compiling() or transformed()
+    return backend != "torch" and (x.device.type == "cuda" or traced)
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, so that a tensor may be a batch of them."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def one_after_another(operator: Any) -> None:
+    """Teach an operator `torch.vmap`: it is called for each slice in turn, and the results stacked.
+
+    A batch of rows, which it takes at once anyway, is the faster way where the codebook is one.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        slices = (
+            [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]
+            for i in range(info.batch_size)
+        )
+        outs = [operator(*each) for each in slices]
+        if isinstance(outs[0], Tensor):
+            return torch.stack(outs), 0
+        return tuple(map(torch.stack, zip(*outs, strict=True))), (0,) * len(outs[0])
+
+    operator.register_vmap(rule)
 
 
 def runs_triton(*tensors: Tensor) -> bool:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmvq_kernels.backends import Backend, require, runs_triton
+from mmvq_kernels.backends import (
+    Backend,
+    one_after_another,
+    require,
+    runs_triton,
+    through_operator,
+    transformed,
+)
 from mmvq_kernels.messages import message
 
 _BLOCK_BYTES = 1 << 25  # of distances held at a time, of one clip at least
@@ -54,31 +61,44 @@ def code_log_probabilities(
     valid = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask  # [B, T]
     x = torch.where(valid[..., None], x, 0)
     used = valid | ~valid.any(1, keepdim=True)
-    if backend == "torch" or x.device.type != "cuda" or torch.float64 in (x.dtype, codebook.dtype):
-        log_p: Tensor = _LogProbabilities.apply(x, codebook, used)  # type: ignore[no-untyped-call]
-        return log_p
-    log_p = _code_log_probabilities(x, codebook, used)[0]
+    if transformed() or not through_operator(backend, x):
+        run: Any = _LogProbabilities.apply
+    else:
+        run = _code_log_probabilities
+    log_p: Tensor = run(x, codebook, used)[0]
     return log_p
 
 
 class _LogProbabilities(torch.autograd.Function):
-    """The torch path, a few clips at a time; backward computes their distances anew."""
+    """The torch path, a few clips at a time; backward computes their distances anew.
+
+    Inside `torch.vmap` it calls the operators, which know how to go through a batch of tensors.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, codebook: Tensor, used: Tensor) -> Tensor:
-        return _log_probabilities_torch(x, codebook, used)
+    def forward(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+        return (_code_log_probabilities if transformed() else _forward_torch)(x, codebook, used)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
         of_codes: bool = ctx.needs_input_grad[1]
-        x, codebook, used, log_p = ctx.saved_tensors
-        of_x, of_codebook = _backward_torch(grad, x, codebook, used, log_p, of_codes)
+        run: Any = _backward if transformed() else _backward_torch
+        of_x, of_codebook = run(grad, *ctx.saved_tensors, of_codes)
         return of_x, of_codebook if of_codes else None, None
+
+
+def _forward_torch(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """`ln P`, and the normalizers that the Triton kernel gives to its backward: here, zeros."""
+    log_p = _log_probabilities_torch(x, codebook, used)
+    return log_p, x.new_zeros(x.shape[:2], dtype=torch.float32)
 
 
 def _log_probabilities_torch(x: Tensor, codebook: Tensor, used: Tensor) -> Tensor:
@@ -119,17 +139,13 @@ def _blocks(x: Tensor, codes: Tensor) -> Iterator[slice]:
 
 @torch.library.custom_op("mmvq::code_log_probabilities", mutates_args=())
 def _code_log_probabilities(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    return _log_probabilities_torch(x, codebook, used), x.new_zeros(
-        x.shape[:2], dtype=torch.float32
-    )
+    return _forward_torch(x, codebook, used)
 
 
 @_code_log_probabilities.register_kernel("cuda")
 def _(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     if not runs_triton(x, codebook):
-        return _log_probabilities_torch(x, codebook, used), x.new_zeros(
-            x.shape[:2], dtype=torch.float32
-        )
+        return _forward_torch(x, codebook, used)
     from mmvq_kernels.gpu.distribution import forward
 
     return forward(x, codebook, used)
@@ -142,6 +158,9 @@ def _(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     return log_p, x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
+one_after_another(_code_log_probabilities)
+
+
 @torch.library.custom_op("mmvq::code_log_probabilities_backward", mutates_args=())
 def _backward(
     grad: Tensor,
@@ -152,7 +171,7 @@ def _backward(
     normalizers: Tensor,
     of_codes: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _backward_torch(grad, x, codebook, used, log_p, of_codes)
+    return _backward_torch(grad, x, codebook, used, log_p, normalizers, of_codes)
 
 
 @_backward.register_kernel("cuda")
@@ -166,7 +185,7 @@ def _(
     of_codes: bool,
 ) -> tuple[Tensor, Tensor]:
     if not runs_triton(x, codebook):
-        return _backward_torch(grad, x, codebook, used, log_p, of_codes)
+        return _backward_torch(grad, x, codebook, used, log_p, normalizers, of_codes)
     from mmvq_kernels.gpu.distribution import backward
 
     of_x, of_codebook = backward(grad, x, codebook, used, log_p, normalizers, of_codes)
@@ -186,8 +205,17 @@ def _(
     return torch.empty_like(x), codebook.new_empty(codebook.shape if of_codes else 0)
 
 
+one_after_another(_backward)
+
+
 def _backward_torch(
-    grad: Tensor, x: Tensor, codebook: Tensor, used: Tensor, log_p: Tensor, of_codes: bool
+    grad: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    used: Tensor,
+    log_p: Tensor,
+    normalizers: Tensor,
+    of_codes: bool,
 ) -> tuple[Tensor, Tensor]:
     x_dtype, (x, codes) = x.dtype, _centre(x, codebook)
     norms = codes.square().sum(-1)
@@ -208,17 +236,13 @@ def _backward_torch(
     return of_x.to(x_dtype), of_codebook.to(codebook.dtype) if of_codes else codebook.new_empty(0)
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
     of_codes: bool = ctx.needs_input_grad[1]
     of_x, of_codebook = _backward(grad, *ctx.saved_tensors, of_codes)
     return of_x, of_codebook if of_codes else None, None
 
 
+_setup = _LogProbabilities.setup_context
 _code_log_probabilities.register_autograd(_differentiate, setup_context=_setup)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from mmvq_kernels.backends import Backend, require, runs_triton, through_operator
+from mmvq_kernels.backends import Backend, one_after_another, require, runs_triton, through_operator
 from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
 
@@ -88,6 +88,9 @@ def _(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
 @_nearest_code.register_fake
 def _(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.long)
+
+
+one_after_another(_nearest_code)
 
 
 def _search_torch(x: Tensor, codebook: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvq_kernels.backends import Backend, require, runs_triton, through_operator
+from mmvq_kernels.backends import Backend, one_after_another, require, runs_triton, through_operator
 from mmvq_kernels.messages import message
 
 
@@ -107,6 +107,9 @@ def _(
     dtype = torch.promote_types(values.dtype, torch.float32)
     counts = values.new_empty((num_groups, num_codes), dtype=dtype)
     return counts, values.new_empty((num_codes, values.shape[1]), dtype=dtype)
+
+
+one_after_another(_code_statistics)
 
 
 def _code_statistics_torch(

@@ -92,6 +92,8 @@ def code_matching(
 
 def _similarity(log_p: Tensor, log_q: Tensor) -> Tensor:
     """S of each row of `[N, L]` and each of `[C, L]`."""
+    dtype = torch.promote_types(log_p.dtype, log_q.dtype)
+    log_p, log_q = log_p.to(dtype), log_q.to(dtype)
     with torch.autocast(log_p.device.type, enabled=False):
         return log_p.exp() @ log_q.T + log_p @ log_q.exp().T
 

@@ -1,0 +1,114 @@
+"""Codes in ONNX: `encode` and `decode` of a quantizer, or the search inside a model of your own.
+
+Needs the extra `mmvq[onnx]`; torch.onnx imports it when it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmvq.checks import check_choice
+from mmvq.quantizer import MultiModalEMAQuantizer
+
+__all__ = ["export", "translation_table"]
+
+
+def export(
+    quantizer: MultiModalEMAQuantizer,
+    path: str | Path,
+    method: Literal["encode", "decode"] = "encode",
+) -> None:
+    """Write one method of a quantizer as an ONNX model, with the codes as they are now.
+
+    `"encode"` has the input `x`, float32 `[N, D]` (float64 if the codes are), and the output
+    `indices`, int64 `[N]`; `"decode"` the reverse, with zeros for -1. Any N. Where two codes are
+    nearest, the model takes the lowest index, as the quantizer does; where they differ by the
+    rounding of a product in float32 it may take the other.
+
+    Args:
+        quantizer: any mode; nothing in it is changed.
+        path: the file to write.
+        method: `"encode"` or `"decode"`.
+
+    Raises:
+        ValueError: an unknown method.
+        ImportError: onnx or onnxscript is missing.
+    """
+    check_choice("mmvq.onnx.export", ("encode", "decode"), method=method)
+    codes = quantizer.codebook
+    names, example = ["x", "indices"], codes[:1].repeat(2, 1)
+    if method == "decode":
+        names, example = ["indices", "codes"], torch.zeros(2, dtype=torch.long, device=codes.device)
+    torch.onnx.export(
+        _Method(quantizer, method),
+        (example,),
+        path,
+        input_names=names[:1],
+        output_names=names[1:],
+        dynamic_shapes=({0: torch.export.Dim("N")},),
+        custom_translation_table=translation_table(),
+        dynamo=True,
+        verbose=False,
+    )
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For `torch.onnx.export(model, ..., dynamo=True, custom_translation_table=...)`.
+
+    Lets a model that calls `encode`, or a quantizer itself in eval mode, become ONNX. The search is
+    that of `mmvq_kernels.nearest_code` in plain operators, with all `[N, L]` scores at a time.
+
+    Raises:
+        ImportError: onnxscript is missing.
+    """
+    return {torch.ops.mmvq.nearest_code.default: _nearest_code}
+
+
+class _Method(nn.Module):
+    def __init__(self, quantizer: MultiModalEMAQuantizer, method: str) -> None:
+        super().__init__()
+        self.quantizer, self.method = quantizer, method
+        self.training = False  # of this module alone: neither method asks for the mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = getattr(self.quantizer, self.method)(x)
+        return out
+
+
+def _nearest_code(x: Any, codebook: Any, fast: bool = False) -> Any:
+    """`h - x . e'` over centred codes, its lowest argument; see `mmvq_kernels.nearest`."""
+    import onnx_ir as ir
+    from onnxscript import opset18
+
+    op: Any = opset18
+    wide = ir.DataType.DOUBLE in (x.dtype, codebook.dtype)
+    dtype = ir.DataType.DOUBLE if wide else ir.DataType.FLOAT
+    x, codes = op.Cast(x, to=dtype), op.Cast(codebook, to=dtype)
+
+    def number(value: float) -> Any:
+        return op.CastLike(op.Constant(value_float=value), codes)
+
+    last = op.Constant(value_ints=[-1])
+    mean = op.ReduceMean(codes, op.Constant(value_ints=[0]), keepdims=1)
+    spread = op.ReduceMax(op.Abs(op.Sub(codes, mean)), keepdims=0)
+    exponent = op.Floor(op.Div(op.Log(spread), number(math.log(2))))
+    step = op.Pow(number(2.0), op.Sub(exponent, number(3.0)))
+    rounded = op.Mul(op.Round(op.Div(mean, step)), step)
+    mean = op.Where(op.Greater(spread, number(0.0)), rounded, mean)
+    centred = op.Sub(codes, mean)
+    norms = op.ReduceSum(op.Mul(op.Add(codes, mean), centred), last, keepdims=0)  # [L]
+    product = op.MatMul(x, op.Transpose(centred, perm=[1, 0]))
+    scores = op.Sub(op.Div(norms, number(2.0)), product)  # [N, L]
+    best = op.ReduceMin(scores, last, keepdims=0)
+    unfit = op.ReduceMax(op.Cast(op.IsNaN(scores), to=ir.DataType.INT32), last, keepdims=0)
+    fit = op.Not(op.Or(op.Cast(unfit, to=ir.DataType.BOOL), op.IsInf(best)))
+    chosen = op.ArgMin(scores, axis=1, keepdims=0)
+    _, rows, copies, _ = op.Unique(codes, axis=0)  # the scores of equal codes may differ in a bit
+    lowest = op.Gather(op.Gather(rows, copies), chosen)
+    return op.Where(fit, lowest, op.Constant(value_int=0))
