@@ -107,7 +107,7 @@ class EMACodebook(Pretrained):
             )
         voters = torch.zeros(groups, dtype=torch.bool)
         voters[list(sources)] = True
-        self._all_vote = bool(voters.all())
+        self._all_vote = set(sources) == set(range(groups))
         self.register_buffer("codes", codes)
         self.register_buffer("sums", codes.clone())
         self.register_buffer("counts", torch.ones(size, dtype=dtype))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmvq.checks import check_choice
+from mmvq.checks import check_choice, message
 from mmvq.quantizer import MultiModalEMAQuantizer
 
 __all__ = ["export", "translation_table"]
@@ -65,8 +66,13 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     that of `mmvq_kernels.nearest_code` in plain operators, with all `[N, L]` scores at a time.
 
     Raises:
-        ImportError: onnxscript is missing.
+        ImportError: onnx or onnxscript is missing.
     """
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        rule = "ONNX needs onnx and onnxscript"
+        hint = "pip install 'mmvq[onnx]'"
+        raise ImportError(message("mmvq.onnx", rule, hint=hint, missing=missing))
     return {torch.ops.mmvq.nearest_code.default: _nearest_code}
 
 

@@ -53,9 +53,16 @@ def ema_update_(
     """
     _check(codes, sums, counts, batch_sums, batch_counts, dead, replacement)
     require("ema_update_", backend, codes, sums, counts)
-    args = codes, sums, counts, batch_sums, batch_counts, decay, eps, dead, replacement
+    rest = batch_sums, batch_counts, decay, eps, dead, replacement
+    state = codes, sums, counts
     with torch.no_grad():
-        (_ema_update if through_operator(backend, codes) else _ema_update_torch)(*args)
+        if not through_operator(backend, codes):
+            _ema_update_torch(*state, *rest)
+        elif not torch.compiler.is_compiling():
+            _ema_update(*state, *rest)
+        else:
+            for old, new in zip(state, _ema_updated(*state, *rest), strict=True):
+                old.copy_(new)
 
 
 @torch.library.custom_op("mmvq::ema_update_", mutates_args=("codes", "sums", "counts"))
@@ -106,6 +113,42 @@ def _(
     replacement: Tensor | None,
 ) -> None:
     return None
+
+
+@torch.library.custom_op("mmvq::ema_update", mutates_args=())
+def _ema_updated(
+    codes: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    batch_sums: Tensor,
+    batch_counts: Tensor,
+    decay: float,
+    eps: float,
+    dead: Tensor | None,
+    replacement: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a compiled graph holds: inductor lets reads slip behind an operator that writes.
+
+    Seen in torch 2.13: a code that was read before the update came out as it was after.
+    """
+    moved = codes.clone(), sums.clone(), counts.clone()
+    _ema_update(*moved, batch_sums, batch_counts, decay, eps, dead, replacement)
+    return moved
+
+
+@_ema_updated.register_fake
+def _(
+    codes: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    batch_sums: Tensor,
+    batch_counts: Tensor,
+    decay: float,
+    eps: float,
+    dead: Tensor | None,
+    replacement: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(codes), torch.empty_like(sums), torch.empty_like(counts)
 
 
 def _ema_update_torch(

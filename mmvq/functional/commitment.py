@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -88,7 +89,7 @@ def _distance(
     z, e = features[a], codes[b].detach()
     dtype = torch.promote_types(torch.promote_types(z.dtype, e.dtype), torch.float32)
     z, e = z.to(dtype), e.to(dtype)
-    count: Tensor | int = z.shape[:-1].numel()
+    count: Tensor | int = math.prod(z.shape[:-1])  # not `numel`, which an export takes for fixed
     if masks is not None:
         valid = masks[a] & masks[b]
         z, e = (torch.where(valid[..., None], x, 0) for x in (z, e))

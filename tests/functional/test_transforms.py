@@ -1,4 +1,4 @@
-"""`torch.func` and `torch.vmap`: each function of a batch is that function of each of its slices."""
+"""`torch.func` and `torch.vmap`: a function of a batch is the function of each of its slices."""
 
 from __future__ import annotations
 

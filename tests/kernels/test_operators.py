@@ -43,8 +43,8 @@ def test_ema_update_is_a_sound_operator(dtype: torch.dtype, reset: bool) -> None
     counts, batch_counts = torch.arange(L).to(dtype) + 1, torch.ones(L, dtype=dtype)
     dead = (torch.arange(L) < 2) if reset else None
     args = (*matrices[:2], counts, matrices[2], batch_counts, 0.9, 1e-5, dead)
-    operator = torch.ops.mmvq.ema_update_.default
-    torch.library.opcheck(operator, (*args, matrices[3] if reset else None))
+    for operator in (torch.ops.mmvq.ema_update_.default, torch.ops.mmvq.ema_update.default):
+        torch.library.opcheck(operator, (*args, matrices[3] if reset else None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -90,7 +90,7 @@ class Step(nn.Module):
 OPERATORS = [
     "mmvq.nearest_code.default",
     "mmvq.code_statistics.default",
-    "mmvq.ema_update_.default",
+    "mmvq.ema_update.default",
 ]
 
 

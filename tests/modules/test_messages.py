@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import mmvq
 import mmvq_kernels as kernels
+from mmvq import onnx
 from mmvq.compat import cmg, vector_quantize_pytorch
 from mmvq.pretrained import _adapter
 from mmvq_kernels.messages import message
@@ -698,7 +699,20 @@ COMPAT = [
     ),
 ]
 
+
+def without_onnx() -> object:
+    with patch.object(onnx, "find_spec", lambda name: None):
+        return onnx.translation_table()
+
+
 PRETRAINED = [
+    Case(
+        without_onnx,
+        ImportError,
+        "mmvq.onnx: ONNX needs onnx and onnxscript",
+        "missing: ['onnx', 'onnxscript']",
+        "pip install 'mmvq[onnx]'",
+    ),
     Case(
         without_the_hub,
         ImportError,

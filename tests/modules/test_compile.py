@@ -1,0 +1,315 @@
+"""`torch.compile`, `torch.export`, activation checkpointing, accumulation: the same results."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from support import bools, close, rounding, uniform
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from mmvq import (
+    CLUBEstimator,
+    CrossCPC,
+    CrossModalCodeMatchingLoss,
+    MultiModalEMAQuantizer,
+    functional,
+)
+
+B, T, D, L = 4, 6, 4, 8
+NAMES = ("audio", "video")
+Tensors = dict[str, Tensor]
+
+
+class Step(nn.Module):
+    """The quantizer with every loss: all that a training step asks of the library."""
+
+    def __init__(self, cpc: bool = False, **options: Any) -> None:
+        super().__init__()
+        options = {"reset_after": 2, "init": "uniform", **options}
+        self.quantizer = MultiModalEMAQuantizer(D, L, NAMES, **options)
+        self.matching = CrossModalCodeMatchingLoss()
+        self.club = CLUBEstimator(D, D, 8)
+        self.cpc = CrossCPC(D, NAMES) if cpc else None
+
+    def forward(self, z: Tensors, masks: Tensors | None = None) -> Tensor:
+        quantized, _, loss = self.quantizer(z, masks)
+        loss = loss + self.matching(z, self.quantizer.codebook, masks)
+        loss = loss + self.club(z["audio"], z["video"], masks and masks["audio"])
+        loss = loss + quantized["video"].square().mean()
+        return loss if self.cpc is None else loss + self.cpc(z, masks, start="all").loss
+
+
+def batch(B: int = B, T: int = T, seed: int = 0) -> tuple[Tensors, Tensors]:
+    z = {m: uniform(B, T, D, seed=seed + 7 * i).float() for i, m in enumerate(NAMES)}
+    masks = {m: bools(B, T, seed=seed + i) for i, m in enumerate(NAMES)}
+    return {m: x.requires_grad_() for m, x in z.items()}, masks
+
+
+def state(module: nn.Module) -> Tensors:
+    return {name: x.clone() for name, x in module.state_dict().items()}
+
+
+def agree(a: Tensors, b: Tensors, atol: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        assert x.dtype == b[name].dtype
+        close(x, b[name], atol)
+
+
+# the chain behind a gradient: sums over D, L, B and T, of values up to 10
+ATOL = rounding(torch.float32, 12 * T + D + L + 20, 10)
+
+
+def follow(compiled: Any, eager: Any, sizes: list[tuple[int, int]], atol: float) -> None:
+    """The same loss, gradients and state on batches of these sizes."""
+    for seed, size in enumerate(sizes):
+        z, masks = batch(*size, seed=seed)
+        twin, _ = batch(*size, seed=seed)
+        out, expected = compiled(z, masks), eager(twin, masks)
+        close(out, expected, atol)
+        out.backward()
+        expected.backward()
+        agree({m: x.grad for m, x in z.items()}, {m: x.grad for m, x in twin.items()}, atol)
+
+
+def sizes(number: int, fixed: int | None = None) -> list[tuple[int, int]]:
+    return [(2 + i * 7 % 11, fixed or 3 + i * 5 % 7) for i in range(number)]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def test_fifty_batches_of_any_size_take_two_graphs() -> None:
+    """The first size, then any: to the bit what eager gives, state included."""
+    module = Step()
+    eager = deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    follow(compiled, eager, sizes(50), atol=0)
+    assert graphs() == 2
+    agree(state(module), state(eager))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_graphs_of_autograd_agree(training: bool) -> None:
+    module = Step(cpc=training).train(training)
+    eager = deepcopy(module)
+    with torch._dynamo.config.patch(allow_rnn=True):  # the LSTMs of Cross-CPC
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+        follow(compiled, eager, sizes(4, fixed=3), ATOL)
+    assert graphs() == 1  # of one T, which an LSTM is unrolled over
+    agree(state(module), state(eager), ATOL)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_agrees() -> None:
+    """Codes are those before the update, though their reads are fused with what comes after it."""
+    module = MultiModalEMAQuantizer(D, L, NAMES, init="uniform", partner="none", reset_after=2)
+    eager = deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="inductor")
+    for seed, size in enumerate(sizes(4)):
+        z, twin = ({m: x.detach() for m, x in batch(*size, seed=seed)[0].items()} for _ in "ab")
+        out, expected = compiled(z), eager(twin)
+        close(out.loss, expected.loss, ATOL)
+        for m in NAMES:
+            assert torch.equal(out.indices[m], expected.indices[m])
+            close(out.quantized[m], expected.quantized[m], ATOL)
+    assert graphs() == 1
+    agree(state(module), state(eager), ATOL)
+
+
+def test_each_set_of_present_modalities_is_a_graph() -> None:
+    module = MultiModalEMAQuantizer(D, L, NAMES, init="uniform")
+    eager = deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+    for i in range(12):
+        z, masks = batch(*sizes(12)[i], seed=i)
+        present = (("audio", "video"), ("audio",), ("video",))[i % 3]
+        z, masks = ({m: x[m] for m in present} for x in (z, masks))
+        assert torch.equal(compiled(z, masks).loss, eager(z, masks).loss)
+    assert graphs() == 3
+    agree(state(module), state(eager))
+
+
+class Questions(TorchDispatchMode):
+    """Counts what makes the host wait for a device, or a shape depend on data."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if by_mask or any(word in name for word in self.WAITING):
+            self.asked[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_questions_are_heard() -> None:
+    with Questions() as questions:
+        x = torch.ones(3)
+        float(x.sum())
+        x.nonzero()
+        x[x > 0]
+    assert questions.asked.total() == 3
+
+
+@pytest.mark.parametrize("init", ["uniform", "kmeans"])
+def test_a_training_step_waits_for_nothing(init: str) -> None:
+    """But at first: are there codes already, were there rows to make them of; until there are."""
+    module = Step(cpc=True, init=init)
+    with Questions() as first:
+        module(*batch()).backward()
+    with Questions() as later:
+        module(*batch(seed=1)).backward()
+        module.eval()(*batch(seed=2))
+        module.quantizer.usage(reset=True)
+    assert first.asked == ({} if init == "uniform" else {"_local_scalar_dense": 2})
+    assert later.asked == {}
+
+
+def test_a_training_step_needs_no_data() -> None:
+    """Fake tensors have none to give."""
+    with FakeTensorMode():
+        module = Step(cpc=True)
+        z = {m: torch.empty(B, T, D, requires_grad=True) for m in NAMES}
+        masks = {m: torch.empty(B, T, dtype=torch.bool) for m in NAMES}
+        loss = module(z, masks)
+        loss.backward()
+        assert all(x.grad is not None for x in z.values())
+        for quiet in (module.quantizer.usage, module.quantizer.update_codebook):
+            quiet()
+        assert module.eval()(z).shape == ()
+
+
+class Method(nn.Module):
+    def __init__(self, quantizer: MultiModalEMAQuantizer, name: str) -> None:
+        super().__init__()
+        self.quantizer, self.name = quantizer, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = getattr(self.quantizer, self.name)(x)
+        return out
+
+
+def test_encode_decode_and_forward_export_for_any_batch() -> None:
+    quantizer = MultiModalEMAQuantizer(D, L, NAMES)
+    quantizer(batch()[0])
+    quantizer.eval()
+    clips, segments = torch.export.Dim("clips"), torch.export.Dim("segments")
+    free = {0: clips, 1: segments}
+    x = batch()[0]["audio"].detach()
+    others = {2 * B: batch(2 * B, T + 1, seed=3)[0]["audio"].detach(), 1: x[:1, :1]}
+    before = state(quantizer)
+    for name, example in (("encode", x), ("decode", quantizer.encode(x))):
+        exported = torch.export.export(Method(quantizer, name), (example,), dynamic_shapes=(free,))
+        for other in others.values():
+            y = other if name == "encode" else quantizer.encode(other) - 1  # -1 among them
+            assert torch.equal(exported.module()(y), getattr(quantizer, name)(y))
+    whole = torch.export.export(quantizer, ({"audio": x},), dynamic_shapes=({"audio": free},))
+    for other in others.values():
+        out, expected = whole.module()({"audio": other}), quantizer({"audio": other})
+        assert torch.equal(out.quantized["audio"], expected.quantized["audio"])
+        assert torch.equal(out.indices["audio"], expected.indices["audio"])
+        assert torch.equal(out.loss, expected.loss)
+    agree(state(quantizer), before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
+@pytest.mark.parametrize("init", ["uniform", "kmeans"])
+def test_checkpointing_changes_nothing(reentrant: bool, init: Any) -> None:
+    """The forward pass that runs again in the backward pass finds the same codes, adds no row."""
+    modules = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        module, encoder = Step(init=init, update="manual"), nn.Linear(D, D)
+
+        def loss(a: Tensor, v: Tensor, module: Step = module, encoder: Any = encoder) -> Tensor:
+            return module({"audio": encoder(a), "video": encoder(v)})
+
+        for seed in range(4):
+            z = batch(seed=seed)[0].values()
+            out = checkpoint(loss, *z, use_reentrant=reentrant) if again else loss(*z)
+            out.backward()
+            module.quantizer.update_codebook()
+        modules.append((module, encoder))
+    (plain, weights), (repeated, same_weights) = modules
+    agree(state(repeated), state(plain))
+    assert torch.equal(same_weights.weight.grad, weights.weight.grad)
+    assert plain.quantizer.ema_codebook.steps == 4
+
+
+def test_checkpointing_with_automatic_updates_moves_the_codebook_once() -> None:
+    plain = MultiModalEMAQuantizer(D, L, NAMES)
+    repeated = deepcopy(plain)
+    for seed in range(3):
+        z = batch(seed=seed)[0]
+        plain(z)
+
+        def loss(a: Tensor, v: Tensor) -> Tensor:
+            return repeated({"audio": a, "video": v}).loss
+
+        checkpoint(loss, z["audio"], z["video"], use_reentrant=True).backward()
+    agree(state(repeated), state(plain))
+
+
+@pytest.mark.parametrize("micro", [2, 3, 6])
+def test_micro_batches_equal_one_batch(micro: int) -> None:
+    """To the bit where sums are exact: values are multiples of 1/8 below 8, and so are their means.
+
+    Sums of 72 of them, halved, have 4 + 7 + 3 + 1 bits; the average is made once, from the same.
+    """
+    one = MultiModalEMAQuantizer(
+        D, L, NAMES, partner="aligned", init="uniform", reset_after=2, update="manual"
+    )
+    many = deepcopy(one)
+    for seed in range(5):
+        z = {m: (x.detach() * 64).round() / 8 for m, x in batch(6, T, seed=seed)[0].items()}
+        one(z)
+        for part in range(0, 6, 6 // micro):
+            many({m: x[part : part + 6 // micro] for m, x in z.items()})
+        one.update_codebook()
+        many.update_codebook()
+        agree(state(many), state(one))
+    assert one.ema_codebook.steps == 5
+
+
+def test_first_codes_come_from_the_first_micro_batch() -> None:
+    quantizer = MultiModalEMAQuantizer(D, L, NAMES, partner="none", update="manual")
+    first, second = batch(seed=0)[0], batch(seed=1)[0]
+    rows = torch.cat([first[m].detach().flatten(0, 1) for m in sorted(NAMES)])
+    quantizer(first)
+    codes = quantizer.codebook
+    assert torch.equal(codes, functional.kmeans(rows, L))
+    quantizer(second)
+    assert torch.equal(quantizer.codebook, codes)
+    quantizer.update_codebook()
+    assert not torch.equal(quantizer.codebook, codes)
+    counted = sum(counts.sum() for counts in quantizer.usage().counts.values())
+    assert counted == 2 * len(rows)

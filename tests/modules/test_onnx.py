@@ -1,0 +1,100 @@
+"""ONNX: what onnxruntime computes from an exported model is what the quantizer computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import uniform
+from torch import Tensor, nn
+
+from mmvq import MultiModalEMAQuantizer
+from mmvq.onnx import export, translation_table
+
+D, L = 5, 23
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own
+
+
+def quantizer(dtype: torch.dtype = torch.float32) -> MultiModalEMAQuantizer:
+    """Trained, with codes on a lattice of which some are the same: many exact ties."""
+    module = MultiModalEMAQuantizer(D, L, ("audio", "video")).to(dtype)
+    module({m: uniform(8, 10, D, dtype=dtype, seed=i) for i, m in enumerate(module.modalities)})
+    codes = module.ema_codebook.codes
+    codes.copy_((4 * codes).round() / 4)
+    codes[20:] = codes[[3, 3, 7]]
+    return module
+
+
+def rows(number: int, module: MultiModalEMAQuantizer) -> Tensor:
+    x = (4 * uniform(number, D, seed=9)).round() / 4 + 0.125 * (torch.arange(number) % 2)[:, None]
+    x = x.to(module.codebook.dtype)
+    if number > L:
+        x[:L] = module.codebook
+        x[L], x[L + 1, 0], x[L + 2, 1] = torch.nan, torch.inf, -torch.inf
+    return x
+
+
+def run(path: Path, name: str, x: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {name: x.numpy()})
+    return torch.from_numpy(np.asarray(out))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_onnxruntime_finds_the_same_codes(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Any number of rows, ties, repeated codes and rows that are not finite among them."""
+    module = quantizer(dtype)
+    export(module, tmp_path / "encode.onnx")
+    export(module, tmp_path / "decode.onnx", "decode")
+    assert module.training
+    for number in (0, 1, 2, 7, 300):
+        x = rows(number, module)
+        indices = run(tmp_path / "encode.onnx", "x", x)
+        assert indices.dtype == torch.long
+        assert torch.equal(indices, module.encode(x))
+        indices[1::3] = -1
+        codes = run(tmp_path / "decode.onnx", "indices", indices)
+        assert codes.dtype == dtype
+        assert torch.equal(codes, module.decode(indices))
+    distances = (rows(300, module)[:, None] - module.codebook[:20]).square().sum(-1)
+    best = distances.min(1, keepdim=True).values
+    assert ((distances == best).sum(1) > 1).sum() > 20  # ties that are no copies
+
+
+class Model(nn.Module):
+    """An encoder whose features are quantized."""
+
+    def __init__(self, quantizer: MultiModalEMAQuantizer) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(3, D)
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        quantized, indices, _ = self.quantizer({"audio": self.encoder(x)})
+        return quantized["audio"], indices["audio"]
+
+
+def test_a_model_around_a_quantizer_becomes_onnx(tmp_path: Path) -> None:
+    model, path = Model(quantizer()).eval(), tmp_path / "model.onnx"
+    free = {0: torch.export.Dim("clips"), 1: torch.export.Dim("segments")}
+    torch.onnx.export(
+        model,
+        (torch.zeros(2, 2, 3),),
+        path,
+        input_names=["x"],
+        dynamic_shapes=(free,),
+        custom_translation_table=translation_table(),
+        dynamo=True,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = uniform(7, 4, 3).float()
+    quantized, indices = map(torch.from_numpy, session.run(None, {"x": x.numpy()}))
+    expected = model(x)
+    assert torch.equal(indices, expected[1])
+    assert torch.equal(quantized, expected[0])
