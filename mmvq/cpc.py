@@ -153,6 +153,9 @@ class CrossCPC(Pretrained):
                 `gather`, that of rank 0 is everyone's.
             generator: draws `start` (a CPU generator).
 
+        Under `torch.compile`, set `torch._dynamo.config.allow_rnn = True` for the LSTMs, and pass
+        `start`; a graph holds for any B, but for one T, as the LSTM is unrolled.
+
         Returns:
             `CPCOutput(loss, accuracy)`; the loss is 0 when there is nothing to predict, ln B when
             all futures look alike.

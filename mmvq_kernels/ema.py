@@ -5,6 +5,8 @@ The Triton kernels are in `mmvq_kernels/gpu/ema.py`, which only a GPU imports.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def ema_update_(
     """
     _check(codes, sums, counts, batch_sums, batch_counts, dead, replacement)
     require("ema_update_", backend, codes, sums, counts)
-    rest = batch_sums, batch_counts, decay, eps, dead, replacement
+    rest: tuple[Any, ...] = batch_sums, batch_counts, decay, eps, dead, replacement
     state = codes, sums, counts
     with torch.no_grad():
         if not through_operator(backend, codes):

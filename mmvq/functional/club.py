@@ -113,6 +113,6 @@ def _prepare(mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None) -> list
 def _mean(values: Tensor, mask: Tensor | None, batch: Batch = WHOLE) -> Tensor:
     if mask is not None:
         values = torch.where(mask, values, 0)
-    count = values.numel() if mask is None else mask.sum()
-    total, count = batch.sum(values.sum(), torch.as_tensor(count))
+    count = values.new_full((), values.numel(), dtype=torch.long) if mask is None else mask.sum()
+    total, count = batch.sum(values.sum(), count)
     return total / count.clamp(min=1)

@@ -89,7 +89,7 @@ def _distance(
     z, e = features[a], codes[b].detach()
     dtype = torch.promote_types(torch.promote_types(z.dtype, e.dtype), torch.float32)
     z, e = z.to(dtype), e.to(dtype)
-    count: Tensor | int = math.prod(z.shape[:-1])  # not `numel`, which an export takes for fixed
+    count: Tensor | int = math.prod(z.shape[:-1])  # an export takes `numel` for fixed
     if masks is not None:
         valid = masks[a] & masks[b]
         z, e = (torch.where(valid[..., None], x, 0) for x in (z, e))

@@ -88,8 +88,10 @@ def info_nce(
         loss = (loss + matched_cross_entropy(back, mask, candidates, offset=batch.offset)) / 2
     if reduction == "none":
         return loss
-    count = loss.numel() if mask is None else mask.expand_as(loss).sum()
-    total, count = batch.sum(loss.sum(), torch.as_tensor(count))
+    count = loss.new_full((), loss.numel(), dtype=torch.long)
+    if mask is not None:
+        count = mask.expand_as(loss).sum()
+    total, count = batch.sum(loss.sum(), count)
     return total / count.clamp(min=1)
 
 

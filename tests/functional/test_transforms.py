@@ -98,7 +98,7 @@ def test_the_curvature_of_the_commitment_is_constant() -> None:
     """beta |z - e|^2 / (B T D): twice beta / (B T D) for each element."""
     curvature = jacrev(jacrev(lambda z: F.commitment({"a": z}, {"a": Y[0]})))(X[0])
     size = B * T * D
-    close(curvature.reshape(size, size), 0.5 / size * torch.eye(size), ATOL)
+    close(curvature.reshape(size, size), 0.5 / size * torch.eye(size, dtype=torch.float64), ATOL)
 
 
 def trained() -> MultiModalEMAQuantizer:
