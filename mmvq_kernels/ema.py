@@ -60,7 +60,7 @@ def ema_update_(
     with torch.no_grad():
         if not through_operator(backend, codes):
             _ema_update_torch(*state, *rest)
-        elif not torch.compiler.is_compiling():
+        elif not torch.compiler.is_dynamo_compiling():
             _ema_update(*state, *rest)
         else:
             for old, new in zip(state, _ema_updated(*state, *rest), strict=True):
