@@ -7,18 +7,23 @@ a classifier on labels of ONE modality and tests it on ANOTHER, in every directi
     python examples/cmg_pretrain.py --data clips.npz           a file of yours, see cmg/data.py
     python examples/cmg_pretrain.py --modalities audio video   two of the modalities
     python examples/cmg_pretrain.py --without cpc              without a part of the method
+    python examples/cmg_pretrain.py --data vggsound-avel:ROOT  the authors' files, cmg/released
+        --preset cmg-released --downstream ave:ROOT avvp:ROOT
     torchrun --nproc-per-node 2 examples/cmg_pretrain.py       the same run on two processes
 
-Writes metrics.json, model.safetensors, config.json, codes.png and training.png into --output.
+Writes metrics.json, model.safetensors, config.json, codes.png and training.png into --output; with
+--downstream also downstream.json, the scores on each of these sets.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,12 +33,15 @@ from cmg import digits
 from cmg.checkpoint import save_model
 from cmg.data import PRETRAIN, TEST, Clips, load_clips
 from cmg.errors import DataError
-from cmg.evaluation import evaluate
+from cmg.evaluation import Scores, evaluate
 from cmg.figures import plot_codes, plot_training, require_matplotlib
-from cmg.files import make_writable
+from cmg.files import make_writable, write_atomic
 from cmg.model import PARTS, Config, UniCode
+from cmg.presets import PRESETS
 from cmg.ranks import is_first, joined
 from cmg.reference import cca_reference
+from cmg.released import SETS
+from cmg.released.text import with_text
 from cmg.report import code_counts, codebook_summary, table, write_metrics
 from cmg.standardize import Standardizer
 from cmg.training import Recipe, Trainer
@@ -55,21 +63,23 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     require_matplotlib()
     device = _device(args.device)
-    name, clips = open_data(args.data, args.modalities)
+    name, clips = open_data(args.data, args.modalities, args.text_encoder)
     folder = args.output or Path("runs") / name
     make_writable(folder)
     standardizer = Standardizer.fit(clips)
     features = as_cells(standardizer.transform(clips.features))
 
+    settings, training = PRESETS[args.preset]
     torch.manual_seed(args.seed)
     first = next(iter(features.values()))
     config = Config(
         shapes={m: (x.shape[2], x.shape[3]) for m, x in features.items()},
         segments=first.shape[1],
         without=tuple(sorted(set(args.without))),
+        **settings,
     )
     model = UniCode(config).to(device)
-    recipe = Recipe(epochs=args.epochs)
+    recipe = Recipe(**training | ({"epochs": args.epochs} if args.epochs else {}))
     identity = {
         "data": f"{name} {standardizer.fingerprint():08x}",
         "seed": args.seed,
@@ -103,6 +113,12 @@ def run(args: argparse.Namespace) -> None:
     )
     plot_training(folder / "training.png", history)
     write_metrics(folder / "metrics.json", metrics)
+    if args.downstream:
+        elsewhere = {
+            other: _score_elsewhere(other, args, clips.modalities, standardizer, model)
+            for other in args.downstream
+        }
+        write_atomic(folder / "downstream.json", json.dumps(elsewhere, indent=2).encode())
     reference = cca_reference(clips, args.seed) if args.reference else None
     print(_summary(metrics, folder))
     print(table(metrics, reference))
@@ -129,9 +145,13 @@ def quantize(
     return codes, indices
 
 
-def open_data(data: str, modalities: Sequence[str] | None) -> tuple[str, Clips]:
+def open_data(
+    data: str, modalities: Sequence[str] | None, text_encoder: str = ""
+) -> tuple[str, Clips]:
     """The clips, and what to call them."""
     kind, _, seed = data.partition(":")
+    if kind in SETS:
+        return kind, _released(kind, Path(seed), modalities, text_encoder)
     if kind == "digits" and (seed.isdecimal() or data == "digits"):
         path, name = digits.load(int(seed or 0)), data.replace(":", "-")
     else:
@@ -143,6 +163,37 @@ def open_data(data: str, modalities: Sequence[str] | None) -> tuple[str, Clips]:
             f"came {' '.join(clips.modalities)}."
         )
     return name, clips
+
+
+def _released(kind: str, root: Path, modalities: Sequence[str] | None, text_encoder: str) -> Clips:
+    """The clips of a released set; with text, if that is asked for by name."""
+    found = SETS[kind](root)
+    if "text" in (modalities or ()):
+        found = with_text(found, text_encoder)
+    clips = found.clips()
+    for name in modalities or ():
+        if name not in clips.features:
+            offered = ", ".join(clips.modalities)
+            raise DataError(f"{kind}:{root}: no modality '{name}'. The set offers: {offered}.")
+    chosen = modalities or clips.modalities
+    return replace(
+        clips,
+        features={name: clips.features[name] for name in chosen},
+        segment_labels={name: clips.segment_labels[name] for name in chosen},
+    )
+
+
+def _score_elsewhere(
+    data: str,
+    args: argparse.Namespace,
+    modalities: Sequence[str],
+    standardizer: Standardizer,
+    model: UniCode,
+) -> dict[str, Scores]:
+    """Every direction on another set of the same features, the model as it is."""
+    _, clips = open_data(data, modalities, args.text_encoder)
+    codes, _ = quantize(model, as_cells(standardizer.transform(clips.features)))
+    return evaluate(codes, clips, args.seed)
 
 
 def _device(name: str) -> torch.device:
@@ -173,7 +224,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         default="digits",
-        help="digits (default), digits:SEED for another rendering, or an npz file",
+        help="digits (default), digits:SEED for another rendering, an npz file, or the authors' "
+        f"features as {', '.join(f'{kind}:ROOT' for kind in SETS)}",
     )
     parser.add_argument(
         "--modalities",
@@ -185,14 +237,30 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--without", nargs="+", default=[], choices=PARTS, help="leave out parts of the method"
     )
     parser.add_argument(
-        "--epochs", type=positive, default=Recipe.epochs, help="default: %(default)s"
+        "--preset",
+        default="digits",
+        choices=PRESETS,
+        help="of model and recipe, see cmg/presets.py",
     )
+    parser.add_argument("--epochs", type=positive, help="default: that of the preset")
     parser.add_argument("--seed", type=natural, default=0, help="of weights, batches and heads")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/NAME-OF-DATA")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in --output"
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--downstream",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="also train heads and test on these sets, the pre-trained model as it is",
+    )
+    parser.add_argument(
+        "--text-encoder",
+        default="bert-base-uncased",
+        help="for the prompts of the authors' sets: a Hugging Face name or folder",
+    )
     parser.add_argument("--reference", choices=["cca"], help="also print what linear CCA reaches")
     return parser.parse_args(argv)
 

@@ -37,7 +37,9 @@ class Config:
         decay: Of the moving average.
         reset_after: Batches that a code survives without every modality.
         beta, cross_ratio: Of the commitment loss.
-        temperature: Of Cross-CPC.
+        temperature: Of Cross-CPC at two scales.
+        cpc: Arguments of one `CrossCPC` over whole features, with one random start a batch, in the
+            place of that at two scales; None: the two scales.
         partner: Of the moving average: "attention", "aligned" or "none".
         reset_rule: "all" or "any".
         club_negatives: "all" or "shuffled".
@@ -58,6 +60,7 @@ class Config:
     beta: float = 1.0
     cross_ratio: float = 2.0
     temperature: float = 0.1
+    cpc: Mapping[str, Any] | None = None
     partner: Literal["attention", "aligned", "none"] = "attention"
     reset_rule: Literal["all", "any"] = "all"
     club_negatives: Literal["all", "shuffled"] = "all"
@@ -121,9 +124,12 @@ class UniCode(nn.Module):
             reset_rule=c.reset_rule,
             commitment=CrossModalCommitmentLoss(c.beta, c.cross_ratio if joint else 0.0),
         )
-        self.cpc = nn.ModuleDict(
-            {
-                scale: CrossCPC(
+        self.cpc = nn.ModuleDict()
+        if "cpc" not in c.without and c.cpc is not None:
+            self.cpc["whole"] = CrossCPC(c.dim, names, **c.cpc, gather=True)
+        elif "cpc" not in c.without:
+            for scale in ("segment", "clip"):
+                self.cpc[scale] = CrossCPC(
                     c.dim // 2,
                     names,
                     first_step=0,
@@ -132,10 +138,6 @@ class UniCode(nn.Module):
                     normalize=True,
                     gather=True,
                 )
-                for scale in ("segment", "clip")
-                if "cpc" not in c.without
-            }
-        )
         self.club = nn.ModuleDict(
             {
                 name: CLUBEstimator(
@@ -202,8 +204,10 @@ class UniCode(nn.Module):
         """Cross-CPC at two scales, of the half of z that each is about.
 
         What another modality holds at this segment, among all segments of the batch; and, from the
-        clip so far, among all clips.
+        clip so far, among all clips. Or the one of the config, of the whole.
         """
+        if "whole" in self.cpc:
+            return self.cpc["whole"](z).loss
         segment, clip = {}, {}
         for name, v in z.items():
             segment[name], clip[name] = v.chunk(2, dim=-1)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,9 @@ class Recipe:
     Attributes:
         epochs: Passes over the clips of split 0.
         batch_size: Clips a step; all of them if there are fewer.
-        learning_rate: AdamW's, for everything but CLUB; a short rise, then cosine decay to 0.
+        learning_rate: AdamW's, for everything but CLUB.
         weight_decay: AdamW's.
+        schedule: Of the learning rate: "cosine" is a short rise, then cosine decay to 0.
         club_learning_rate: Adam's, for the networks of CLUB.
         club_steps: Steps of CLUB's own likelihood before each step of all else.
         clip_norm: The largest norm of a gradient.
@@ -46,6 +47,7 @@ class Recipe:
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
+    schedule: Literal["cosine", "constant"] = "cosine"
     club_learning_rate: float = 1e-3
     club_steps: int = 1
     clip_norm: float = 5.0
@@ -177,7 +179,8 @@ class Trainer:
         """The weight of every term in this epoch; those of the codebook are absent before it."""
         r = self.recipe
         progress = self.epoch / r.epochs
-        grown = min(1.0, max(0.0, (progress - r.spread + 1 / r.epochs) / r.ramp))
+        begun = max(0.0, progress - r.spread + 1 / r.epochs)
+        grown = min(1.0, begun / r.ramp) if r.ramp else float(begun > 0)
         weights = {"reconstruction": r.reconstruction, "cpc": r.cpc, "club": r.club * grown}
         if progress >= r.spread:
             weights |= {"commitment": r.commitment * grown, "matching": r.matching * grown}
@@ -185,6 +188,8 @@ class Trainer:
 
     def _rate(self, step: int) -> float:
         """Learning rate relative to the highest."""
+        if self.recipe.schedule == "constant":
+            return 1.0
         total = self.recipe.epochs * self.steps
         return min(1.0, (step + 1) / _RISE) * (1 + math.cos(math.pi * step / total)) / 2
 

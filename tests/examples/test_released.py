@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cmg_pretrain
 import numpy as np
 import pytest
 import released_files as released
@@ -176,6 +178,36 @@ def test_text_is_the_prompt_of_the_category(tmp_path: Path) -> None:
     ] * 5  # "the sound of dog bark"
     with pytest.raises(DataError, match="cannot be loaded"):
         with_text(got, str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("preset", ["paper", "cmg-released"])
+def test_the_whole_pipeline_runs_on_released_sets(tmp_path: Path, preset: str) -> None:
+    released.vggsound_avel(tmp_path / "vgg", clips=36)
+    released.ave(tmp_path / "ave")
+    released.avvp(tmp_path / "avvp")
+    others = [f"{name}:{tmp_path / name}" for name in ("ave", "avvp")]
+    arguments = ["--data", f"vggsound-avel:{tmp_path / 'vgg'}", "--preset", preset, "--epochs", "1"]
+    arguments += ["--output", str(tmp_path / "out"), "--downstream", *others]
+    assert cmg_pretrain.main(arguments) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["dataset"] == "vggsound-avel"
+    assert metrics["codebook"]["size"] == 400
+    elsewhere = json.loads((tmp_path / "out" / "downstream.json").read_text())
+    assert list(elsewhere) == others
+    for scores in (metrics, *elsewhere.values()):
+        assert set(scores["classification"]) == {"audio->video", "video->audio"}
+        assert set(scores["localization"]) == {"audio->video", "video->audio"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["partner"] == {"paper": "attention", "cmg-released": "aligned"}[preset]
+
+
+def test_a_modality_that_a_set_has_not_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    released.ave(tmp_path)
+    arguments = ["--data", f"ave:{tmp_path}", "--modalities", "audio", "smell"]
+    assert cmg_pretrain.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert "no modality 'smell'. The set offers: audio, video." in capsys.readouterr().err
 
 
 class Payload:

@@ -1,0 +1,59 @@
+"""Settings by name. The networks are the example's own in all of them.
+
+"digits" is what learns from a few hundred clips, and the default. The other two are for tens of
+thousands: at the size of the digits they stay near chance.
+
+"paper": Sec. 4 and 5 of Xia et al. 2023. What the paper leaves open (batch, learning rates, epochs,
+N_re) is as in the release.
+
+"cmg-released": haihuangcode/CMG, audio-video-text. Its Cross-CPC sums over directions and adds each
+modality to itself at 0.1; ours is the mean over directions, so its weight is their number. The EMA
+step after each modality is not reproduced, nor what else `mmvq.compat.cmg` is for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SIZES = {"dim": 256, "specific_dim": 256, "codebook_size": 400, "decay": 0.99, "dropout": 0.1}
+_RECIPE = {
+    "epochs": 5,
+    "batch_size": 80,
+    "learning_rate": 4e-4,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "club_learning_rate": 1e-3,
+    "club_steps": 5,
+    "clip_norm": 0.5,
+    "club": 1.0,
+    "commitment": 1.0,
+    "matching": 1.0,
+    "spread": 0.0,
+    "ramp": 0.0,
+}
+
+PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of Config, of Recipe
+    "digits": ({}, {}),
+    "paper": (
+        {**_SIZES, "beta": 0.25, "cross_ratio": 0.5, "reset_after": 300, "cpc": {}},
+        {**_RECIPE, "cpc": 2.0},
+    ),
+    "cmg-released": (
+        {
+            **_SIZES,
+            "beta": 0.5,
+            "cross_ratio": 0.5,
+            "partner": "aligned",
+            "reset_after": 301,
+            "reset_rule": "any",
+            "club_negatives": "shuffled",
+            "cpc": {
+                "normalize_over": "contexts",
+                "num_layers": 2,
+                "min_context": 2,
+                "self_weight": 0.05,
+            },
+        },
+        {**_RECIPE, "cpc": 6.0, "matching": 1.5},
+    ),
+}
