@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 import zlib
@@ -20,41 +21,85 @@ from ..errors import DataError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _LARGEST = 2**28  # bytes of one clip's pickle; the largest released one has 1 MB
-_ARRAY_PARTS = {  # what a pickled array is made of
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("_codecs", "encode"),
+_NUMBER = re.compile(r"[fiub]\d{1,2}")
+
+
+class _Type:
+    """Stands for numpy.dtype in a pickle: a code such as "f4", and the order of its bytes."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """Stands for an array in a pickle, until `build` has checked what it says of itself."""
+
+    def __init__(self, *_: object) -> None:
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state[1:5]
+
+    @classmethod
+    def from_buffer(cls, buffer: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+        array = cls()
+        array.state = shape, dtype, order == "F", buffer
+        return array
+
+    def build(self) -> Array:
+        shape, dtype, fortran, raw = self.state
+        if not isinstance(dtype, _Type) or not _NUMBER.fullmatch(dtype.code):
+            raise ValueError("it holds no numbers")
+        kind = np.dtype(dtype.order.replace("|", "=") + dtype.code)
+        flat = np.frombuffer(bytes(memoryview(raw)), kind)
+        return flat.reshape(shape, order="F" if fortran else "C").astype(kind.newbyteorder("="))
+
+
+def _encode(text: str, codec: str) -> bytes:
+    return text.encode({"latin1": "latin1"}[codec])
+
+
+_PARTS = {  # what a pickled array is made of
+    ("numpy", "dtype"): _Type,
+    ("numpy", "ndarray"): _Array,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.numeric", "_frombuffer"): _Array.from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _Array.from_buffer,
+    ("_codecs", "encode"): _encode,
 }
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Refuses every name but those of a numpy array."""
+class _ArraysOnly(pickle._Unpickler):  # the one in Python: that in C stumbles over damaged buffers
+    """Finds stand-ins for the parts of an array, and refuses every other name.
+
+    Not even numpy's own: its constructors trust a pickle with the insides of a dtype.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ARRAY_PARTS:
+        if (module, name) not in _PARTS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
+        return _PARTS[module, name]
 
 
 def unpickle_array(file: BinaryIO) -> Array:
-    """The one numeric array that a pickle holds; nothing else is ever built.
+    """The one array of numbers that a pickle holds; nothing else is ever built.
 
     Raises:
         pickle.UnpicklingError: It holds something else, or is damaged.
     """
     try:
-        array = _ArraysOnly(file, encoding="latin1").load()
+        found = _ArraysOnly(file, encoding="latin1").load()
+        if not isinstance(found, _Array):
+            raise pickle.UnpicklingError("it holds no array")
+        return found.build()
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise pickle.UnpicklingError(f"damaged: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        raise pickle.UnpicklingError("it holds no numeric array")
-    return array
 
 
 def read_zip(path: Path) -> Array:
