@@ -1,0 +1,70 @@
+"""Train with Lightning, and watch the codebook's health.
+
+Log what each loss is about, the accuracy of Cross-CPC against chance, and what a `CodebookMonitor`
+reads: perplexity, shared and dead codes, agreement. The monitor lives in a hook; with several ranks
+all hold the same figures, and one logs them.
+"""
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import mmvq
+
+WIDTHS, D = {"audio": 24, "video": 40}, 16
+
+
+class SharedCodes(L.LightningModule):
+    """Encoders, a codebook, decoders."""
+
+    def __init__(self, codes: int = 32) -> None:
+        super().__init__()
+        names = tuple(WIDTHS)
+        self.encode = nn.ModuleDict({m: nn.Linear(width, D) for m, width in WIDTHS.items()})
+        self.decode = nn.ModuleDict({m: nn.Linear(D, width) for m, width in WIDTHS.items()})
+        self.quantizer = mmvq.MultiModalEMAQuantizer(D, codes, names)
+        self.cpc = mmvq.CrossCPC(D, names, first_step=0, normalize=True, temperature=0.1)
+        self.monitor = mmvq.CodebookMonitor(
+            self.quantizer,
+            lambda name, value, step: self.log(name, value, rank_zero_only=True),
+            every=20,
+        )
+
+    def training_step(self, x: dict[str, Tensor]) -> Tensor:
+        """One batch; with accumulate_grad_batches, `update="manual"` and `update_codebook()`."""
+        z = {name: self.encode[name](v) for name, v in x.items()}
+        quantized, _, commitment = self.quantizer(z)
+        errors = [nn.functional.mse_loss(self.decode[m](quantized[m]), x[m]) for m in x]
+        cpc, accuracy = self.cpc(z, start="all")
+        terms = {"error": torch.stack(errors).mean(), "commitment": commitment, "cpc": cpc}
+        self.log_dict({f"loss/{name}": term for name, term in terms.items()})
+        self.log_dict({f"accuracy/{a}-{b}": share for (a, b), share in accuracy.items()})
+        return terms["error"] + terms["commitment"] + terms["cpc"]
+
+    def on_train_batch_end(self, *_: object) -> None:
+        """Count the step; every 20, read the codebook and log."""
+        self.monitor.step()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """No optimiser moves the codebook."""
+        return torch.optim.Adam(self.parameters(), 3e-3)
+
+
+torch.manual_seed(0)
+meaning = torch.randint(12, (1024, 10))  # pairs of clips: both are about the same, seen differently
+views = {m: torch.randn(12, width)[meaning] for m, width in WIDTHS.items()}
+clips = [{m: v[i] + 0.5 * torch.randn_like(v[i]) for m, v in views.items()} for i in range(1024)]
+
+model = SharedCodes()
+trainer = L.Trainer(
+    max_epochs=5,
+    accelerator="cpu",
+    logger=False,  # a CSVLogger, TensorBoardLogger, ... gets the same figures
+    enable_checkpointing=False,
+    enable_model_summary=False,
+    enable_progress_bar=False,
+)
+trainer.fit(model, DataLoader(clips, batch_size=32, shuffle=True))
+for name, value in trainer.callback_metrics.items():
+    print(f"{name:24} {value:.3f}")
