@@ -1,7 +1,7 @@
 # Each target sets up .venv from constraints.txt by itself, once, and again when a pin changes.
 #   make demo   train on the built-in digits into runs/digits
 #   make test   all tests; TESTS="-k name" picks some, JOBS=1 runs them in one process
-#   make lint   ruff and mypy
+#   make lint   ruff, mypy, and pyright for types that users miss
 #   make docs   the site, into site/
 
 # The first interpreter of these that runs and is new enough; `make PYTHON=...` overrides.
@@ -30,6 +30,10 @@ lint: $(READY)
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+	@for package in mmvq mmvq_kernels; do \
+		said=$$(PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes $$package --ignoreexternal) \
+			|| { echo "$$said"; exit 1; }; \
+	done
 
 docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

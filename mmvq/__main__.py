@@ -38,5 +38,4 @@ def _version(package: str) -> str:
 
 
 if __name__ == "__main__":
-    for name, state in report():
-        print(f"{name:<16} {state}")
+    print("\n".join(f"{name:<16} {state}" for name, state in report()))

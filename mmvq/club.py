@@ -52,6 +52,15 @@ class CLUBEstimator(Pretrained):
         torch.Size([])
     """
 
+    x_dim: int
+    y_dim: int
+    hidden_dim: int
+    logvar_bound: float | None
+    gather: bool
+    process_group: dist.ProcessGroup | None
+    p_mu: nn.Sequential
+    p_logvar: nn.Sequential
+
     def __init__(
         self,
         x_dim: int,

@@ -63,6 +63,14 @@ class EMACodebook(Pretrained):
     steps: Tensor
     initialized: Tensor
     voters: Tensor
+    dim: int
+    size: int
+    groups: int
+    decay: float
+    eps: float
+    reset_after: int | None
+    update_from: Sequence[int] | None
+    process_group: dist.ProcessGroup | None
 
     def __init__(
         self,

@@ -80,6 +80,20 @@ class CrossCPC(Pretrained):
         [('audio', 'video'), ('video', 'audio')]
     """
 
+    modalities: tuple[str, ...]
+    dim: int
+    context_dim: int
+    num_layers: int
+    num_steps: int
+    first_step: int
+    self_weight: float
+    temperature: float
+    normalize: bool
+    gather: bool
+    process_group: dist.ProcessGroup | None
+    contexts: nn.ModuleDict
+    predictors: nn.ParameterDict
+
     def __init__(
         self,
         dim: int,

@@ -69,6 +69,10 @@ class Ranks(Batch):
 
     whole = False
 
+    sizes: Sequence[int]
+    group: dist.ProcessGroup | None
+    offset: int
+
     def __init__(self, sizes: Sequence[int], group: dist.ProcessGroup | None = None) -> None:
         self.sizes, self.group = sizes, group
         self.offset = sum(sizes[: rank(group)])

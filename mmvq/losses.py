@@ -39,6 +39,9 @@ class CrossModalCommitmentLoss(nn.Module):
     Source: Eq. 8; see `mmvq.functional.commitment` for how it extends to masks and M > 2.
     """
 
+    beta: float
+    cross_ratio: float | Mapping[tuple[str, str], float]
+
     def __init__(
         self,
         beta: float = 0.25,
@@ -134,6 +137,9 @@ class CrossModalCodeMatchingLoss(nn.Module):
 
     Source: Liu et al. 2021, "Cross-Modal Discrete Representation Learning"; the L_cmcm of Sec. 4.4.
     """
+
+    gather: bool
+    process_group: dist.ProcessGroup | None
 
     def __init__(
         self, *, gather: bool = False, process_group: dist.ProcessGroup | None = None

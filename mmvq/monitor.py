@@ -93,6 +93,8 @@ class CodebookMonitor:
     usage: F.CodeUsage | None
     _unread: int  # steps since the last reading
     _lasting: dict[str, int]  # fault -> steps in a row
+    quantizer: MultiModalEMAQuantizer
+    every: int
 
     def __init__(
         self,

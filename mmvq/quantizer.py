@@ -114,6 +114,12 @@ class MultiModalEMAQuantizer(Pretrained):
         (torch.Size([4, 10, 16]), torch.Size([4, 10]))
     """
 
+    modalities: tuple[str, ...]
+    partner_weight: float
+    update_from: Sequence[str] | None
+    commitment: Commitment | None
+    ema_codebook: EMACodebook
+
     def __init__(
         self,
         dim: int,

@@ -36,7 +36,9 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.number, self.bytes, self.seconds = 0, 0, 0.0
+        self.number: int = 0
+        self.bytes: int = 0
+        self.seconds: float = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -49,8 +49,10 @@ class CMGCLUB(nn.Module):
 
     def __init__(self, x_dim: int, y_dim: int, hidden_dim: int = 128) -> None:
         super().__init__()
-        self.p_mu = nn.Sequential(*three_hidden_layers(x_dim, hidden_dim, y_dim))
-        self.p_logvar = nn.Sequential(*three_hidden_layers(x_dim, hidden_dim, y_dim), nn.Tanh())
+        self.p_mu: nn.Sequential = nn.Sequential(*three_hidden_layers(x_dim, hidden_dim, y_dim))
+        self.p_logvar: nn.Sequential = nn.Sequential(
+            *three_hidden_layers(x_dim, hidden_dim, y_dim), nn.Tanh()
+        )
 
     def conditional(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and log-variance of q(y | x): x [B, T, X] -> two [B, T, Y]."""

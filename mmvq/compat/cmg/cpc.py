@@ -79,7 +79,7 @@ class CMGCrossCPC(nn.Module):
         num_steps: int = 1,
     ) -> None:
         super().__init__()
-        self.modalities = modality_names("CMGCrossCPC", modalities)
+        self.modalities: tuple[str, ...] = modality_names("CMGCrossCPC", modalities)
         self.dim = dim
         self.num_steps = num_steps
         width = dim if context_dim is None else context_dim

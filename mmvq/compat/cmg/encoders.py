@@ -27,7 +27,7 @@ class CMGVideoPool(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.se_layer = nn.Sequential(
+        self.se_layer: nn.Sequential = nn.Sequential(
             nn.Linear(dim, dim // 8, bias=False),
             nn.ReLU(),
             nn.Linear(dim // 8, dim, bias=False),
@@ -50,9 +50,11 @@ class CMGTemporalEncoder(nn.Module):
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
-        self.affine_matrix = nn.Linear(in_dim, dim)
+        self.affine_matrix: nn.Linear = nn.Linear(in_dim, dim)
         layer = nn.TransformerEncoderLayer(dim, _HEADS, _FEED_FORWARD, _DROPOUT, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
+        self.encoder: nn.TransformerEncoder = nn.TransformerEncoder(
+            layer, _LAYERS, enable_nested_tensor=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, T, C]` to `[B, T, D]`; the release has time first."""
@@ -75,7 +77,7 @@ class CMGResidual(nn.Module):
             nn.ReLU(),
             nn.Conv2d(dim, dim, 1, bias=False),
         )
-        self.stack = nn.ModuleList([nn.ModuleDict({"res_block": block})])
+        self.stack: nn.ModuleList = nn.ModuleList([nn.ModuleDict({"res_block": block})])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[N, C, H, W]` to the same shape."""
@@ -95,7 +97,7 @@ class CMGVideoEncoder(nn.Module):
     def __init__(self, dim: int, channels: tuple[int, int], hidden_dim: int) -> None:
         super().__init__()
         narrow, wide = channels
-        self.conv_stack = nn.Sequential(
+        self.conv_stack: nn.Sequential = nn.Sequential(
             nn.Conv2d(dim, narrow, 3),
             nn.ReLU(),
             nn.Conv2d(narrow, wide, 3),
@@ -103,7 +105,7 @@ class CMGVideoEncoder(nn.Module):
             nn.Conv2d(wide, wide, 1),
             CMGResidual(wide),
         )
-        self.feed_forward = nn.Sequential(
+        self.feed_forward: nn.Sequential = nn.Sequential(
             nn.Linear(wide, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, dim)
         )
 
@@ -129,8 +131,8 @@ class CMGVideoDecoder(nn.Module):
 
     def __init__(self, dim: int, wide: int, hidden_dim: int, code_dim: int) -> None:
         super().__init__()
-        self.video_linear = nn.Linear(code_dim, code_dim)
-        self.inverse_conv_block = nn.Sequential(
+        self.video_linear: nn.Linear = nn.Linear(code_dim, code_dim)
+        self.inverse_conv_block: nn.Sequential = nn.Sequential(
             nn.ConvTranspose2d(code_dim + wide, hidden_dim, 3),
             CMGResidual(hidden_dim),
             nn.ConvTranspose2d(hidden_dim, dim, 3),
@@ -168,13 +170,13 @@ class CMGEncoder(nn.Module):
         hidden_dim: int = 1024,
     ) -> None:
         super().__init__()
-        self.modalities = tuple(dims)
-        self.Cross_quantizer = CMGQuantizer(code_dim, codebook_size, self.modalities)
+        self.modalities: tuple[str, ...] = tuple(dims)
+        self.Cross_quantizer: CMGQuantizer = CMGQuantizer(code_dim, codebook_size, self.modalities)
         for name, dim in dims.items():
             self.add_module(f"{name}_self_att", CMGTemporalEncoder(dim, code_dim))
             if name == "video":
-                self.video_semantic_encoder = CMGVideoPool(dim)
-                self.Video_encoder = CMGVideoEncoder(dim, channels, hidden_dim)
+                self.video_semantic_encoder: CMGVideoPool = CMGVideoPool(dim)
+                self.Video_encoder: CMGVideoEncoder = CMGVideoEncoder(dim, channels, hidden_dim)
             else:
                 linear = nn.ModuleDict({f"{name}_linear": nn.Linear(dim, code_dim)})
                 self.add_module(f"{name.title()}_encoder", linear)
@@ -252,8 +254,8 @@ class CMGHead(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, *, per_segment: bool = False) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, dim)
-        self.event_classifier = nn.Linear(dim, num_classes)
+        self.linear: nn.Linear = nn.Linear(dim, dim)
+        self.event_classifier: nn.Linear = nn.Linear(dim, num_classes)
         self.per_segment = per_segment
 
     def forward(self, codes: Tensor) -> Tensor:

@@ -129,6 +129,11 @@ class CMGQuantizer(nn.Module):
     ema_count: Tensor  # [L] N
     ema_weight: Tensor  # [L, D] o
     unactivated_count: Tensor  # [L] batches since last used
+    modalities: tuple[str, ...]
+    decay: float
+    eps: float
+    beta: float
+    reset_after: int
 
     def __init__(
         self,
