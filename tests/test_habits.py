@@ -119,6 +119,7 @@ def test_names_and_arguments_exist(path: Path) -> None:
     assert wrong_names(path.read_text()) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of its exporter
 @each_document
 def test_python_blocks_run(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
