@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmvq_kernels.distribution import (
     _backward_torch,
+    _forward_torch,
     _log_probabilities_torch,
     code_log_probabilities_ref,
 )
@@ -36,8 +37,7 @@ def draw(B: int, T: int, L: int, D: int, device: str) -> tuple[Tensor, Tensor, T
 
 
 def in_torch(grad: Tensor, x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    log_p = _log_probabilities_torch(x, codebook, used)
-    return _backward_torch(grad, x, codebook, used, log_p, True)
+    return _backward_torch(grad, x, codebook, used, *_forward_torch(x, codebook, used), True)
 
 
 @pytest.mark.parametrize(("B", "T", "L", "D"), SIZES)
