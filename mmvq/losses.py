@@ -79,7 +79,8 @@ class CrossModalCommitmentLoss(nn.Module):
         """
         where = "CrossModalCommitmentLoss"
         z, valid = check_features(where, features, masks)
-        if self.cross_ratio != 0:
+        ratio = self.cross_ratio
+        if any(ratio.values()) if isinstance(ratio, Mapping) else ratio:
             check_same_length(where, z)
         if any(name not in codes or codes[name].shape != features[name].shape for name in z):
             raise ValueError(

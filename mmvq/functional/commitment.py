@@ -45,11 +45,13 @@ def commitment(
     names = sorted(features)
     total = next(iter(features.values())).new_zeros(())
     for a in names:
-        others = [b for b in names if b != a]
         total = total + beta * _distance(features, codes, masks, a, a, reduction)
-        present = sum(1 if masks is None else (masks[a] & masks[b]).any().long() for b in others)
-        for b in others:
-            if ratio := _ratio(cross_ratio, a, b):
+        ratios = {b: _ratio(cross_ratio, a, b) for b in names if b != a}
+        if not any(ratios.values()):
+            continue
+        present = sum(1 if masks is None else (masks[a] & masks[b]).any().long() for b in ratios)
+        for b, ratio in ratios.items():
+            if ratio:
                 cross = _distance(features, codes, masks, a, b, reduction)
                 total = total + ratio * beta * cross / _at_least_one(present)
     return total

@@ -21,6 +21,16 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensors, Tensors]:
     return z, {m: uniform(B, T, D, dtype=dtype, seed=9 + i) for i, m in enumerate(NAMES)}
 
 
+@pytest.mark.parametrize("ratio", [0, {}, {("audio", "video"): 0.0}], ids=str)
+def test_without_cross_terms_modalities_may_differ_in_length(ratio: Any) -> None:
+    z = {"audio": uniform(B, T, D, seed=0), "video": uniform(B, T + 2, D, seed=1)}
+    e = {m: uniform(*x.shape, seed=2) for m, x in z.items()}
+    masks = {m: bools(*x.shape[:2], seed=3) for m, x in z.items()}
+    loss = CrossModalCommitmentLoss(cross_ratio=ratio)
+    own = [loss({m: z[m]}, {m: e[m]}, {m: masks[m]}) for m in z]
+    assert torch.equal(loss(z, e, masks), own[0] + own[1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
