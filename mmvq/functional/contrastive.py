@@ -14,10 +14,13 @@ from mmvq.functional.batch import WHOLE, Batch
 def similarities(
     query: Tensor, key: Tensor, *, temperature: float = 1.0, normalize: bool = False
 ) -> Tensor:
-    """Scores `[..., N, C]` of every query (rows) against every key (columns)."""
-    if normalize:
-        query, key = unit_length(query, dim=-1), unit_length(key, dim=-1)
-    return query @ key.mT / temperature
+    """Scores `[..., N, C]` of every query (rows) against every key (columns), at least float32."""
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
+    query, key = query.to(dtype), key.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):  # a score may exceed float16
+        if normalize:
+            query, key = unit_length(query, dim=-1), unit_length(key, dim=-1)
+        return query @ key.mT / temperature
 
 
 def matched_cross_entropy(
@@ -32,7 +35,6 @@ def matched_cross_entropy(
     Row i belongs to column `offset` + i. Rows that are not valid in `mask` `[..., N]` have entry 0,
     columns that are not in `candidates` `[..., C]` (None: as `mask`) cannot be picked.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if mask is None:
         return logits.logsumexp(-1) - logits.diagonal(offset, dim1=-2, dim2=-1)
     candidates = mask if candidates is None else candidates

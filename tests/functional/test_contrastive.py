@@ -32,13 +32,22 @@ def test_equals_the_reference(dtype: torch.dtype, temperature: float) -> None:
     q, k = pair(dtype=dtype)
     expected = F.info_nce_ref(q.double(), k.double(), temperature)
     loss = F.info_nce(q, k, temperature=temperature)
-    assert loss.dtype == torch.promote_types(dtype, torch.float32)
-    close(loss, expected, atol(dtype))  # the scores themselves are of the dtype of the inputs
-    close(
-        F.similarities(q, k, temperature=temperature),
-        q.double() @ k.double().T / temperature,
-        atol(dtype),
-    )
+    scores = F.similarities(q, k, temperature=temperature)
+    assert loss.dtype == scores.dtype == torch.promote_types(dtype, torch.float32)
+    close(loss, expected, atol(loss.dtype))
+    close(scores, q.double() @ k.double().T / temperature, atol(loss.dtype))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_scores_beyond_float16_are_finite(normalize: bool) -> None:
+    q, k = ((300 * x).half() for x in pair())
+    expected = F.info_nce(q.double(), k.double(), normalize=normalize)
+    size = 1 if normalize else D * 300**2
+    tolerance = 2 * rounding(torch.float32, D + 2 + 2 * N, size)
+    close(F.info_nce(q, k, normalize=normalize), expected, tolerance)
+    q, k = q.float(), k.float()  # autocast asks for the same products in float16
+    with torch.autocast("cpu", torch.float16):
+        close(F.info_nce(q, k, normalize=normalize), expected, tolerance)
 
 
 def test_leading_dimensions_are_problems_of_their_own() -> None:
