@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mmvq import functional as F
 from mmvq.checks import check_choice, check_int, check_number, message
 from mmvq.distributed import all_reduce_, meet, world_size
 from mmvq.pretrained import Pretrained
+from mmvq_kernels.backends import transformed
 
 ResetRule = Literal["all", "any"]
 Init = Literal["kmeans", "samples", "uniform"]
@@ -113,9 +115,7 @@ class EMACodebook(Pretrained):
                     groups=groups,
                 )
             )
-        voters = torch.zeros(groups, dtype=torch.bool)
-        voters[list(sources)] = True
-        self._all_vote = set(sources) == set(range(groups))
+        self._sources = sorted(set(sources))
         self.register_buffer("codes", codes)
         self.register_buffer("sums", codes.clone())
         self.register_buffer("counts", torch.ones(size, dtype=dtype))
@@ -123,7 +123,7 @@ class EMACodebook(Pretrained):
         self.register_buffer("usage", torch.zeros(groups, size, dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("initialized", torch.tensor(self._ready))
-        self.register_buffer("voters", voters, persistent=False)
+        self.register_buffer("voters", self._find_voters(), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -159,7 +159,7 @@ class EMACodebook(Pretrained):
         """
         if self._ready:
             return
-        if not torch.compiler.is_compiling() and bool(self.initialized):
+        if not _without_data(values) and bool(self.initialized):
             self._ready = True  # the state came without load_state_dict: DDP's broadcast, say
             return
         keep = F.finite_rows(values)
@@ -181,7 +181,7 @@ class EMACodebook(Pretrained):
         self.sums.copy_(self.codes)
         self.initialized.logical_or_(some)
         # A compiled graph cannot wait for the answer: there, the first batch is the one.
-        self._ready = torch.compiler.is_compiling() or bool(some)
+        self._ready = _without_data(some) or bool(some)
 
     def match_dtype(self, dtype: torch.dtype) -> None:
         """Make the state float64 if `dtype` is; the state never gets narrower by itself."""
@@ -218,10 +218,10 @@ class EMACodebook(Pretrained):
             return
         self.match_dtype(values.dtype)
         groups = torch.zeros_like(indices) if groups is None else groups
-        values, indices, groups = values.flatten(0, -2), indices.flatten(), groups.flatten()
+        values, indices, groups = values.reshape(-1, self.dim), indices.flatten(), groups.flatten()
         indices = torch.where(F.finite_rows(values), indices, -1)
         values = values.to(self.codes.dtype)
-        if not self._all_vote:  # a group outside update_from is counted, but adds nothing
+        if len(self._sources) < self.groups:  # the others are counted, but add nothing
             values = torch.where(self.voters.index_select(0, groups)[:, None], values, 0)
         counts, sums = F.code_statistics(
             values,
@@ -307,6 +307,12 @@ class EMACodebook(Pretrained):
             f"reset_after={self.reset_after}, reset_rule={self.reset_rule!r}, init={self.init!r}"
         )
 
+    def _find_voters(self) -> Tensor:
+        """Which groups are in `update_from`: bool `[G]`."""
+        voters = torch.zeros(self.groups, dtype=torch.bool)
+        voters[self._sources] = True
+        return voters
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMACodebook:
         # The state follows .to(device) and .double(), never a cast below float32.
         def keep_precision(t: Tensor) -> Tensor:
@@ -326,15 +332,21 @@ class EMACodebook(Pretrained):
         if isinstance(codes, Tensor):
             self.match_dtype(codes.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.voters = self._find_voters().to(self.codes.device)  # no file holds them
         if not self.initialized.is_meta:
             self._ready = bool(self.initialized)
         self._pending = None  # it belongs to the state that was here before
 
 
 def _certainly_none(mask: Tensor) -> bool:
-    """Whether no entry is True; False also where a device or a graph would have to wait for it."""
-    waits = mask.device.type != "cpu" or torch.compiler.is_compiling()
-    return not waits and not mask.any()
+    """Whether no entry is True; False also where the host cannot read the mask as its memory."""
+    waits = mask.device.type != "cpu" or _without_data(mask) or transformed()
+    return not waits and not mask.numpy().any()
+
+
+def _without_data(x: Tensor) -> bool:
+    """Whether `x` stands for a tensor that is not there yet: in a graph, or as a fake."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def recomputing() -> bool:

@@ -75,6 +75,16 @@ def test_search_takes_any_shape_and_dtype(shape: tuple[int, ...], dtype: torch.d
     assert torch.equal(book.search(book.codes), torch.arange(L))
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (5, 2)], ids=str)
+def test_accumulate_takes_any_shape(shape: tuple[int, ...]) -> None:
+    book = EMACodebook(D, L)
+    flat = deepcopy(book)
+    x = uniform(*shape, D, dtype=torch.float32)
+    step(book, x)
+    step(flat, x.reshape(-1, D))
+    assert same(state(book), state(flat))
+
+
 def test_accumulating_in_parts_is_one_step() -> None:
     x = uniform(N, D)
     whole, parts = EMACodebook(D, L).double(), EMACodebook(D, L).double()
@@ -208,6 +218,22 @@ def test_a_loaded_state_goes_on_to_the_bit(dtype: torch.dtype) -> None:
     assert same(state(book), state(other))
     assert same(state(book), state(twin))
     assert book.codes.data_ptr() != twin.codes.data_ptr()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_codebook_built_without_data_is_that_of_the_state_it_loads(assign: bool) -> None:
+    saved = EMACodebook(D, L, groups=3, update_from=(2,))
+    with torch.device("meta"):
+        book = EMACodebook(D, L, groups=3, update_from=(2,))
+    if not assign:
+        book.to_empty(device="cpu")
+        book.voters.fill_(True)  # or whatever lay there
+    book.load_state_dict(deepcopy(saved.state_dict()), assign=assign)
+    assert torch.equal(book.voters, saved.voters)
+    x = uniform(N, D, dtype=torch.float32)
+    for each in (book, saved):
+        step(each, x, torch.arange(N) % 3)
+    assert same(state(book), state(saved))
 
 
 def test_one_all_reduce_for_many_codebooks(monkeypatch: pytest.MonkeyPatch) -> None:
