@@ -122,7 +122,7 @@ class CodebookMonitor:
         self.quantizer, self.every = quantizer, every
         self._agreement = _Agreement(quantizer.modalities)
         self._saturation: dict[str, _Saturation] = {}
-        self._handles = [quantizer.register_forward_hook(self._agreement)]
+        self._handles = [quantizer.register_forward_hook(self._agreement, with_kwargs=True)]
         for name, part in clubs:
             if part.logvar_bound is not None:
                 hook = _Saturation(part.logvar_bound)
@@ -254,8 +254,10 @@ class _Agreement(_Tally):
         self.pairs = list(combinations(modalities, 2))
         super().__init__(len(self.pairs))
 
-    def __call__(self, module: nn.Module, args: object, output: QuantizerOutput) -> None:
-        if not module.training:
+    def __call__(
+        self, module: nn.Module, args: object, kwargs: dict[str, Any], output: QuantizerOutput
+    ) -> None:
+        if not module.training or kwargs.get("freeze"):
             return
         for row, (a, b) in enumerate(self.pairs):
             found = {name: output.indices[name] for name in (a, b) if name in output.indices}

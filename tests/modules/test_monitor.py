@@ -67,7 +67,7 @@ def by_hand(outputs: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def test_a_reading_is_what_its_window_chose() -> None:
-    """With masks, and with a modality missing at times; eval and other windows are left out."""
+    """With masks, and a modality missing at times; eval, freeze and other windows are left out."""
     module = quantizer()
     monitor = CodebookMonitor(module, every=4)
     for window in range(2):
@@ -77,7 +77,7 @@ def test_a_reading_is_what_its_window_chose() -> None:
             mask = {name: masks(seed)[name] for name in some}
             outputs.append(module(batch(seed, *some), mask).indices)
             module.eval()(batch(seed))
-            module.train()
+            module.train()(batch(seed), freeze=True)
             reading = monitor.step()
             assert bool(reading) == (seed % 4 == 3)
         expected = by_hand(outputs)
@@ -145,7 +145,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def test_between_readings_nothing_waits_for_the_device() -> None:
-    module = quantizer(init="uniform", reset_after=None)  # on a CPU a reset asks if there is any
+    module = quantizer(init="uniform")
     club = CLUBEstimator(D, D, 8)
     monitor = CodebookMonitor(module, every=100, club=club)
     z = batch(0)
