@@ -102,6 +102,7 @@ class MultiModalEMAQuantizer(Pretrained):
 
     Raises:
         ValueError: an argument out of range.
+        TypeError: a commitment that cannot be called.
 
     Source: Sec. 4.3 and Fig. 2(b). Departs from the released code, which updates after each
     modality in turn, uses the aligned partner and resets by another rule; see `mmvq.compat.cmg`.
@@ -158,6 +159,10 @@ class MultiModalEMAQuantizer(Pretrained):
         if not callable(partner):
             hint = "pick one, or pass a callable (z_a, others, masks) -> r"
             check_choice(where, (*_PARTNERS, "none"), hint, partner=partner)
+        if not (commitment in ("default", None) or callable(commitment)):
+            rule = "commitment must be a callable (features, codes, masks) -> loss, or None"
+            hint = "pass CrossModalCommitmentLoss(...)"
+            raise TypeError(message(where, rule, hint=hint, commitment=commitment))
         check_choice(where, _GRADIENTS, gradient=gradient)
         check_choice(where, ("auto", "manual"), update=update)
         check_number(where, 0, 1, partner_weight=partner_weight)

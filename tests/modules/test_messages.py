@@ -294,6 +294,17 @@ ARGUMENTS = [
         )
         for given in (("left.arm", "audio"), ("audio", "type"))
     ),
+    *(
+        Case(
+            lambda given=given: quantizer(commitment=given),
+            TypeError,
+            "MultiModalEMAQuantizer: commitment must be a callable (features, codes, masks) -> "
+            "loss, or None",
+            f"commitment: {given!r}",
+            "pass CrossModalCommitmentLoss(...)",
+        )
+        for given in ("mean", 0.25)
+    ),
     Case(
         lambda: quantizer(update_from=["text"]),
         ValueError,
