@@ -53,7 +53,7 @@ def code_log_probabilities(
         `[B, L]`, in at least float32.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, a mask that is not bool.
         RuntimeError: the backend cannot run here.
     """
     _check(x, codebook, mask)
@@ -257,7 +257,7 @@ def _check(x: Tensor, codebook: Tensor, mask: Tensor | None) -> None:
                 codebook=codebook,
             )
         )
-    if mask is not None and mask.shape != x.shape[:2]:
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
         raise ValueError(
             message(
                 "code_log_probabilities",

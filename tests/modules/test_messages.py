@@ -566,12 +566,18 @@ KERNELS = [
         "x: float32[2, 5, 4]   codebook: float32[8, 3]",
         "give every clip a time axis and project it to the codebook's width",
     ),
-    Case(
-        lambda: kernels.code_log_probabilities(z, codes, torch.ones(2, 4, dtype=torch.bool)),
-        ValueError,
-        "code_log_probabilities: mask must be bool [B, T]",
-        "x: float32[2, 5, 4]   mask: bool[2, 4]",
-        "give every segment one entry, True where it is valid",
+    *(
+        Case(
+            lambda mask=mask: kernels.code_log_probabilities(z, codes, mask),
+            ValueError,
+            "code_log_probabilities: mask must be bool [B, T]",
+            f"x: float32[2, 5, 4]   mask: {came}",
+            "give every segment one entry, True where it is valid",
+        )
+        for mask, came in (
+            (torch.ones(2, 4, dtype=torch.bool), "bool[2, 4]"),
+            (torch.ones(2, 5), "float32[2, 5]"),
+        )
     ),
     Case(
         lambda: kernels.nearest_code(codes.long(), codes),
