@@ -1,8 +1,9 @@
 # Each target sets up .venv from constraints.txt by itself, once, and again when a pin changes.
-#   make demo   train on the built-in digits into runs/digits
-#   make test   all tests; TESTS="-k name" picks some, JOBS=1 runs them in one process
-#   make lint   ruff, mypy, and pyright for types that users miss
-#   make docs   the site, into site/
+#   make demo      train on the built-in digits into runs/digits
+#   make test      all tests; TESTS="-k name" picks some, JOBS=1 runs them in one process
+#   make lint      ruff, mypy, and pyright for types that users miss
+#   make docs      the site, into site/
+#   make package   wheel and sdist, into dist/, and a trial of the wheel alone
 
 # The first interpreter of these that runs and is new enough; `make PYTHON=...` overrides.
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -13,7 +14,7 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs
+.PHONY: help setup demo test lint docs package
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -37,6 +38,9 @@ lint: $(READY)
 
 docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+package: $(READY)
+	@$(BIN)/python .ci/package.py
 
 # torch comes first and alone, by its exact pin, so that no other version is ever looked at.
 $(READY): pyproject.toml constraints.txt
