@@ -55,6 +55,12 @@ class EMACodebook(Pretrained):
 
     Source: Eq. 7 and Sec. 4.3. The released code starts from N = 0, writes smoothing back into N,
     and updates after each modality; see `mmvq.compat.cmg`.
+
+    Example:
+        >>> book, x = EMACodebook(2, 4), torch.randn(8, 2)
+        >>> book.accumulate(x, book.search(x))
+        >>> int(book.apply().steps)
+        1
     """
 
     codes: Tensor
@@ -359,6 +365,13 @@ def update_codebooks(modules: nn.Module | Iterable[nn.Module]) -> None:
 
     Args:
         modules: quantizers, codebooks, or anything that holds them; or one such module.
+
+    Example:
+        >>> book = EMACodebook(2, 4)
+        >>> book.accumulate(torch.ones(1, 2), torch.tensor([3]))
+        >>> update_codebooks([book])
+        >>> book.counts.argmax()  # those of the others fade
+        tensor(3)
     """
     modules = [modules] if isinstance(modules, nn.Module) else modules
     books = dict.fromkeys(

@@ -29,6 +29,10 @@ def reason_unavailable(backend: str) -> str | None:
 
     Raises:
         ValueError: the name is not a backend.
+
+    Example:
+        >>> reason_unavailable("torch") is None
+        True
     """
     _check("reason_unavailable", backend)
     if backend != "triton":
@@ -43,7 +47,12 @@ def reason_unavailable(backend: str) -> str | None:
 
 
 def available_backends() -> tuple[str, ...]:
-    """The backends that can run on this machine, fastest first."""
+    """The backends that can run on this machine, fastest first.
+
+    Example:
+        >>> available_backends()[-1]
+        'torch'
+    """
     return tuple(name for name in ("triton", "torch") if reason_unavailable(name) is None)
 
 

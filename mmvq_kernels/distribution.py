@@ -55,6 +55,11 @@ def code_log_probabilities(
     Raises:
         ValueError: shapes that do not fit, a mask that is not bool.
         RuntimeError: the backend cannot run here.
+
+    Example:
+        >>> codebook = torch.tensor([[0.0], [2.0]])
+        >>> code_log_probabilities(torch.ones(1, 5, 1), codebook).exp()  # half way between
+        tensor([[0.5000, 0.5000]])
     """
     _check(x, codebook, mask)
     require("code_log_probabilities", backend, x, codebook)

@@ -52,6 +52,12 @@ def ema_update_(
     Raises:
         ValueError: shapes that do not fit, or only one of `dead` and `replacement`.
         RuntimeError: the backend cannot run here.
+
+    Example:
+        >>> codes, sums, counts = torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1)
+        >>> ema_update_(codes, sums, counts, torch.ones(1, 2), torch.ones(1), decay=0.75)
+        >>> codes
+        tensor([[0.2500, 0.2500]])
     """
     _check(codes, sums, counts, batch_sums, batch_counts, dead, replacement)
     require("ema_update_", backend, codes, sums, counts)

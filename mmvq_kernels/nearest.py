@@ -25,7 +25,13 @@ Precision = Literal["exact", "fast"]
 
 
 def nearest_code_ref(x: Tensor, codebook: Tensor) -> Tensor:
-    """`argmin_l |x - e_l|^2` in float64, every difference written out; the lowest index on ties."""
+    """`argmin_l |x - e_l|^2` in float64, every difference written out; the lowest index on ties.
+
+    Example:
+        >>> x, codebook = torch.randn(9, 4), torch.randn(5, 4)
+        >>> torch.equal(nearest_code(x, codebook), nearest_code_ref(x, codebook))
+        True
+    """
     x, codebook = x.double(), codebook.double()
     return (x[:, None] - codebook).square().sum(-1).argmin(-1)
 
@@ -61,6 +67,11 @@ def nearest_code(
         ValueError: shapes that do not fit, an empty codebook, an unknown backend or precision.
         TypeError: tensors that are not floating point.
         RuntimeError: the backend cannot run here.
+
+    Example:
+        >>> codebook = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+        >>> nearest_code(torch.tensor([[0.9, 0.8], [0.1, 0.2]]), codebook)
+        tensor([1, 0])
     """
     _check(x, codebook, precision)
     require("nearest_code", backend, x, codebook)

@@ -13,7 +13,12 @@ from mmvq_kernels.messages import message
 
 
 def code_statistics_ref(values: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """One row at a time, in float64."""
+    """One row at a time, in float64.
+
+    Example:
+        >>> code_statistics_ref(torch.ones(2, 1), torch.tensor([1, -1]), 2)[0]
+        tensor([0., 1.], dtype=torch.float64)
+    """
     counts = values.new_zeros(num_codes, dtype=torch.float64)
     sums = values.new_zeros(num_codes, values.shape[1], dtype=torch.float64)
     for value, index in zip(values.double(), indices.tolist(), strict=True):
@@ -55,6 +60,11 @@ def code_statistics(
         ValueError: shapes that do not fit.
         TypeError: values that are not floating point, indices or groups that are not int64.
         RuntimeError: the backend cannot run here.
+
+    Example:
+        >>> counts, sums = code_statistics(torch.ones(4, 2), torch.tensor([0, 2, 2, -1]), 3)
+        >>> counts, sums[:, 0]
+        (tensor([1., 0., 2.]), tensor([1., 0., 2.]))
     """
     _check(values, indices, groups)
     require("code_statistics", backend, values)

@@ -28,6 +28,12 @@ def cross_attend(z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str, Te
     Source: Sec. 4.3, "cross-att". The paper does not say what is projected; as the inputs of the
     moving average carry no gradient, learned projections would never train, so there are none. The
     released code uses `aligned_partner` instead.
+
+    Example:
+        >>> z, video = torch.randn(2, 5, 8), torch.randn(2, 7, 8)
+        >>> valid = torch.ones(2, 7, dtype=torch.bool)
+        >>> cross_attend(z, {"video": video}, {"video": valid}).shape
+        torch.Size([2, 5, 8])
     """
     if not others:
         return z.clone()
@@ -47,7 +53,14 @@ def cross_attend(z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str, Te
 def cross_attend_ref(
     z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str, Tensor]
 ) -> Tensor:
-    """`cross_attend`, one vector at a time."""
+    """`cross_attend`, one vector at a time.
+
+    Example:
+        >>> z, others = torch.randn(2, 3, 4), {"video": torch.randn(2, 5, 4)}
+        >>> args = z, others, {"video": torch.ones(2, 5, dtype=torch.bool)}
+        >>> torch.allclose(cross_attend(*args), cross_attend_ref(*args), atol=1e-6)
+        True
+    """
     r = z.clone()
     for b in range(z.shape[0]):
         for t in range(z.shape[1]):
@@ -67,6 +80,12 @@ def aligned_partner(z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str,
 
     O_t are the other modalities valid at segment t; where there is none, `r = z`. Shapes as in
     `cross_attend`, with S = T. Source: what the authors' released code does in place of attention.
+
+    Example:
+        >>> z, video = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+        >>> valid = torch.tensor([[True, False]])
+        >>> aligned_partner(z, {"video": video}, {"video": valid})[0, :, 0]
+        tensor([1., 0.])
     """
     total, present = torch.zeros_like(z), torch.zeros_like(z[..., :1])
     for name, other in others.items():

@@ -13,6 +13,11 @@ class Batch:
     Attributes:
         whole: whether all is here.
         offset: how many clips come before the first one here.
+
+    Example:
+        >>> batch, x = Batch(), torch.arange(3)
+        >>> batch.whole, batch.gather(x) is x
+        (True, True)
     """
 
     whole = True

@@ -14,7 +14,13 @@ from mmvq.functional.batch import WHOLE, Batch
 def similarities(
     query: Tensor, key: Tensor, *, temperature: float = 1.0, normalize: bool = False
 ) -> Tensor:
-    """Scores `[..., N, C]` of every query (rows) against every key (columns), at least float32."""
+    """Scores `[..., N, C]` of every query (rows) against every key (columns), at least float32.
+
+    Example:
+        >>> similarities(torch.eye(2), 4 * torch.eye(2), temperature=0.5)
+        tensor([[8., 0.],
+                [0., 8.]])
+    """
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     query, key = query.to(dtype), key.to(dtype)
     with torch.autocast(query.device.type, enabled=False):  # a score may exceed float16
@@ -75,6 +81,13 @@ def info_nce(
         A scalar in nats (0 when nothing is valid), or `[..., N]`; ln N when all keys look alike.
 
     Source: van den Oord et al. 2018; Eq. 6.
+
+    Example:
+        >>> alike = torch.zeros(8, 16)
+        >>> info_nce(alike, alike)  # ln 8
+        tensor(2.0794)
+        >>> info_nce(100 * torch.eye(8), torch.eye(8))
+        tensor(0.)
     """
     if mask is not None:  # a NaN under a False must not reach the gradient of the others
         query, key = (torch.where(mask[..., None], x, 0) for x in (query, key))
@@ -106,7 +119,12 @@ def matched(
     normalize: bool = False,
     batch: Batch = WHOLE,
 ) -> Tensor:
-    """Whether each query scores its own key highest: bool `[..., N]`; see `info_nce`."""
+    """Whether each query scores its own key highest: bool `[..., N]`; see `info_nce`.
+
+    Example:
+        >>> matched(torch.eye(3), torch.eye(3)[[0, 2, 1]])
+        tensor([ True, False, False])
+    """
     candidates = None if mask is None else batch.gather(mask, -1)
     logits = similarities(
         query, batch.gather(key, -2), temperature=temperature, normalize=normalize
@@ -121,7 +139,13 @@ def matched(
 
 
 def info_nce_ref(query: Tensor, key: Tensor, temperature: float = 1.0) -> Tensor:
-    """One problem, `[N, D]` each, one query at a time."""
+    """One problem, `[N, D]` each, one query at a time.
+
+    Example:
+        >>> query, key = torch.randn(2, 6, 4, dtype=torch.float64)
+        >>> torch.allclose(info_nce(query, key), info_nce_ref(query, key))
+        True
+    """
     losses = [
         -torch.log_softmax(torch.stack([q @ k for k in key]) / temperature, 0)[i]
         for i, q in enumerate(query)

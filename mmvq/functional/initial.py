@@ -15,6 +15,11 @@ def sample_rows(x: Tensor, num_codes: int, usable: Tensor | None = None) -> Tens
 
     With fewer rows than codes, rows repeat with a jitter of 1% of the data's range. Rows that are
     False in `usable` `[N]` are as if they were not there; with none left, the result means nothing.
+
+    Example:
+        >>> x = torch.arange(10.0)[:, None]
+        >>> torch.isin(sample_rows(x, 3), x).all()
+        tensor(True)
     """
     usable = torch.ones_like(x[:, 0], dtype=torch.bool) if usable is None else usable
     count = usable.sum()
@@ -33,6 +38,11 @@ def kmeans(
     """Lloyd's algorithm from `sample_rows`: centres `[num_codes, D]` of the rows of `x` `[N, D]`.
 
     A centre that loses all its rows stays where it is. `usable` as in `sample_rows`.
+
+    Example:
+        >>> x = torch.tensor([0.0, 1.0, 10.0, 11.0])[:, None]
+        >>> kmeans(x, 2).flatten().sort().values
+        tensor([ 0.5000, 10.5000])
     """
     usable = torch.ones_like(x[:, 0], dtype=torch.bool) if usable is None else usable
     centres = sample_rows(x, num_codes, usable)

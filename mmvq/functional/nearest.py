@@ -26,6 +26,11 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
         TypeError: not floating point.
 
     Source: Eq. 2; computed by `mmvq_kernels.nearest_code`.
+
+    Example:
+        >>> codebook = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+        >>> functional.nearest_code(torch.tensor([[[0.9, 0.8], [0.1, 0.2]]]), codebook)
+        tensor([[1, 0]])
     """
     rows, shape = pack([x], "* d")
     (indices,) = unpack(mmvq_kernels.nearest_code(rows, codebook), shape, "*")

@@ -21,6 +21,11 @@ def advance_ages(ages: Tensor, counts: Tensor) -> Tensor:
     Args:
         ages: int64 `[M, L]`.
         counts: vectors of each modality that chose each code in this batch, `[M, L]`.
+
+    Example:
+        >>> advance_ages(torch.tensor([[3, 0], [UNSEEN, UNSEEN]]), torch.tensor([[1, 0], [0, 0]]))
+        tensor([[ 0,  1],
+                [-1, -1]])
     """
     present = counts.sum(1, keepdim=True) > 0
     return torch.where(present, torch.where(counts > 0, 0, ages.clamp(min=0) + 1), ages)
@@ -32,6 +37,11 @@ def inactive_codes(ages: Tensor, reset_after: int, rule: Literal["all", "any"]) 
     `"all"` keeps a code only if every modality chose it within the last `reset_after` batches (the
     paper); `"any"` keeps it if any did (the released code, which also needs more than
     `reset_after`). Modalities never yet seen do not vote.
+
+    Example:
+        >>> ages = torch.tensor([[0, 9, 9], [0, 0, 9]])  # of three codes, for two modalities
+        >>> inactive_codes(ages, 5, "all"), inactive_codes(ages, 5, "any")
+        (tensor([False,  True,  True]), tensor([False, False,  True]))
     """
     idle, seen = ages >= reset_after, ages > UNSEEN
     if rule == "all":
@@ -59,6 +69,13 @@ def replacement_codes(
 
     Source: the paper says "re-initialized"; the released code draws a random active code plus
     U(-1/1024, 1/1024).
+
+    Example:
+        >>> codes, dead = torch.tensor([[0.0], [8.0]]), torch.tensor([False, True])
+        >>> sums, counts = torch.tensor([[6.0], [0.0]]), torch.tensor([3.0, 0.0])
+        >>> new = replacement_codes(codes, dead, sums, counts, torch.tensor(0))
+        >>> (new[1] - 2).abs() <= 0.04  # the mean of code 0, and at most 1% of the spread
+        tensor([True])
     """
     L, D = codes.shape
     order = batch_counts.argsort(descending=True, stable=True)

@@ -62,6 +62,14 @@ def code_usage(counts: Mapping[str, Tensor], min_share: float = 0.05) -> CodeUsa
         min_share: share of a code's vectors.
 
     Source: Fig. 4, where a modality with over 80% of a code's vectors owns it alone.
+
+    Example:
+        >>> counts = {"audio": torch.tensor([6, 2, 0]), "video": torch.tensor([8, 0, 0])}
+        >>> use = code_usage(counts)
+        >>> use.perplexity
+        {'audio': tensor(1.7548), 'video': tensor(1.)}
+        >>> use.shared, use.dead
+        (tensor([ True, False, False]), tensor([False, False,  True]))
     """
     stacked = torch.stack([counts[name] for name in counts])  # [M, L]
     p = stacked / stacked.sum(1, keepdim=True).clamp(min=1)
@@ -94,6 +102,11 @@ def code_agreement(indices: Mapping[str, Tensor]) -> CodeAgreement:
 
     Source: `equal_num` of the released code, which counts the clips whose most frequent code is the
     same in all modalities.
+
+    Example:
+        >>> indices = {"audio": torch.tensor([[3, 5, 7]]), "video": torch.tensor([[3, 4, -1]])}
+        >>> code_agreement(indices).share
+        {('audio', 'video'): tensor(0.5000)}
     """
     shapes = {name: tuple(index.shape) for name, index in indices.items()}
     if len(set(shapes.values())) > 1:

@@ -218,8 +218,12 @@ def test_every_public_name_is_documented() -> None:
     for package in (mmvq, mmvq_kernels, mmvq.functional):
         for name in package.__all__:
             value = getattr(package, name)
-            described = not (inspect.isclass(value) or inspect.isfunction(value))
-            assert described or inspect.getdoc(value), f"{name} has no docstring"
+            if inspect.isclass(value) or inspect.isfunction(value):
+                text = value.__doc__ or ""
+                assert text, f"{name} has no docstring"
+                # what a function returns or raises shows in the example of that function
+                result = isinstance(value, type) and issubclass(value, tuple | Exception)
+                assert result or ">>>" in text, f"{name} has no example"
 
 
 def test_layers_import_downwards() -> None:
