@@ -1,4 +1,5 @@
 # Each target sets up .venv from constraints.txt by itself, once, and again when a pin changes.
+#   make setup     .venv, with all that the others need; they do it by themselves
 #   make demo      train on the built-in digits into runs/digits
 #   make test      all tests; TESTS="-k name" picks some, JOBS=1 runs them in one process
 #   make lint      ruff, mypy, and pyright for types that users miss

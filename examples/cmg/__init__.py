@@ -1,1 +1,9 @@
 """The parts of the cross-modal generalisation example, one purpose per file."""
+
+from importlib.util import find_spec
+
+_MISSING = [name for name in ("safetensors", "sklearn", "tqdm") if find_spec(name) is None]
+if _MISSING:
+    raise ImportError(
+        f"cmg: the example needs {', '.join(_MISSING)}. Hint: pip install 'mmvq[examples]'."
+    )

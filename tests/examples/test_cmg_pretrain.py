@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import cmg
 from cmg.checkpoint import load_checkpoint, load_model, save_checkpoint
 from cmg.training import CHECKPOINT
 
@@ -157,6 +159,12 @@ def test_arrays_that_nobody_asked_for_do_not_matter(arrays: Arrays, tmp_path: Pa
     path = tmp_path / "x.npz"
     np.savez(path, allow_pickle=True, **arrays)
     assert cmg_pretrain.main(["--data", str(path), "--epochs", "1", "--output", str(tmp_path)]) == 0
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"needs sklearn\..*mmvq\[examples\]"):
+        runpy.run_path(cmg.__file__)
 
 
 def test_a_truncated_file_is_refused(clips_path: Path, tmp_path: Path) -> None:
