@@ -138,13 +138,13 @@ class EMACodebook(Pretrained):
 
     def search(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2): `[..., D]` -> int64 `[...]`."""
-        if x.shape[-1] != self.dim:
+        if not isinstance(x, Tensor) or x.shape[-1] != self.dim:
             raise ValueError(
                 message(
                     "EMACodebook.search",
-                    f"x must be [..., {self.dim}]",
-                    hint=f"project the last dimension to {self.dim}",
-                    x=x,
+                    f"x must be a tensor [..., {self.dim}]",
+                    hint=f"pass one modality's, its last dimension projected to {self.dim}",
+                    x=x if isinstance(x, Tensor) else type(x),
                 )
             )
         return F.nearest_code(x, self.codes)

@@ -289,7 +289,7 @@ class MultiModalEMAQuantizer(Pretrained):
         """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.
 
         Raises:
-            ValueError: the last dimension is not D.
+            ValueError: x is no tensor, or its last dimension is not D.
         """
         return self.ema_codebook.search(x)
 

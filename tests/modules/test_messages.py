@@ -444,9 +444,16 @@ MODULES = [
     Case(
         lambda: quantizer().encode(z[..., :3]),
         ValueError,
-        "EMACodebook.search: x must be [..., 4]",
+        "EMACodebook.search: x must be a tensor [..., 4]",
         "x: float32[2, 5, 3]",
-        "project the last dimension to 4",
+        "its last dimension projected to 4",
+    ),
+    Case(
+        lambda: quantizer().encode({"audio": z}),
+        ValueError,
+        "EMACodebook.search: x must be a tensor [..., 4]",
+        "x: dict",
+        "pass one modality's",
     ),
     Case(
         lambda: mmvq.EMACodebook(4, 8).accumulate(z, torch.zeros(10, dtype=torch.long)),
