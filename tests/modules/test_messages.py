@@ -446,14 +446,14 @@ MODULES = [
         ValueError,
         "EMACodebook.search: x must be a tensor [..., 4]",
         "x: float32[2, 5, 3]",
-        "its last dimension projected to 4",
+        "pass one modality's, its last dimension projected to 4",
     ),
     Case(
         lambda: quantizer().encode({"audio": z}),
         ValueError,
         "EMACodebook.search: x must be a tensor [..., 4]",
         "x: dict",
-        "pass one modality's",
+        "pass one modality's, its last dimension projected to 4",
     ),
     Case(
         lambda: mmvq.EMACodebook(4, 8).accumulate(z, torch.zeros(10, dtype=torch.long)),
