@@ -139,7 +139,7 @@ def test_claims_name_experiments_and_the_papers_numbers() -> None:
     for group in CLAIMS.values():
         for claim in group:
             assert set(claim.weights) <= set(EXPERIMENTS)
+            assert set(claim.in_paper) <= set(PAPER)
             assert sum(claim.weights.values()) == 0
     assert PAPER["without-mm-ema"] == PAPER["dcid-cmcm"]  # Tables 1 and 2 print the same numbers
     assert paper_contrast({"uni-code": 1, "without-cpc": -1}) == pytest.approx((43.85, 46.6))
-    assert paper_contrast({"uni-code": 1, "partner-none": -1}) is None
