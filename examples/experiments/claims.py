@@ -45,12 +45,12 @@ def _better(one: str, other: str) -> Weights:
 
 
 def _part(prefix: str, full: str, part: str) -> Claim:
-    return Claim(f"{PARTS[part]} helps", _better(full, f"{prefix}without-{part}"))
+    return Claim(f"with {PARTS[part]} over without", _better(full, f"{prefix}without-{part}"))
 
 
 def _smaller_loss(part: str) -> Claim:
     two, three = _better("uni-code", f"without-{part}"), _better(f"avt-without-{part}", "avt")
-    return Claim(f"{PARTS[part]} is missed less", two | three)
+    return Claim(f"{PARTS[part]} is missed less than with two", two | three)
 
 
 CLAIMS: dict[str, list[Claim]] = {
@@ -73,7 +73,8 @@ CLAIMS: dict[str, list[Claim]] = {
     ],
     "Every part helps, with two modalities (Table 2)": [
         *(_part("", "uni-code", part) for part in PARTS),
-        Claim("Cross-CPC is missed more than CLUB", _better("without-club", "without-cpc")),
+        Claim("without CLUB over without Cross-CPC", _better("without-club", "without-cpc")),
+        Claim("without both over CLUB alone", _better("without-club-cpc", "without-cpc")),
     ],
     "Every part helps, with three modalities (Table 3)": [
         _part("avt-", "avt", part) for part in PARTS if part != "club-cpc"

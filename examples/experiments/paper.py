@@ -66,8 +66,13 @@ RETRIEVAL: dict[str, Row] = {  # Table 5: R@5 and R@10, V2T and T2V
 }
 
 
-def paper_contrast(weights: Mapping[str, float]) -> tuple[float, float]:
-    """The same weighted sum of the paper's numbers: clips, segments; means of both directions."""
+def paper_contrast(weights: Mapping[str, float]) -> tuple[float, float] | None:
+    """The same weighted sum of the paper's numbers: clips, segments; means of both directions.
+
+    None where the paper prints none, only a curve (Fig. 3).
+    """
+    if not set(weights) <= set(PAPER):
+        return None
     rows = [(weight, PAPER[name]) for name, weight in weights.items()]
     clips = sum(weight * (row[0] + row[1]) / 2 for weight, row in rows)
     return clips, sum(weight * (row[2] + row[3]) / 2 for weight, row in rows)

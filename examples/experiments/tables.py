@@ -39,7 +39,7 @@ def comparison(
 
 def title(name: str) -> str:
     """What an experiment is called in tables."""
-    name = name.removeprefix("avt-")
+    name = name.removeprefix("avt-").removeprefix("long-")
     if name.startswith("without-"):
         return f"without {PARTS[name.removeprefix('without-')]}"
     if name.startswith("dcid-"):

@@ -137,5 +137,7 @@ def test_a_transport_plan_gives_every_clip_a_whole_and_uses_all_prototypes() -> 
 
 
 def test_the_audio_video_experiments_differ() -> None:
-    seen = [repr((e.alignment, dict(e.config), e.clips)) for e in ALL if e.modalities == AV]
+    seen = [
+        repr((e.alignment, dict(e.config), e.clips, e.epochs)) for e in ALL if e.modalities == AV
+    ]
     assert len(seen) == len(set(seen))
