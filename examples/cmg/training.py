@@ -77,6 +77,8 @@ class Trainer:
         DataError: The clips of a batch cannot be shared out equally.
     """
 
+    quiet = False  # no progress bar
+
     def __init__(
         self,
         model: UniCode,
@@ -121,7 +123,7 @@ class Trainer:
             initial=self.epoch * clips,
             total=self.recipe.epochs * clips,
             unit="clip",
-            disable=rank() > 0,
+            disable=self.quiet or rank() > 0,
         ) as bar:
             while self.epoch < self.recipe.epochs:
                 for name, value in self._train_epoch(bar).items():

@@ -73,7 +73,6 @@ def evaluate_missing(
 def _in_processes(calls: Mapping[str, tuple[Any, ...]], jobs: int) -> None:
     """Each call in a fresh process of one thread: a result does not depend on its neighbours."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     began, failed = time.monotonic(), []
     pool = ThreadPoolExecutor(jobs)
     futures = {pool.submit(_exit_code, *call): name for name, call in calls.items()}

@@ -34,7 +34,9 @@ ALIGNMENT = 1.0  # weight of a system's own objective
 
 
 class SystemTrainer(Trainer):
-    """A trainer that knows one more term."""
+    """A trainer that knows one more term, and is not the only one at work."""
+
+    quiet = True
 
     def _weights(self) -> dict[str, float]:
         return super()._weights() | {"alignment": ALIGNMENT}
