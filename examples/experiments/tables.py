@@ -29,7 +29,7 @@ def comparison(
         [
             title(name),
             *(f"{x:.2f}" for x in found),
-            *(f"{x:.1f}" for x in paper.get(name, ())),
+            *map(str, paper.get(name, ())),
             *([""] * len(theirs) if name not in paper else ()),
         ]
         for name, found in rows.items()
