@@ -79,14 +79,14 @@ def _in_processes(calls: Mapping[str, tuple[Any, ...]], jobs: int) -> None:
     try:
         for n, future in enumerate(as_completed(futures), 1):
             name, code = futures[future], future.result()
-            failed += [name] if code else []
+            failed += [f"{name} (exit code {code})"] if code else []
             minutes = (time.monotonic() - began) / 60
             state = "failed" if code else "done"
             print(f"[{n}/{len(calls)}, {minutes:.0f} min] {name} {state}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     if failed:
-        raise DataError(f"failed, each with its traceback above: {' '.join(failed)}")
+        raise DataError(f"failed, tracebacks are above: {', '.join(failed)}")
 
 
 def _exit_code(function: Callable[..., None], *args: Any) -> int | None:

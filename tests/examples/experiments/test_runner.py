@@ -64,7 +64,7 @@ def test_what_is_done_is_not_done_again(
     """In real processes; an experiment that cannot run is named and stops no other."""
     good, bad = small("baseline", clips_path), small("uni-code", tmp_path / "nowhere.npz")
     places = (tmp_path / "results", tmp_path / "runs")
-    with pytest.raises(DataError, match="uni-code"):
+    with pytest.raises(DataError, match=r"uni-code \(exit code 1\)"):
         runner.run_missing([good, bad], [0, 1], *places, jobs=2)
     assert "nowhere.npz: no such file" in capfd.readouterr().err
     files = sorted((tmp_path / "results").iterdir())
