@@ -50,7 +50,7 @@ def _part(prefix: str, full: str, part: str) -> Claim:
 
 def _smaller_loss(part: str) -> Claim:
     two, three = _better("uni-code", f"without-{part}"), _better(f"avt-without-{part}", "avt")
-    return Claim(f"{PARTS[part]} is missed less than with two", two | three)
+    return Claim(f"less missed than with two: {PARTS[part]}", two | three)
 
 
 CLAIMS: dict[str, list[Claim]] = {
@@ -74,7 +74,7 @@ CLAIMS: dict[str, list[Claim]] = {
     "Every part helps, with two modalities (Table 2)": [
         *(_part("", "uni-code", part) for part in PARTS),
         Claim("without CLUB over without Cross-CPC", _better("without-club", "without-cpc")),
-        Claim("without both over CLUB alone", _better("without-club-cpc", "without-cpc")),
+        Claim("with neither over with CLUB alone", _better("without-club-cpc", "without-cpc")),
     ],
     "Every part helps, with three modalities (Table 3)": [
         _part("avt-", "avt", part) for part in PARTS if part != "club-cpc"
