@@ -1,4 +1,4 @@
-"""Tokens for a language model: a corpus of clips to a parquet file, and back.
+"""Tokens for a sequence model: a corpus of clips to a parquet file, and back.
 
 One vocabulary serves all modalities: code 7 is token 7 wherever it comes from, so that what a model
 learns of it in sound holds in pictures too. A marker before each run says which modality speaks.
@@ -31,7 +31,7 @@ def clips(B: int, T: int = 12) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def sentence(clip: dict[str, list[int]]) -> list[int]:
-    """What the language model reads: <audio> 3 8 8 <video> 3 3 8 8 <end>."""
+    """What the sequence model reads: <audio> 3 8 8 <video> 3 3 8 8 <end>."""
     return [token for name in NAMES for token in (MARKER[name], *clip[name])] + [END]
 
 

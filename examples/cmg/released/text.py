@@ -1,4 +1,4 @@
-"""Features of the prompts: the words of a category's sentence, as a language model reads them."""
+"""Features of the prompts: the words of a category's sentence, as a text encoder reads them."""
 
 from __future__ import annotations
 
