@@ -46,7 +46,7 @@ class CLUBEstimator(Pretrained):
     Source: Cheng et al. 2020; Eq. 4, 5. The released code uses one permutation, averages squared
     error and log-variance over time separately, and bounds the log-variance by 1.
 
-    Example:
+    Examples:
         >>> club = CLUBEstimator(8, 4, hidden_dim=16)
         >>> club(torch.randn(32, 10, 8), torch.randn(32, 10, 4)).shape
         torch.Size([])

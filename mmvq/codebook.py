@@ -56,7 +56,7 @@ class EMACodebook(Pretrained):
     Source: Eq. 7 and Sec. 4.3. The released code starts from N = 0, writes smoothing back into N,
     and updates after each modality; see `mmvq.compat.cmg`.
 
-    Example:
+    Examples:
         >>> book, x = EMACodebook(2, 4), torch.randn(8, 2)
         >>> book.accumulate(x, book.search(x))
         >>> int(book.apply().steps)
@@ -366,7 +366,7 @@ def update_codebooks(modules: nn.Module | Iterable[nn.Module]) -> None:
     Args:
         modules: quantizers, codebooks, or anything that holds them; or one such module.
 
-    Example:
+    Examples:
         >>> book = EMACodebook(2, 4)
         >>> book.accumulate(torch.ones(1, 2), torch.tensor([3]))
         >>> update_codebooks([book])

@@ -72,7 +72,7 @@ class CrossCPC(Pretrained):
     Source: van den Oord et al. 2018; Sec. 4.2, Eq. 6. The released code normalises over contexts,
     reports the accuracy of the other axis, sums over directions and adds self-prediction at 0.1.
 
-    Example:
+    Examples:
         >>> cpc = CrossCPC(16, ("audio", "video"))
         >>> z = {"audio": torch.randn(8, 10, 16), "video": torch.randn(8, 10, 16)}
         >>> loss, accuracy = cpc(z, start="all")

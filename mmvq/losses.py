@@ -38,7 +38,7 @@ class CrossModalCommitmentLoss(nn.Module):
 
     Source: Eq. 8; see `mmvq.functional.commitment` for how it extends to masks and M > 2.
 
-    Example:
+    Examples:
         >>> z = {"audio": torch.ones(2, 5, 4), "video": torch.zeros(2, 5, 4)}
         >>> codes = {"audio": torch.zeros(2, 5, 4), "video": torch.zeros(2, 5, 4)}
         >>> CrossModalCommitmentLoss(beta=1.0)(z, codes)  # 1 for audio to its own, 0.5 to the other
@@ -144,7 +144,7 @@ class CrossModalCodeMatchingLoss(nn.Module):
 
     Source: Liu et al. 2021, "Cross-Modal Discrete Representation Learning"; the L_cmcm of Sec. 4.4.
 
-    Example:
+    Examples:
         >>> alike = torch.zeros(8, 10, 4)  # clips that nothing tells apart: ln 8
         >>> CrossModalCodeMatchingLoss()({"audio": alike, "video": alike}, torch.randn(16, 4))
         tensor(2.0794)

@@ -76,7 +76,7 @@ class CodebookMonitor:
         TypeError: an argument of another kind.
         ValueError: `every` below 1.
 
-    Example:
+    Examples:
         >>> quantizer = MultiModalEMAQuantizer(4, 8)
         >>> monitor = CodebookMonitor(quantizer, every=2)
         >>> for _ in range(4):

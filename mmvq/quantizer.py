@@ -107,7 +107,7 @@ class MultiModalEMAQuantizer(Pretrained):
     Source: Sec. 4.3 and Fig. 2(b). Departs from the released code, which updates after each
     modality in turn, uses the aligned partner and resets by another rule; see `mmvq.compat.cmg`.
 
-    Example:
+    Examples:
         >>> quantizer = MultiModalEMAQuantizer(16, 32, ("audio", "video"))
         >>> features = {"audio": torch.randn(4, 10, 16), "video": torch.randn(4, 10, 16)}
         >>> quantized, indices, loss = quantizer(features)

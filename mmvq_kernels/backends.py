@@ -30,7 +30,7 @@ def reason_unavailable(backend: str) -> str | None:
     Raises:
         ValueError: the name is not a backend.
 
-    Example:
+    Examples:
         >>> reason_unavailable("torch") is None
         True
     """
@@ -49,7 +49,7 @@ def reason_unavailable(backend: str) -> str | None:
 def available_backends() -> tuple[str, ...]:
     """The backends that can run on this machine, fastest first.
 
-    Example:
+    Examples:
         >>> available_backends()[-1]
         'torch'
     """

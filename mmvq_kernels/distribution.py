@@ -56,7 +56,7 @@ def code_log_probabilities(
         ValueError: shapes that do not fit, a mask that is not bool.
         RuntimeError: the backend cannot run here.
 
-    Example:
+    Examples:
         >>> codebook = torch.tensor([[0.0], [2.0]])
         >>> code_log_probabilities(torch.ones(1, 5, 1), codebook).exp()  # half way between
         tensor([[0.5000, 0.5000]])

@@ -53,7 +53,7 @@ def ema_update_(
         ValueError: shapes that do not fit, or only one of `dead` and `replacement`.
         RuntimeError: the backend cannot run here.
 
-    Example:
+    Examples:
         >>> codes, sums, counts = torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1)
         >>> ema_update_(codes, sums, counts, torch.ones(1, 2), torch.ones(1), decay=0.75)
         >>> codes

@@ -27,7 +27,7 @@ Precision = Literal["exact", "fast"]
 def nearest_code_ref(x: Tensor, codebook: Tensor) -> Tensor:
     """`argmin_l |x - e_l|^2` in float64, every difference written out; the lowest index on ties.
 
-    Example:
+    Examples:
         >>> x, codebook = torch.randn(9, 4), torch.randn(5, 4)
         >>> torch.equal(nearest_code(x, codebook), nearest_code_ref(x, codebook))
         True
@@ -68,7 +68,7 @@ def nearest_code(
         TypeError: tensors that are not floating point.
         RuntimeError: the backend cannot run here.
 
-    Example:
+    Examples:
         >>> codebook = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
         >>> nearest_code(torch.tensor([[0.9, 0.8], [0.1, 0.2]]), codebook)
         tensor([1, 0])

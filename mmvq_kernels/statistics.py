@@ -15,7 +15,7 @@ from mmvq_kernels.messages import message
 def code_statistics_ref(values: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """One row at a time, in float64.
 
-    Example:
+    Examples:
         >>> code_statistics_ref(torch.ones(2, 1), torch.tensor([1, -1]), 2)[0]
         tensor([0., 1.], dtype=torch.float64)
     """
@@ -61,7 +61,7 @@ def code_statistics(
         TypeError: values that are not floating point, indices or groups that are not int64.
         RuntimeError: the backend cannot run here.
 
-    Example:
+    Examples:
         >>> counts, sums = code_statistics(torch.ones(4, 2), torch.tensor([0, 2, 2, -1]), 3)
         >>> counts, sums[:, 0]
         (tensor([1., 0., 2.]), tensor([1., 0., 2.]))

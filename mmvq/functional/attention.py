@@ -29,7 +29,7 @@ def cross_attend(z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str, Te
     moving average carry no gradient, learned projections would never train, so there are none. The
     released code uses `aligned_partner` instead.
 
-    Example:
+    Examples:
         >>> z, video = torch.randn(2, 5, 8), torch.randn(2, 7, 8)
         >>> valid = torch.ones(2, 7, dtype=torch.bool)
         >>> cross_attend(z, {"video": video}, {"video": valid}).shape
@@ -55,7 +55,7 @@ def cross_attend_ref(
 ) -> Tensor:
     """`cross_attend`, one vector at a time.
 
-    Example:
+    Examples:
         >>> z, others = torch.randn(2, 3, 4), {"video": torch.randn(2, 5, 4)}
         >>> args = z, others, {"video": torch.ones(2, 5, dtype=torch.bool)}
         >>> torch.allclose(cross_attend(*args), cross_attend_ref(*args), atol=1e-6)
@@ -81,7 +81,7 @@ def aligned_partner(z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str,
     O_t are the other modalities valid at segment t; where there is none, `r = z`. Shapes as in
     `cross_attend`, with S = T. Source: what the authors' released code does in place of attention.
 
-    Example:
+    Examples:
         >>> z, video = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
         >>> valid = torch.tensor([[True, False]])
         >>> aligned_partner(z, {"video": video}, {"video": valid})[0, :, 0]

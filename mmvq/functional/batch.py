@@ -14,7 +14,7 @@ class Batch:
         whole: whether all is here.
         offset: how many clips come before the first one here.
 
-    Example:
+    Examples:
         >>> batch, x = Batch(), torch.arange(3)
         >>> batch.whole, batch.gather(x) is x
         (True, True)

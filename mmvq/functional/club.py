@@ -27,7 +27,7 @@ def gaussian_log_likelihood(
         mask: bool `[...]`, True = valid.
         batch: `mmvq.distributed.meet(...)` where the rows are split over ranks: the mean of all.
 
-    Example:
+    Examples:
         >>> zero = torch.zeros(4, 2)  # at the mean of a standard normal: -ln(2 pi) / 2 a dimension
         >>> gaussian_log_likelihood(zero, zero, zero)
         tensor(-1.8379)
@@ -68,7 +68,7 @@ def club(
     Source: Cheng et al. 2020; Eq. 4, 5. The released code draws one random permutation instead of
     all pairs, and averages squared error and log-variance over time separately.
 
-    Example:
+    Examples:
         >>> y = torch.tensor([[1.0], [-1.0]])  # as its own mean, y is foretold exactly
         >>> club(y, torch.zeros(2, 1), y), club(torch.zeros(2, 1), torch.zeros(2, 1), y)
         (tensor(1.), tensor(0.))
@@ -88,7 +88,7 @@ def club(
 def club_ref(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
     """Eq. 5 as it stands, a loop over i and j; `[B, T, D]` each.
 
-    Example:
+    Examples:
         >>> mu, logvar, y = torch.randn(3, 4, 2, 5, dtype=torch.float64)
         >>> torch.allclose(club(mu, logvar, y), club_ref(mu, logvar, y))
         True
@@ -112,7 +112,7 @@ def club_shuffled(
 
     Source: the sampled variant of Cheng et al. 2020, App. A.
 
-    Example:
+    Examples:
         >>> y = torch.tensor([[1.0], [-1.0]])
         >>> club_shuffled(y, torch.zeros(2, 1), y, torch.tensor([1, 0]))
         tensor(2.)

@@ -42,7 +42,7 @@ def commitment(
     Source: Eq. 8, for M = 2. The released code has 2 beta and beta for own and cross, averaged over
     D; with three modalities its cross terms are beta / 2 each.
 
-    Example:
+    Examples:
         >>> z = {"audio": torch.ones(4, 2), "video": torch.zeros(4, 2)}
         >>> codes = {"audio": torch.zeros(4, 2), "video": torch.zeros(4, 2)}
         >>> commitment(z, codes)  # 0.25 for audio to its own codes, 0.125 to those of video
@@ -72,7 +72,7 @@ def commitment_ref(
 ) -> Tensor:
     """Eq. 8 to the letter for `[N, D]` features without masks, one vector at a time.
 
-    Example:
+    Examples:
         >>> z, codes = ({name: torch.randn(4, 2) for name in ("audio", "video")} for _ in range(2))
         >>> torch.allclose(commitment(z, codes, reduction="sum"), commitment_ref(z, codes))
         True

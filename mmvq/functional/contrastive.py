@@ -16,7 +16,7 @@ def similarities(
 ) -> Tensor:
     """Scores `[..., N, C]` of every query (rows) against every key (columns), at least float32.
 
-    Example:
+    Examples:
         >>> similarities(torch.eye(2), 4 * torch.eye(2), temperature=0.5)
         tensor([[8., 0.],
                 [0., 8.]])
@@ -82,7 +82,7 @@ def info_nce(
 
     Source: van den Oord et al. 2018; Eq. 6.
 
-    Example:
+    Examples:
         >>> alike = torch.zeros(8, 16)
         >>> info_nce(alike, alike)  # ln 8
         tensor(2.0794)
@@ -121,7 +121,7 @@ def matched(
 ) -> Tensor:
     """Whether each query scores its own key highest: bool `[..., N]`; see `info_nce`.
 
-    Example:
+    Examples:
         >>> matched(torch.eye(3), torch.eye(3)[[0, 2, 1]])
         tensor([ True, False, False])
     """
@@ -141,7 +141,7 @@ def matched(
 def info_nce_ref(query: Tensor, key: Tensor, temperature: float = 1.0) -> Tensor:
     """One problem, `[N, D]` each, one query at a time.
 
-    Example:
+    Examples:
         >>> query, key = torch.randn(2, 6, 4, dtype=torch.float64)
         >>> torch.allclose(info_nce(query, key), info_nce_ref(query, key))
         True

@@ -15,7 +15,7 @@ def laplace_smoothing(counts: Tensor, eps: float) -> Tensor:
     The total stays, no entry is zero. Source: van den Oord et al. 2017, App. A.1, as commonly
     implemented. The paper has none; the released code writes the result back into N at each step.
 
-    Example:
+    Examples:
         >>> laplace_smoothing(torch.tensor([4.0, 0.0]), eps=1.0)
         tensor([3.3333, 0.6667])
     """
@@ -34,7 +34,7 @@ def ema_update_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of Eq. 7 without reset, out of place: the new `(codes, sums, counts)`.
 
-    Example:
+    Examples:
         >>> sums, counts = torch.zeros(1, 2), torch.ones(1)
         >>> codes, _, _ = ema_update_ref(sums, counts, torch.ones(1, 2), counts, decay=0.75)
         >>> codes

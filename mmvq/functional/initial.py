@@ -16,7 +16,7 @@ def sample_rows(x: Tensor, num_codes: int, usable: Tensor | None = None) -> Tens
     With fewer rows than codes, rows repeat with a jitter of 1% of the data's range. Rows that are
     False in `usable` `[N]` are as if they were not there; with none left, the result means nothing.
 
-    Example:
+    Examples:
         >>> x = torch.arange(10.0)[:, None]
         >>> torch.isin(sample_rows(x, 3), x).all()
         tensor(True)
@@ -39,7 +39,7 @@ def kmeans(
 
     A centre that loses all its rows stays where it is. `usable` as in `sample_rows`.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([0.0, 1.0, 10.0, 11.0])[:, None]
         >>> kmeans(x, 2).flatten().sort().values
         tensor([ 0.5000, 10.5000])

@@ -32,7 +32,7 @@ def code_probabilities(x: Tensor, codebook: Tensor, mask: Tensor | None = None) 
     Source: Liu et al. 2021, "Cross-Modal Discrete Representation Learning", Sec. 3.3. The released
     code takes the root of a difference that can be 0, which makes its gradient NaN.
 
-    Example:
+    Examples:
         >>> codebook = torch.tensor([[0.0], [2.0]])
         >>> code_probabilities(torch.ones(1, 5, 1), codebook)  # half way between the codes
         tensor([[0.5000, 0.5000]])
@@ -71,7 +71,7 @@ def code_matching(
     over rows only, adds 1e-10 inside logarithms and 1e-5 to the denominator, and weighs the sum
     over pairs by a half.
 
-    Example:
+    Examples:
         >>> alike = torch.zeros(8, 10, 4)
         >>> code_matching({"audio": alike, "video": alike}, torch.randn(16, 4))  # ln 8
         tensor(2.0794)
@@ -111,7 +111,7 @@ def _similarity(log_p: Tensor, log_q: Tensor) -> Tensor:
 def code_matching_ref(features: Mapping[str, Tensor], codebook: Tensor) -> Tensor:
     """`code_matching` of two modalities without masks, one pair of clips at a time.
 
-    Example:
+    Examples:
         >>> z = {name: torch.randn(3, 5, 4, dtype=torch.float64) for name in ("audio", "video")}
         >>> codebook = torch.randn(6, 4, dtype=torch.float64)
         >>> torch.allclose(code_matching(z, codebook), code_matching_ref(z, codebook))

@@ -27,7 +27,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 
     Source: Eq. 2; computed by `mmvq_kernels.nearest_code`.
 
-    Example:
+    Examples:
         >>> codebook = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
         >>> functional.nearest_code(torch.tensor([[[0.9, 0.8], [0.1, 0.2]]]), codebook)
         tensor([[1, 0]])

@@ -22,7 +22,7 @@ def advance_ages(ages: Tensor, counts: Tensor) -> Tensor:
         ages: int64 `[M, L]`.
         counts: vectors of each modality that chose each code in this batch, `[M, L]`.
 
-    Example:
+    Examples:
         >>> advance_ages(torch.tensor([[3, 0], [UNSEEN, UNSEEN]]), torch.tensor([[1, 0], [0, 0]]))
         tensor([[ 0,  1],
                 [-1, -1]])
@@ -38,7 +38,7 @@ def inactive_codes(ages: Tensor, reset_after: int, rule: Literal["all", "any"]) 
     paper); `"any"` keeps it if any did (the released code, which also needs more than
     `reset_after`). Modalities never yet seen do not vote.
 
-    Example:
+    Examples:
         >>> ages = torch.tensor([[0, 9, 9], [0, 0, 9]])  # of three codes, for two modalities
         >>> inactive_codes(ages, 5, "all"), inactive_codes(ages, 5, "any")
         (tensor([False,  True,  True]), tensor([False, False,  True]))
@@ -70,7 +70,7 @@ def replacement_codes(
     Source: the paper says "re-initialized"; the released code draws a random active code plus
     U(-1/1024, 1/1024).
 
-    Example:
+    Examples:
         >>> codes, dead = torch.tensor([[0.0], [8.0]]), torch.tensor([False, True])
         >>> sums, counts = torch.tensor([[6.0], [0.0]]), torch.tensor([3.0, 0.0])
         >>> new = replacement_codes(codes, dead, sums, counts, torch.tensor(0))

@@ -17,7 +17,7 @@ def finite_rows(x: Tensor) -> Tensor:
     Out are also vectors with an element beyond 1e15 (8e149 in float64), that is, the root of the
     largest number over 2^14: sums of 2^25 squares of differences of such elements are finite.
 
-    Example:
+    Examples:
         >>> finite_rows(torch.tensor([[0.0, 1.0], [0.0, torch.nan], [1e20, 0.0]]))
         tensor([ True, False, False])
     """

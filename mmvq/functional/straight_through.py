@@ -13,7 +13,7 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
 
     Source: Bengio et al. 2013; van den Oord et al. 2017.
 
-    Example:
+    Examples:
         >>> z = torch.zeros(2, requires_grad=True)
         >>> q = straight_through(z, torch.tensor([1.0, 2.0]))
         >>> q.detach(), torch.autograd.grad(q.sum(), z)
@@ -40,7 +40,7 @@ def rotate(z: Tensor, codes: Tensor) -> Tensor:
     Source: Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick". Not in
     the paper.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([1.0, 0.0], requires_grad=True)
         >>> q = rotate(z, torch.tensor([0.0, 2.0]))  # a quarter turn, and twice as long
         >>> torch.allclose(torch.autograd.grad(q[1], z)[0], torch.tensor([2.0, 0.0]), atol=1e-6)

@@ -63,7 +63,7 @@ def code_usage(counts: Mapping[str, Tensor], min_share: float = 0.05) -> CodeUsa
 
     Source: Fig. 4, where a modality with over 80% of a code's vectors owns it alone.
 
-    Example:
+    Examples:
         >>> counts = {"audio": torch.tensor([6, 2, 0]), "video": torch.tensor([8, 0, 0])}
         >>> use = code_usage(counts)
         >>> use.perplexity
@@ -103,7 +103,7 @@ def code_agreement(indices: Mapping[str, Tensor]) -> CodeAgreement:
     Source: `equal_num` of the released code, which counts the clips whose most frequent code is the
     same in all modalities.
 
-    Example:
+    Examples:
         >>> indices = {"audio": torch.tensor([[3, 5, 7]]), "video": torch.tensor([[3, 4, -1]])}
         >>> code_agreement(indices).share
         {('audio', 'video'): tensor(0.5000)}
