@@ -19,6 +19,7 @@ from torch import Tensor
 from mmvq_kernels.messages import message
 
 Backend = Literal["auto", "torch", "triton"]
+"""Who computes: `"auto"` takes Triton where it can run, torch elsewhere."""
 
 _OLDEST = (8, 0)  # compute capability with tf32 and bfloat16 matrix instructions
 _logger = logging.getLogger(__name__)

@@ -110,7 +110,7 @@ def table(rows: list[dict[str, Any]], clock: str) -> str:
     keys = dict.fromkeys(k for row in rows for k in row if k not in ("ms", "repeats"))
     timed = any("ms" in row for row in rows)
     lines.append([*keys, *(["mmvq, ms"] * timed), *(f"over {name}" for name in peers_seen)])
-    lines.append(["---"] * len(lines[0]))
+    lines.append(["---:"] * len(lines[0]))
     for row in rows:
         cells = [_cell(row.get(key, "")) for key in keys]
         if timed:

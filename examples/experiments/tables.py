@@ -13,7 +13,7 @@ _NAMES = {"baseline": "Baseline", "uni-code": "Uni-Code", "avt": "full model", *
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in markdown."""
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -33,3 +33,4 @@ class Batch:
 
 
 WHOLE = Batch()
+"""The batch that functions take unless told otherwise: all is here."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mmvq_kernels.hashing import mix
 
-UNSEEN = -1  # the age of every code for a modality that has never had a valid vector
+UNSEEN = -1
+"""The age of every code for a modality that has never had a valid vector."""
 _JITTER = 0.01  # of the codebook's spread: enough to part two codes that share a donor
 
 
