@@ -74,7 +74,7 @@ def formula(delimited: str) -> str:
 def _link(found: re.Match[str]) -> str:
     name = found[1]
     if name and re.match(r"[A-Z][a-z]*[A-Z]", name) and "." not in name:  # of a class
-        name = f"mmvq.{name}"
+        name = f"mmvq.compat.cmg.{name}" if name.startswith("CMG") else f"mmvq.{name}"
     if not name or not re.match(r"mmvq(_kernels)?\.", name):
         return found[0]
     return f'<autoref identifier="{name}" optional>{found[0]}</autoref>'
