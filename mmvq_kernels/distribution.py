@@ -5,6 +5,7 @@ The Triton kernels are in `mmvq_kernels/gpu/distribution.py`, which only a GPU i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from mmvq_kernels.backends import (
     transformed,
 )
 from mmvq_kernels.messages import message
+from mmvq_kernels.rounding import lost_share
 
 _BLOCK_BYTES = 1 << 25  # of distances held at a time, of one clip at least
 
@@ -28,8 +30,7 @@ _BLOCK_BYTES = 1 << 25  # of distances held at a time, of one clip at least
 def code_log_probabilities_ref(x: Tensor, codebook: Tensor) -> Tensor:
     """`ln mean_t softmax_l(-|x_t - e_l|)` in float64, every difference written out."""
     distance: Tensor = (x.double()[:, :, None] - codebook.double()).norm(dim=-1)  # [B, T, L]
-    p: Tensor = (-distance).softmax(-1).mean(1)
-    return p.log()
+    return (-distance).log_softmax(-1).logsumexp(1) - math.log(x.shape[1])
 
 
 def code_log_probabilities(
@@ -111,7 +112,7 @@ def _log_probabilities_torch(x: Tensor, codebook: Tensor, used: Tensor) -> Tenso
     weights = torch.where(used, 0.0, -torch.inf).to(x.dtype)  # [B, T]
     log_p, norms = x.new_empty(x.shape[0], codes.shape[0]), codes.square().sum(-1)
     for clips in _blocks(x, codes):
-        distance = _squares(x[clips], codes, norms).clamp_(min=_least(x)).sqrt_()  # [b, T, L]
+        distance = _distances(x[clips], codes, norms)  # [b, T, L]
         log_p_t = distance.neg_().log_softmax(-1).add_(weights[clips, :, None])
         log_p[clips] = log_p_t.logsumexp(1)
     return log_p.sub_(weights.exp().sum(1, keepdim=True).log())
@@ -123,16 +124,17 @@ def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype) - mean, codebook.to(dtype) - mean
 
 
-def _squares(x: Tensor, codes: Tensor, norms: Tensor) -> Tensor:
-    """`|x - e|^2` up to rounding, so at times below 0, `[B, T, L]`; `norms` are |e|^2."""
-    with torch.autocast(x.device.type, enabled=False):
-        product = x @ codes.T
-    return product.mul_(-2).add_(x.square().sum(-1, keepdim=True)).add_(norms)
+def _distances(x: Tensor, codes: Tensor, norms: Tensor) -> Tensor:
+    """`|x - e|`, `[B, T, L]`, 0 where it is lost to rounding; `norms` are |e|^2."""
+    own = x.square().sum(-1, keepdim=True)
+    squares = _product(x, codes.T).mul_(-2).add_(own).add_(norms)
+    return squares.masked_fill_(squares < lost_share(x.dtype, x.shape[-1]) * own, 0).sqrt_()
 
 
-def _least(x: Tensor) -> float:
-    """Squares below it are a vector on a code: no gradient."""
-    return torch.finfo(x.dtype).eps
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`, as exact under autocast as elsewhere."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def _blocks(x: Tensor, codes: Tensor) -> Iterator[slice]:
@@ -207,7 +209,7 @@ def _(
     normalizers: Tensor,
     of_codes: bool,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), codebook.new_empty(codebook.shape if of_codes else 0)
+    return x.new_empty(x.shape), codebook.new_empty(codebook.shape if of_codes else 0)
 
 
 one_after_another(_backward)
@@ -225,20 +227,20 @@ def _backward_torch(
     x_dtype, (x, codes) = x.dtype, _centre(x, codebook)
     norms = codes.square().sum(-1)
     shift = used.sum(1, keepdim=True).to(x.dtype).log()[..., None] + log_p[:, None]  # [B, 1, L]
-    of_x, of_codebook = torch.empty_like(x), torch.zeros_like(codes[: len(codes) * of_codes])
+    of_x = x.new_empty(x.shape)
+    of_codebook = codes.new_zeros(codes.shape if of_codes else 0)
     for clips in _blocks(x, codes):
-        squares = _squares(x[clips], codes, norms)
-        distance = squares.clamp(min=_least(x)).sqrt_()
+        distance = _distances(x[clips], codes, norms)
         log_p_t = (-distance).log_softmax(-1)  # [b, T, L]
         pull = (log_p_t - shift[clips]).exp_().mul_(grad[clips, None])
         pull = pull.masked_fill_(~used[clips, :, None], 0)
         q = log_p_t.exp_().mul_(pull.sum(-1, keepdim=True)).sub_(pull).div_(distance)
-        q = q.masked_fill_(squares < _least(x), 0)
-        of_x[clips] = x[clips] * q.sum(-1, keepdim=True) - q @ codes
+        q = q.masked_fill_(distance == 0, 0)
+        of_x[clips] = x[clips] * q.sum(-1, keepdim=True) - _product(q, codes)
         if of_codes:
-            q = q.flatten(0, 1)
-            of_codebook.addcmul_(codes, q.sum(0)[:, None]).sub_(q.T @ x[clips].flatten(0, 1))
-    return of_x.to(x_dtype), of_codebook.to(codebook.dtype) if of_codes else codebook.new_empty(0)
+            q, rows = q.flatten(0, 1), x[clips].flatten(0, 1)
+            of_codebook.addcmul_(codes, q.sum(0)[:, None]).sub_(_product(q.T, rows))
+    return of_x.to(x_dtype), of_codebook.to(codebook.dtype)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:

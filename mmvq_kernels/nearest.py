@@ -14,6 +14,7 @@ from torch.nn.functional import max_pool2d
 from mmvq_kernels.backends import Backend, one_after_another, require, runs_triton, through_operator
 from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
+from mmvq_kernels.rounding import rounded_mean
 
 _TILE = 1024  # codes in a block of scores
 _WINDOW = 128  # codes that one thread looks through at a time
@@ -127,17 +128,6 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
             torch.where(score > best, code + i * _TILE, index, out=index)
             torch.maximum(score, best, out=best)  # keeps a NaN
     return torch.where(greatest.isfinite(), indices, 0)[:N]
-
-
-def rounded_mean(codebook: Tensor) -> Tensor:
-    """The mean of the codes, rounded to a sixteenth of their spread: `[D]`.
-
-    The step is a power of two, so that codes on a lattice stay on one, and equal scores equal.
-    """
-    mean = codebook.mean(0)
-    spread = (codebook - mean).abs().amax()
-    step = torch.exp2(torch.floor(torch.log2(spread)) - 3)
-    return torch.where(step > 0, (mean / step).round() * step, mean)
 
 
 def _scorers(codebook: Tensor) -> Tensor:

@@ -25,17 +25,17 @@ from torch.nn.functional import pad
 
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
+from mmvq_kernels.rounding import lost_share
 
-_SMALLEST = torch.finfo(torch.float32).eps  # of a squared distance; its gradient is 0 below
 _MOST_PARTS = 8
 
 
 @triton.jit
-def _squares(
-    still, moving, still_norms, moving_norms, i, j, NI, NJ, D,
+def _distances(
+    still, moving, still_norms, moving_norms, i, j, NI, NJ, D, lost,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Squared distances `[BLOCK_I, BLOCK_J]` between rows i of `still` and rows j of `moving`."""
+    """Distances `[BLOCK_I, BLOCK_J]` between rows i of `still` and j of `moving`, 0 where lost."""
     products = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for column in tl.range(0, D, BLOCK_D):
         columns = column + tl.arange(0, BLOCK_D)
@@ -52,14 +52,17 @@ def _squares(
         products = tl.dot(a, b, products, input_precision=PRECISION)
     a_norms = tl.load(still_norms + i, mask=i < NI, other=0.0)[:, None]
     b_norms = tl.load(moving_norms + j, mask=j < NJ, other=0.0)[None, :]
-    return a_norms + b_norms - 2 * products
+    squares = a_norms + b_norms - 2 * products
+    return tl.sqrt(tl.where(squares < lost * a_norms, 0.0, squares))
 
 
 @triton.jit
 def normalizer_kernel(
     x, codes, x_norms, code_norms,
     out,  # fp32 [parts, N]: ln sum_l exp(-d) over a part of the codes
-    N, L, D, share, SMALLEST: tl.constexpr,
+    N, L, D,
+    lost,  # share of a squared norm below which a squared distance is rounding
+    share,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per program, BLOCK_I vectors against `share` codes."""
@@ -69,10 +72,10 @@ def normalizer_kernel(
     total = tl.zeros([BLOCK_I], tl.float32)
     for start in tl.range(first, tl.minimum(first + share, L), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        s = _squares(
-            x, codes, x_norms, code_norms, i, j, N, L, D, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
+        d = _distances(
+            x, codes, x_norms, code_norms, i, j, N, L, D, lost, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
         )
-        logits = tl.where((j < L)[None, :], -tl.sqrt(tl.maximum(s, SMALLEST)), -float("inf"))
+        logits = tl.where((j < L)[None, :], -d, -float("inf"))
         higher = tl.maximum(top, tl.max(logits, axis=1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
         top = higher
@@ -86,7 +89,7 @@ def clip_kernel(
     used,  # uint8 [N]: whether a segment counts
     log_lengths,  # fp32 [B]: ln n
     out,  # fp32 [B, L]: ln P
-    T, N, L, D, SMALLEST: tl.constexpr,
+    T, N, L, D, lost,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per program, BLOCK_I codes and one clip."""
@@ -97,13 +100,12 @@ def clip_kernel(
     for start in tl.range(0, T, BLOCK_J):
         t = start + tl.arange(0, BLOCK_J)
         j = tl.where(t < T, clip * T + t, N)
-        s = _squares(
-            codes, x, code_norms, x_norms, i, j, L, N, D, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
+        d = _distances(
+            codes, x, code_norms, x_norms, i, j, L, N, D, lost, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
         )
         z = tl.load(normalizers + j, mask=j < N, other=0.0)
         counts = tl.load(used + j, mask=j < N, other=0) != 0
-        v = -tl.sqrt(tl.maximum(s, SMALLEST)) - z[None, :]
-        v = tl.where(counts[None, :], v, -float("inf"))
+        v = tl.where(counts[None, :], -d - z[None, :], -float("inf"))
         higher = tl.maximum(top, tl.max(v, axis=1))
         base = tl.where(higher == -float("inf"), 0.0, higher)  # no segment has counted yet
         total = total * tl.exp(top - base) + tl.sum(tl.exp(v - base[:, None]), axis=1)
@@ -121,9 +123,11 @@ def _pulls(row, code, d, normalizers, used, log_lengths, log_p, grad, T, N, L):
     z = tl.load(normalizers + row, mask=row < N, other=0.0)
     log_n = tl.load(log_lengths + clip, mask=row < N, other=0.0)
     counts = (tl.load(used + row, mask=row < N, other=0) != 0) & inside
-    p = tl.where(inside, tl.exp(-d - z), 0.0)
-    w = tl.exp(-d - z - log_n - tl.load(log_p + cells, mask=inside, other=0.0))
-    return p, tl.where(counts, tl.load(grad + cells, mask=inside, other=0.0) * w, 0.0)
+    log_w = -d - z - log_n - tl.load(log_p + cells, mask=inside, other=0.0)
+    # Large distances are off by several nats, by others than when z and log_p were made.
+    p, w = tl.exp(tl.minimum(-d - z, 0.0)), tl.exp(tl.minimum(log_w, 0.0))
+    g = tl.load(grad + cells, mask=inside, other=0.0)
+    return tl.where(inside, p, 0.0), tl.where(counts, g * w, 0.0)
 
 
 @triton.jit
@@ -131,7 +135,7 @@ def pull_kernel(
     x, codes, x_norms, code_norms, normalizers, used, log_lengths, log_p,
     grad,  # fp32 [B, L]
     out,  # fp32 [parts, N]: sum_l g w over a part of the codes
-    T, N, L, D, share, SMALLEST: tl.constexpr,
+    T, N, L, D, lost, share,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per program, BLOCK_I vectors against `share` codes."""
@@ -140,10 +144,9 @@ def pull_kernel(
     total = tl.zeros([BLOCK_I], tl.float32)
     for start in tl.range(first, tl.minimum(first + share, L), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        s = _squares(
-            x, codes, x_norms, code_norms, i, j, N, L, D, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
+        d = _distances(
+            x, codes, x_norms, code_norms, i, j, N, L, D, lost, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
         )
-        d = tl.sqrt(tl.maximum(s, SMALLEST))
         _, gw = _pulls(
             i[:, None], j[None, :], d, normalizers, used, log_lengths, log_p, grad, T, N, L
         )
@@ -158,7 +161,7 @@ def gradient_kernel(
     still_norms, moving_norms, normalizers, used, log_lengths, log_p, grad,
     pulls,  # fp32 [N]: a
     out,  # fp32 [parts, NI, D]
-    T, N, L, NI, NJ, D, share, SMALLEST: tl.constexpr, OF_CODES: tl.constexpr,
+    T, N, L, D, lost, NI, NJ, share, OF_CODES: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -170,16 +173,15 @@ def gradient_kernel(
     total = tl.zeros([BLOCK_I, BLOCK_OUT], tl.float32)
     for start in tl.range(first, tl.minimum(first + share, NJ), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        s = _squares(
-            still, moving, still_norms, moving_norms, i, j, NI, NJ, D,
+        d = _distances(
+            still, moving, still_norms, moving_norms, i, j, NI, NJ, D, lost,
             BLOCK_I, BLOCK_J, BLOCK_D, PRECISION,
         )  # fmt: skip
-        d = tl.sqrt(tl.maximum(s, SMALLEST))
         row = j[None, :] if OF_CODES else i[:, None]
         code = i[:, None] if OF_CODES else j[None, :]
         p, gw = _pulls(row, code, d, normalizers, used, log_lengths, log_p, grad, T, N, L)
         a = tl.load(pulls + row, mask=row < N, other=0.0)
-        q = tl.where(s >= SMALLEST, (p * a - gw) / d, 0.0)  # twice dL / d(d^2)
+        q = tl.where(d == 0, 0.0, (p * a - gw) / d)  # twice dL / d(d^2)
         others = tl.load(
             moving + j.to(tl.int64)[:, None] * D + columns[None, :],
             mask=(j < NJ)[:, None] & (columns < D)[None, :],
@@ -202,17 +204,17 @@ def forward(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
         codebook: `[L, D]`.
         used: bool `[B, T]`, True for at least one segment of every clip.
     """
-    (B, T, _), L = x.shape, codebook.shape[0]
+    (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms = _centre(x, codebook)
     (N, D), flags, lengths = rows.shape, *_lengths(used)
-    tiles = _tiles(D)
+    sizes, tiles = (N, L, D, lost_share(torch.float32, width)), _tiles(D)
     parts, share = _split(rows, cdiv(N, 64), L)
     partial = norms.new_empty(parts, N)
-    args: tuple[Any, ...] = (rows, codes, norms, code_norms, partial, N, L, D, share)
+    args: tuple[Any, ...] = rows, codes, norms, code_norms, partial, *sizes, share
     launching.launch(normalizer_kernel, (cdiv(N, 64), parts), *args, BLOCK_J=64, **tiles)
     normalizers = partial.logsumexp(0)
     log_p = norms.new_empty(B, L)
-    args = (codes, rows, code_norms, norms, normalizers, flags, lengths, log_p, T, N, L, D)
+    args = codes, rows, code_norms, norms, normalizers, flags, lengths, log_p, T, *sizes
     launching.launch(clip_kernel, (B, cdiv(L, 64)), *args, BLOCK_J=16, **tiles)
     return log_p, normalizers.view(B, T)
 
@@ -230,31 +232,31 @@ def backward(
     (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms = _centre(x, codebook)
     (N, D), flags, lengths = rows.shape, *_lengths(used)
-    tiles = _tiles(D)
+    sizes, tiles = (T, N, L, D, lost_share(torch.float32, width)), _tiles(D)
     known = (normalizers.contiguous(), flags, lengths, log_p.contiguous(), grad.contiguous())
     parts, share = _split(rows, cdiv(N, 64), L)
     partial = norms.new_empty(parts, N)
-    args: tuple[Any, ...] = (rows, codes, norms, code_norms, *known, partial, T, N, L, D, share)
+    args: tuple[Any, ...] = rows, codes, norms, code_norms, *known, partial, *sizes, share
     launching.launch(pull_kernel, (cdiv(N, 64), parts), *args, BLOCK_J=32, **tiles)
     pulls = partial.sum(0)
 
     block_out = min(64, triton.next_power_of_2(D))
     columns = cdiv(D, block_out)
 
-    def gradient(still: Tensor, moving: Tensor, a: Tensor, b: Tensor, codes_move: bool) -> Tensor:
+    def gradient(still: Tensor, moving: Tensor, a: Tensor, b: Tensor) -> Tensor:
         NI, NJ = still.shape[0], moving.shape[0]
         parts, share = _split(rows, cdiv(NI, 64) * columns, NJ)
         out = norms.new_empty(parts, NI, D)
         grid = (cdiv(NI, 64), columns, parts)
-        args = (still, moving, a, b, *known, pulls, out, T, N, L, NI, NJ, D, share)
-        sizes = {"BLOCK_J": 16, "BLOCK_OUT": block_out, "OF_CODES": not codes_move}
-        launching.launch(gradient_kernel, grid, *args, **(tiles | sizes | {"num_stages": 3}))
-        return out.sum(0).narrow(1, 0, width)
+        args = still, moving, a, b, *known, pulls, out, *sizes, NI, NJ, share
+        blocks = {"BLOCK_J": 16, "BLOCK_OUT": block_out, "OF_CODES": still is codes}
+        launching.launch(gradient_kernel, grid, *args, **(tiles | blocks | {"num_stages": 3}))
+        return out.narrow(2, 0, width).sum(0)
 
-    of_x = gradient(rows, codes, norms, code_norms, True).unflatten(0, (B, T))
+    of_x = gradient(rows, codes, norms, code_norms).unflatten(0, (B, T))
     if not of_codes:
         return of_x, of_x.new_empty(0)
-    return of_x, gradient(codes, rows, code_norms, norms, False)
+    return of_x, gradient(codes, rows, code_norms, norms)
 
 
 def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -273,7 +275,6 @@ def _lengths(used: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tiles(D: int) -> dict[str, Any]:
     return {
-        "SMALLEST": _SMALLEST,
         "BLOCK_I": 64,
         "BLOCK_D": 16 if D == 16 else 32,
         "PRECISION": "tf32x3",
@@ -285,5 +286,6 @@ def _tiles(D: int) -> dict[str, Any]:
 def _split(like: Tensor, programs: int, others: int) -> tuple[int, int]:
     """In how many parts to cut `others` rows so that every processor has work; rows in each."""
     wanted = cdiv(2 * launching.processors(like), max(programs, 1))
-    share = cdiv(cdiv(others, 64), min(wanted, _MOST_PARTS)) * 64
-    return cdiv(others, share), share
+    blocks = max(cdiv(others, 64), 1)
+    share = cdiv(blocks, min(wanted, _MOST_PARTS))
+    return cdiv(blocks, share), share * 64

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
 from mmvq_kernels.hashing import repeats_an_earlier_key
-from mmvq_kernels.nearest import rounded_mean
+from mmvq_kernels.rounding import rounded_mean
 
 _LAST = torch.iinfo(torch.int64).max
 _PROGRAMS_PER_PROCESSOR = 4  # enough to hide latency; fewer, and the codes are split

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import mmvq
 from mmvq_kernels import workloads
+from mmvq_kernels.workloads import fake
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -100,3 +101,43 @@ def test_a_training_step_never_waits(launches: list[str], masked: bool, partner:
             "average_kernel",
         ]
         mmvq.CrossModalCodeMatchingLoss()(z, quantizer.codebook, masks).backward()
+
+
+@pytest.mark.parametrize("D", [5, 16, 257])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_kernels_return_what_the_operators_promise(D: int, dtype: torch.dtype) -> None:
+    """Shapes, dtypes and strides, on which a compiled graph relies."""
+    from mmvq_kernels.gpu import distribution, nearest, statistics
+
+    operators = torch.ops.mmvq
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def promised(mine: Any, theirs: Any) -> None:
+        pairs.extend(zip(tree_leaves(mine), tree_leaves(theirs), strict=True))
+
+    def work() -> None:
+        x, codes = fake(30, D, dtype=dtype), fake(9, D)
+        chosen, groups = fake(30, dtype=torch.int64), fake(30, dtype=torch.int64)
+        promised(nearest.search(x, codes), operators.nearest_code(x, codes, False))
+        for deterministic in (True, False):
+            args = x, chosen, 9, groups, 2
+            promised(
+                statistics.accumulate(*args, deterministic=deterministic),
+                operators.code_statistics(*args, deterministic),
+            )
+        clips, used = x.view(30, 1, D), fake(30, 1, dtype=torch.bool)
+        out = distribution.forward(clips, codes, used)
+        promised(out, operators.code_log_probabilities(clips, codes, used))
+        for of_codes in (True, False):
+            args = fake(30, 9), clips, codes, used, *out, of_codes
+            of_x, of_codebook = distribution.backward(*args)
+            promised(
+                (of_x.to(dtype), of_codebook), operators.code_log_probabilities_backward(*args)
+            )
+
+    assert workloads.record(work)
+    for mine, theirs in pairs:
+        assert mine.shape == theirs.shape
+        assert mine.stride() == theirs.stride()
+        assert mine.dtype == theirs.dtype
+        assert mine.device == theirs.device

@@ -3,7 +3,7 @@
 FORWARD: a squared distance sums D squares twice and D tf32x3 products (three runs, six roundings),
 of centred entries below 2: off by (8 D + 18) roundings of 4 D, halved and divided by the smallest
 distance for the distance itself; ln P moves by at most twice that, plus a rounding for each of the
-steps to it. BACKWARD: tf32x3 has up to seven roundings where float32 has one, so at most seven
+steps to it. All but the last grow with the scale. BACKWARD: tf32x3 has up to seven roundings where float32 has one, so at most seven
 times the error of the torch path in float32, and one rounding of the largest gradient.
 """
 
@@ -27,32 +27,45 @@ from mmvq_kernels.gpu.distribution import backward, forward
 SIZES = [(1, 1, 1, 1), (3, 10, 40, 8), (2, 19, 70, 13), (13, 5, 101, 33), (2, 3, 70, 256)]
 FLOAT, DOUBLE = torch.float32, torch.float64
 PROCESSORS = pytest.mark.parametrize("processors", [1, 132])  # whole, and in parts
+SCALES = [1e-8, 1e-4, 1.0]
 
 
-def draw(B: int, T: int, L: int, D: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    B: int, T: int, L: int, D: int, device: str, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     used = bools(B, T, share=0.6)
     used[:, T // 2] = True
-    x = uniform(B, T, D, dtype=torch.float32)
-    return x.to(device), uniform(L, D, dtype=torch.float32, seed=1).to(device), used.to(device)
+    x, codebook = scale * uniform(B, T, D), scale * uniform(L, D, seed=1)
+    return x.float().to(device), codebook.float().to(device), used.to(device)
 
 
 def in_torch(grad: Tensor, x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     return _backward_torch(grad, x, codebook, used, *_forward_torch(x, codebook, used), True)
 
 
-@pytest.mark.parametrize(("B", "T", "L", "D"), SIZES)
+@pytest.mark.parametrize(
+    ("B", "T", "L", "D", "scale"),
+    [(*size, 1.0) for size in SIZES] + [(*SIZES[1], scale) for scale in (1e-8, 1e-4, 1e4, 1e8)],
+)
 @PROCESSORS
 def test_forward(
-    B: int, T: int, L: int, D: int, processors: int, device: str, monkeypatch: pytest.MonkeyPatch
+    B: int,
+    T: int,
+    L: int,
+    D: int,
+    scale: float,
+    processors: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launching, "processors", lambda like: processors)
-    x, codebook, used = draw(B, T, L, D, device)
+    x, codebook, used = draw(B, T, L, D, device, scale)
     log_p, normalizers = forward(x, codebook, used)
     assert log_p.shape == (B, L)
     assert normalizers.shape == (B, T)
     nearest = torch.cdist(x.double().flatten(0, 1), codebook.double()).min().item()
     exact = _log_probabilities_torch(x.double(), codebook.double(), used)
-    off = rounding(torch.float32, 8 * D + 18, 4 * D) / 2 / nearest
+    off = rounding(torch.float32, 8 * D + 18, 4 * D * scale**2) / 2 / nearest
     close(log_p.cpu(), exact.cpu(), 2 * off + rounding(torch.float32, 24, exact.abs().max().item()))
     everything, _ = forward(x, codebook, torch.ones_like(used))
     exact = code_log_probabilities_ref(x, codebook)
@@ -63,13 +76,23 @@ def test_forward(
     )
 
 
-@pytest.mark.parametrize(("B", "T", "L", "D"), SIZES[1:])
+@pytest.mark.parametrize(
+    ("B", "T", "L", "D", "scale"),
+    [(*size, 1.0) for size in SIZES[2:]] + [(*SIZES[1], scale) for scale in SCALES],
+)
 @PROCESSORS
 def test_backward(
-    B: int, T: int, L: int, D: int, processors: int, device: str, monkeypatch: pytest.MonkeyPatch
+    B: int,
+    T: int,
+    L: int,
+    D: int,
+    scale: float,
+    processors: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launching, "processors", lambda like: processors)
-    x, codebook, used = draw(B, T, L, D, device)
+    x, codebook, used = draw(B, T, L, D, device, scale)
     grad = uniform(B, L, dtype=torch.float32, seed=2).to(device)
     mine = backward(grad, x, codebook, used, *forward(x, codebook, used), True)
     single, exact = (in_torch(grad.to(t), x.to(t), codebook.to(t), used) for t in (FLOAT, DOUBLE))
@@ -84,13 +107,42 @@ def test_backward(
     assert nothing.numel() == 0
 
 
-def test_finite_where_a_vector_equals_a_code(device: str) -> None:
-    x, codebook, used = draw(2, 3, 20, 8, device)
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_code_has_no_part_in_the_gradient_of_a_vector_on_it(device: str, scale: float) -> None:
+    """As in the reference, up to the gradient of the others, as in `test_backward`."""
+    x, codebook, used = draw(2, 3, 20, 8, device, scale)
     x[0, 0], x[1, 2] = codebook[3], codebook[4]
-    log_p, normalizers = forward(x, codebook, used)
     grad = uniform(2, 20, dtype=torch.float32, seed=2).to(device)
-    for out in (log_p, *backward(grad, x, codebook, used, log_p, normalizers, True)):
-        assert out.isfinite().all()
+    mine = backward(grad, x, codebook, used, *forward(x, codebook, used), True)
+    single, exact = (in_torch(grad.to(t), x.to(t), codebook.to(t), used) for t in (FLOAT, DOUBLE))
+    for found, torchs, wanted in zip(mine, single, exact, strict=True):
+        error = (torchs - wanted).abs().max().item()
+        largest = rounding(torch.float32, 1, wanted.abs().max().item())
+        close(found.cpu(), wanted.cpu(), 7 * error + largest)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e6, 1e8])
+def test_a_gradient_is_bounded_where_distances_are_off_by_many_nats(
+    device: str, scale: float
+) -> None:
+    """By sum_l |p a - g w| with p and w of at most 1, and no more than L of |g w| in a."""
+    x, codebook, used = draw(3, 10, 40, 8, device, scale)
+    grad = uniform(3, 40, dtype=torch.float32, seed=2).to(device)
+    of_x, _ = backward(grad, x, codebook, used, *forward(x, codebook, used), True)
+    g = grad.abs()
+    bound = 40 * (g.sum(1) + g.amax(1))
+    assert (of_x.norm(dim=-1) <= bound[:, None]).all()
+    assert (of_x != 0).any()
+
+
+def test_no_clip_has_no_gradient(device: str) -> None:
+    x, codebook, used = draw(2, 3, 20, 8, device)
+    x, used = x[:0], used[:0]
+    log_p, normalizers = forward(x, codebook, used)
+    assert log_p.shape == (0, 20)
+    of_x, of_codes = backward(log_p, x, codebook, used, log_p, normalizers, True)
+    assert of_x.shape == x.shape
+    assert torch.equal(of_codes, torch.zeros_like(codebook))
 
 
 def test_far_codes_have_finite_logarithms(device: str) -> None:

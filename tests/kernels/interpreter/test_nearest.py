@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.nearest import centre, search
-from mmvq_kernels.nearest import nearest_code, nearest_code_ref, rounded_mean
+from mmvq_kernels.nearest import nearest_code, nearest_code_ref
+from mmvq_kernels.rounding import rounded_mean
 
 # one row, one code, D below, at and past a tile, primes, blocks that end inside a tile
 SIZES = [(1, 1, 1), (63, 1, 8), (2, 7, 1), (97, 101, 13), (257, 400, 32), (0, 5, 3), (5, 2, 257)]

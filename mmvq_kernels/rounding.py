@@ -1,0 +1,26 @@
+"""What is done about rounding: where to centre the codes, and when a distance is lost to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rounded_mean(codebook: Tensor) -> Tensor:
+    """The mean of the codes, rounded to a sixteenth of their spread: `[D]`.
+
+    The step is a power of two, so that codes on a lattice stay on one, and equal scores equal.
+    """
+    mean = codebook.mean(0)
+    spread = (codebook - mean).abs().amax()
+    step = torch.exp2(torch.floor(torch.log2(spread)) - 3)
+    return torch.where(step > 0, (mean / step).round() * step, mean)
+
+
+def lost_share(dtype: torch.dtype, D: int) -> float:
+    """Below this share of `|x|^2`, `|x|^2 - 2 x.e + |e|^2` is rounding, and no distance.
+
+    The rounding of a sum of D terms grows as the root of D; with `x = e`, eight times that is more
+    than any draw left, in float32 as in tf32x3.
+    """
+    return 8 * torch.finfo(dtype).eps * D**0.5
