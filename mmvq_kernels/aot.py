@@ -40,6 +40,11 @@ class Target(NamedTuple):
     registers: int  # 32-bit registers of a multiprocessor
     warps: int  # resident at most
 
+    @property
+    def amd(self) -> str | None:
+        """The architecture, if AMD's."""
+        return str(self.arch) if self.backend == "hip" else None
+
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 163 << 10, 0, 65536, 64),
@@ -101,7 +106,7 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     from mmvq_kernels.gpu.launching import fit
 
     kernel, _, args, _ = launch
-    options = fit(launch.options, amd=target.backend == "hip")
+    options = fit(launch.options, amd=target.amd)
     names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
     names |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
     signature: dict[str, str] = {}
@@ -128,7 +133,7 @@ def examine(launch: Launch, target_name: str) -> Outcome:
     from mmvq_kernels.gpu.launching import fit
 
     target = TARGETS[target_name]
-    options = fit(launch.options, amd=target.backend == "hip")
+    options = fit(launch.options, amd=target.amd)
     compiled = compile_launch(launch, target)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     if target.backend == "cuda":
@@ -225,10 +230,12 @@ def audit(jobs: int = 2, only: str = "") -> dict[str, Outcome]:
 
 def _audit_workload(name: str, target: str) -> dict[str, Outcome]:
     torch.set_num_threads(1)
-    return {
-        f"{name}/{launch.kernel.__name__}/{target}": examine(launch, target)
-        for launch in record(WORKLOADS[name])
-    }
+    outcomes: dict[str, Outcome] = {}
+    for launch in record(WORKLOADS[name]):
+        kernel = launch.kernel.__name__ + ", codes" * launch.options.get("OF_CODES", False)
+        assert (key := f"{name}/{kernel}/{target}") not in outcomes
+        outcomes[key] = examine(launch, target)
+    return outcomes
 
 
 def table(outcomes: dict[str, Outcome]) -> dict[str, dict[str, list[int]]]:

@@ -122,12 +122,12 @@ def _pulls(row, code, d, normalizers, used, log_lengths, log_p, grad, T, N, L):
     cells = clip.to(tl.int64) * L + code
     z = tl.load(normalizers + row, mask=row < N, other=0.0)
     log_n = tl.load(log_lengths + clip, mask=row < N, other=0.0)
-    counts = (tl.load(used + row, mask=row < N, other=0) != 0) & inside
     log_w = -d - z - log_n - tl.load(log_p + cells, mask=inside, other=0.0)
+    counts = (tl.load(used + row, mask=row < N, other=0) != 0) & inside
+    g = tl.load(grad + cells, mask=counts, other=0.0)
     # Large distances are off by several nats, by others than when z and log_p were made.
     p, w = tl.exp(tl.minimum(-d - z, 0.0)), tl.exp(tl.minimum(log_w, 0.0))
-    g = tl.load(grad + cells, mask=inside, other=0.0)
-    return tl.where(inside, p, 0.0), tl.where(counts, g * w, 0.0)
+    return tl.where(inside, p, 0.0), g * w
 
 
 @triton.jit

@@ -20,22 +20,26 @@ def launch(
     if 0 in grid:
         return
     first = next(arg for arg in args if isinstance(arg, Tensor))
+    amd = None
+    if torch.version.hip is not None:
+        amd = torch.cuda.get_device_properties(first.device).gcnArchName.split(":")[0]
     with torch.cuda.device_of(first):
-        kernel[grid](*args, **fit(options, amd=torch.version.hip is not None))
+        kernel[grid](*args, **fit(options, amd=amd))
 
 
-def fit(options: dict[str, Any], *, amd: bool) -> dict[str, Any]:
-    """The options for a vendor.
+def fit(options: dict[str, Any], *, amd: str | None) -> dict[str, Any]:
+    """The options for a vendor; `amd` is the architecture of one of AMD's GPUs.
 
-    AMD's 64 KB of shared memory hold two stages, and its matrix instructions multiply float32 as it
-    is, so that nothing has to be split in three.
+    Their 64 KB of shared memory hold two stages, and their matrix instructions multiply float32 as
+    it is, so that nothing has to be split in three. Only gfx942 multiplies tf32.
     """
     fitted = dict(options)
-    if not amd:
+    if amd is None:
         return fitted
     if "num_stages" in fitted:
         fitted["num_stages"] = min(fitted["num_stages"], 2)
-    if fitted.get("PRECISION") == "tf32x3":
+    precision = fitted.get("PRECISION")
+    if precision == "tf32x3" or (precision == "tf32" and amd != "gfx942"):
         fitted["PRECISION"] = "ieee"
     return fitted
 

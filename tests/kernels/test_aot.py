@@ -59,7 +59,7 @@ def test_every_kernel_workload_and_target_has_its_resources() -> None:
     for target in TARGETS:
         keys = [key.split("/") for key in numbers if key.endswith(f"/{target}")]
         assert {workload for workload, _, _ in keys} == set(WORKLOADS)
-        kernels.add(frozenset(kernel for _, kernel, _ in keys))
+        kernels.add(frozenset(kernel.removesuffix(", codes") for _, kernel, _ in keys))
     (names,) = kernels
     sources = "".join(path.read_text() for path in (ROOT / "mmvq_kernels/gpu").glob("*.py"))
     assert names == set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
@@ -83,6 +83,19 @@ def test_the_documents_show_the_roofline() -> None:
     centre = 2 * 4 * 1024 * 256 + 4 * 256 + (4 + 8) * 1024
     assert found["L2 MB"] == round((search + centre) / 1e6)
     assert found["least MB"] < found["MB"] < found["unfused MB"]
+
+
+@needs_triton
+def test_options_for_each_vendor() -> None:
+    from mmvq_kernels.gpu.launching import fit
+
+    exact, fast = {"PRECISION": "tf32x3", "num_stages": 3}, {"PRECISION": "tf32", "num_stages": 1}
+    assert fit(exact, amd=None) == exact
+    assert fit(fast, amd=None) == fast
+    for arch in ("gfx942", "gfx90a"):
+        assert fit(exact, amd=arch) == {"PRECISION": "ieee", "num_stages": 2}
+    assert fit(fast, amd="gfx942") == fast
+    assert fit(fast, amd="gfx90a") == {"PRECISION": "ieee", "num_stages": 1}
 
 
 def test_what_counts_as_a_violation() -> None:
