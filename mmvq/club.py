@@ -33,7 +33,7 @@ class CLUBEstimator(Pretrained):
             form; `"shuffled"` draws one permutation of the batch.
         logvar_bound: b > 0 keeps the log-variance in (-b, b) as `b tanh(. / b)`; None leaves it
             free. A bound of 1 (the released code) cannot represent an MI above about 0.5 nat for
-            each dimension of y.
+            each dimension of y. It is in the units of y: 8 holds deviations from 0.02 to 50.
         gather: bound and likelihood are those of one process on the batches of all ranks, on every
             rank, and so are their gradients once the ranks' gradients are averaged (DDP, FSDP; see
             `mmvq.distributed.Ranks`): sums of y and of its squares are exchanged, no rows. All

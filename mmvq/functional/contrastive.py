@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as unit_length
 
 from mmvq.functional.batch import WHOLE, Batch
 
@@ -25,8 +24,14 @@ def similarities(
     query, key = query.to(dtype), key.to(dtype)
     with torch.autocast(query.device.type, enabled=False):  # a score may exceed float16
         if normalize:
-            query, key = unit_length(query, dim=-1), unit_length(key, dim=-1)
+            query, key = _unit_length(query), _unit_length(key)
         return query @ key.mT / temperature
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    """`x / |x|` at any scale; 0, and without a gradient, where x is 0."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(norm == 0, torch.inf, norm)
 
 
 def matched_cross_entropy(

@@ -47,18 +47,20 @@ def rotate(z: Tensor, codes: Tensor) -> Tensor:
         True
     """
     codes = codes.detach()
+    dtype = torch.promote_types(torch.promote_types(z.dtype, codes.dtype), torch.float32)
+    x, e = z.to(dtype), codes.to(dtype)  # a norm may exceed float16
     with torch.no_grad():
-        z_norm, e_norm = z.norm(dim=-1, keepdim=True), codes.norm(dim=-1, keepdim=True)
-        tiny = torch.finfo(z.dtype).tiny
-        z_hat, e_hat = z / z_norm.clamp(min=tiny), codes / e_norm.clamp(min=tiny)
-        u = z_hat + e_hat
+        x_norm, e_norm = x.norm(dim=-1, keepdim=True), e.norm(dim=-1, keepdim=True)
+        tiny = torch.finfo(dtype).tiny
+        x_hat, e_hat = x / x_norm.clamp(min=tiny), e / e_norm.clamp(min=tiny)
+        u = x_hat + e_hat
         u_norm = u.norm(dim=-1, keepdim=True)
         u = u / u_norm.clamp(min=tiny)
-        scale = e_norm / z_norm
-        degenerate = (z_norm <= tiny) | (e_norm <= tiny) | (u_norm <= 1e-3) | ~scale.isfinite()
+        scale = e_norm / x_norm
+        degenerate = (x_norm <= tiny) | (e_norm <= tiny) | (u_norm <= 1e-3) | ~scale.isfinite()
         scale = torch.where(degenerate, 1, scale)  # an infinite one makes the gradient NaN
     turned = (
-        z - 2 * u * (u * z).sum(-1, keepdim=True) + 2 * e_hat * (z_hat * z).sum(-1, keepdim=True)
+        x - 2 * u * (u * x).sum(-1, keepdim=True) + 2 * e_hat * (x_hat * x).sum(-1, keepdim=True)
     )
-    backward = torch.where(degenerate, z, scale * turned)
-    return codes + (backward - backward.detach())
+    backward = torch.where(degenerate, x, scale * turned)
+    return codes + (backward - backward.detach()).to(z.dtype)

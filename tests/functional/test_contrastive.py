@@ -50,6 +50,28 @@ def test_scores_beyond_float16_are_finite(normalize: bool) -> None:
         close(F.info_nce(q, k, normalize=normalize), expected, tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**-30, 1.0, 2.0**30, 2.0**60])
+def test_a_cosine_has_no_scale(dtype: torch.dtype, scale: float) -> None:
+    """Powers of two round nothing; a gradient is as much larger as its vector is smaller."""
+    q, k = pair(dtype=dtype)
+    at_one, at_scale = ((s * q).requires_grad_() for s in (1.0, scale))
+    losses = [F.info_nce(x, k, normalize=True) for x in (at_one, at_scale)]
+    assert torch.equal(*losses)
+    grads = [torch.autograd.grad(*each)[0] for each in zip(losses, (at_one, at_scale), strict=True)]
+    assert torch.equal(grads[0], grads[1] * scale)
+
+
+def test_a_vector_of_zeros_has_cosine_0_and_no_gradient() -> None:
+    q, k = pair(dtype=torch.float32)
+    q[2] = 0
+    q.requires_grad_()
+    assert (F.similarities(q, k, normalize=True)[2] == 0).all()
+    (grad,) = torch.autograd.grad(F.info_nce(q, k, normalize=True), q)
+    assert (grad[2] == 0).all()
+    assert grad.isfinite().all()
+
+
 def test_leading_dimensions_are_problems_of_their_own() -> None:
     q, k = pair(2, 3)
     each = torch.stack([F.info_nce_ref(q[i, j], k[i, j]) for i in range(2) for j in range(3)])

@@ -84,6 +84,19 @@ def test_rotation_keeps_the_angle_to_the_code() -> None:
     close(torch.cosine_similarity(grad, z), at_code, rounding(z.dtype, 80))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [2.0**-14, 1.0, 2.0**14])
+def test_rotation_of_narrow_vectors_of_any_norm(dtype: torch.dtype, scale: float) -> None:
+    """64 entries of up to 2^14 have a norm that float16 does not; the gradient is rounded once."""
+    z, codes = ((scale * uniform(5, 64, seed=i)).to(dtype).requires_grad_() for i in range(2))
+    out = F.rotate(z, codes)
+    assert torch.equal(out, codes)
+    (found,) = torch.autograd.grad(out, z, torch.ones_like(out))
+    exact = z.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.rotate(exact, codes.double()).sum(), exact)
+    close(found, wanted, rounding(dtype, 1, wanted.abs().max().item()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotation_where_it_is_not_defined_is_straight_through(dtype: torch.dtype) -> None:
     z, codes, seed = (uniform(3, 4, dtype=dtype, seed=i) for i in range(3))
