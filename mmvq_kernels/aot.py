@@ -233,7 +233,8 @@ def _audit_workload(name: str, target: str) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     for launch in record(WORKLOADS[name]):
         kernel = launch.kernel.__name__ + ", codes" * launch.options.get("OF_CODES", False)
-        assert (key := f"{name}/{kernel}/{target}") not in outcomes
+        key = f"{name}/{kernel}/{target}"
+        assert key not in outcomes  # or one of the two would not be seen
         outcomes[key] = examine(launch, target)
     return outcomes
 

@@ -40,8 +40,9 @@ def code_log_probabilities(
 
     $$\ln P(l) = \ln \frac{1}{T} \sum_t \mathrm{softmax}_l(-\lVert x_t - e_l \rVert_2)$$
 
-    Differentiable (once) in x and the codebook; where x equals a code, the gradient of that
-    distance is 0. No `[B, T, L]` tensor is made, neither forward nor backward.
+    Differentiable (once) in x and the codebook. Where x is so near a code that rounding hides the
+    distance (in float32 and D 256, within 0.4% of |x| about the mean code), it counts as 0, and
+    its gradient is 0. No `[B, T, L]` tensor is made, neither forward nor backward.
 
     Args:
         x: features of B clips, `[B, T, D]`, any float dtype.

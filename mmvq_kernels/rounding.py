@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,4 +25,4 @@ def lost_share(dtype: torch.dtype, D: int) -> float:
     The rounding of a sum of D terms grows as the root of D; with `x = e`, eight times that is more
     than any draw left, in float32 as in tf32x3.
     """
-    return 8 * torch.finfo(dtype).eps * D**0.5
+    return 8 * torch.finfo(dtype).eps * math.sqrt(D)

@@ -88,7 +88,7 @@ def test_right_at_every_scale_also_on_a_code(
     if scale <= 1:
         x[1, 1], codebook[7] = (codebook[8] + codebook[9]) / 2, codebook[6]
         x[2, 2] = codebook[6]
-    else:  # all but certain: a tie of codes would rest on a rounding, one of segments is not bounded
+    else:  # ties of codes would rest on a rounding, those of segments are not in `slacks`
         x = x.reshape(B * T, 1, D)
     x, codebook = ((scale * t).to(dtype).requires_grad_() for t in (x, codebook))
     exact_x, exact_codebook = (t.detach().double().requires_grad_() for t in (x, codebook))

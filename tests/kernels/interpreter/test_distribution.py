@@ -3,8 +3,9 @@
 FORWARD: a squared distance sums D squares twice and D tf32x3 products (three runs, six roundings),
 of centred entries below 2: off by (8 D + 18) roundings of 4 D, halved and divided by the smallest
 distance for the distance itself; ln P moves by at most twice that, plus a rounding for each of the
-steps to it. All but the last grow with the scale. BACKWARD: tf32x3 has up to seven roundings where float32 has one, so at most seven
-times the error of the torch path in float32, and one rounding of the largest gradient.
+steps to it. All but the last grow with the scale. BACKWARD: tf32x3 has up to seven roundings where
+float32 has one, so at most seven times the error of the torch path in float32, and one rounding of
+the largest gradient.
 """
 
 from __future__ import annotations
