@@ -15,7 +15,7 @@ _BLOCK = 1 << 16  # words hashed at a time, for the cache
 
 def mix(keys: Tensor) -> Tensor:
     """Scramble int64 keys, one to one (splitmix64, Steele et al. 2014, on signed integers)."""
-    keys = keys.clone()
+    keys = keys ^ 0  # a copy; to inductor no longer an index, whose product would overflow
     for multiplier, shift in _ROUNDS:
         keys.mul_(multiplier)
         logical = (1 << (64 - shift)) - 1  # `>>` copies the sign bit; a one-to-one map needs zeros

@@ -154,6 +154,19 @@ def test_inductor_agrees() -> None:
     agree(state(module), state(eager), ATOL)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_draws_the_first_codes() -> None:
+    """Of a known size: an `arange` becomes an index, and the hash of one must not overflow.
+
+    32 rows are whole vectors: in what is left of a loop C++ wraps a product as it likes, so that
+    other rows may be drawn.
+    """
+    x = batch(8, 4)[0]["audio"].detach().flatten(0, 1)
+    compiled = torch.compile(functional.sample_rows, dynamic=False, backend="inductor")
+    assert torch.equal(compiled(x, 5), functional.sample_rows(x, 5))
+
+
 def test_each_set_of_present_modalities_is_a_graph() -> None:
     module = MultiModalEMAQuantizer(D, L, NAMES, init="uniform")
     eager = deepcopy(module)
