@@ -7,7 +7,7 @@ integers, and the decoder draws it from them.
 
 import torch
 from einops import rearrange
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install 'mmvq[samples]'
 from torch import Tensor, nn
 
 import mmvq

@@ -5,7 +5,7 @@ reads: perplexity, shared and dead codes, agreement. The monitor lives in a hook
 all hold the same figures, and one logs them.
 """
 
-import lightning as L
+import lightning as L  # pip install 'mmvq[samples]'
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers as hf  # pip install 'mmvq[samples]'
 from torch import Tensor
-from transformers import AutoFeatureExtractor, AutoModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
 import mmvq
 
 torch.manual_seed(0)
 rng = np.random.default_rng(0)
 conv = {"conv_dim": (32, 32, 32), "conv_kernel": (10, 8, 4), "conv_stride": (10, 8, 4)}
-config = Wav2Vec2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **conv)
-encoder = AutoModel.from_config(config).eval()  # or from_pretrained("facebook/wav2vec2-base")
-extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+config = hf.Wav2Vec2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **conv)
+encoder = hf.AutoModel.from_config(config).eval()  # or from_pretrained("facebook/wav2vec2-base")
+extractor = hf.Wav2Vec2FeatureExtractor(return_attention_mask=True)
 
 
 def tones(clips: int, rate: int = 16_000) -> list[np.ndarray]:
@@ -53,8 +53,8 @@ tokens = quantizer({"audio": z}, {"audio": valid}).indices["audio"]  # -1 = padd
 with tempfile.TemporaryDirectory() as folder:
     for name, part in {"quantizer": quantizer, "encoder": encoder, "extractor": extractor}.items():
         part.save_pretrained(Path(folder, name))  # or part.push_to_hub(f"you/{name}")
-    encoder = AutoModel.from_pretrained(Path(folder, "encoder"))  # or "you/encoder"
-    extractor = AutoFeatureExtractor.from_pretrained(Path(folder, "extractor"))
+    encoder = hf.AutoModel.from_pretrained(Path(folder, "encoder"))  # or "you/encoder"
+    extractor = hf.AutoFeatureExtractor.from_pretrained(Path(folder, "extractor"))
     loaded = mmvq.MultiModalEMAQuantizer.from_pretrained(Path(folder, "quantizer"))
 
 z, valid = features(sounds)

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset  # pip install 'mmvq[samples]'
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 

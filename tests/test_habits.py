@@ -100,6 +100,10 @@ def test_the_readers_see_what_is_there() -> None:
     assert named_paths(text) == ["mmvq/cpc.py", "tests/none.py"]
     assert wrong_names(text) == ["mmvq.nothing", "CrossCPC(64, start=1)", "Nothing(1)"]
     assert blocks(text, "python") == [(6, "[n](n)\n")]
+    assert cells("| message | why |\n|---|---|\n| `a` | b |\n| `c` | d |\n", "message") == [
+        "`a`",
+        "`c`",
+    ]
 
 
 @each_document
@@ -132,6 +136,33 @@ def test_python_blocks_run(
     for line, code in found:
         exec(compile("\n" * (line - 1) + code, str(path), "exec"), namespace)
     assert torch.get_default_dtype() == torch.float32
+
+
+def cells(text: str, header: str) -> list[str]:
+    """The first cells of the tables whose first column has this header."""
+    tables = re.findall(rf"^\| {header} \|[^\n]*\n\|[-| ]+\n((?:\|[^\n]*\n)+)", text, re.MULTILINE)
+    return [row.split("|")[1].strip() for table in tables for row in table.splitlines()]
+
+
+@each_document
+def test_messages_that_guides_explain_are_those_of_the_code(path: Path) -> None:
+    code = "".join(
+        p.read_text() for name in ("mmvq", "mmvq_kernels") for p in ROOT.glob(f"{name}/**/*.py")
+    )
+    for cell in cells(path.read_text(), "message"):
+        quoted = re.match(
+            r"`([^`]+)`(?! \()", cell
+        )  # "(torch's)" and the like follow those of others
+        assert quoted is None or quoted[1] in code, f"{path.name} explains {quoted[1]}"
+
+
+@each_document
+def test_figures_that_guides_repeat_are_those_of_the_experiments(path: Path) -> None:
+    source = (ROOT / "docs/experiments/index.md").read_text()
+    rows = re.findall(
+        r"^\| (?:clips|segments \(F1\)|codes shared) \|.*±.*$", path.read_text(), re.MULTILINE
+    )
+    assert set(rows) <= set(source.splitlines())
 
 
 def test_readme_shows_the_two_commands() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import runpy
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,26 @@ EXAMPLES = Path(cmg_pretrain.__file__).parent
 def run(name: str) -> dict[str, Any]:
     """The names a script leaves."""
     return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("02_autoencoder.py", "sklearn"),
+        ("03_lightning.py", "lightning"),
+        ("04_hugging_face.py", "transformers"),
+        ("05_tokens.py", "datasets"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The traceback ends with the line of the import, and its comment says what to do."""
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"{package}.datasets", raising=False)
+    with pytest.raises(ModuleNotFoundError) as error:
+        run(name)
+    assert "pip install 'mmvq[samples]'" in "".join(traceback.format_exception(error.value)[-2:])
 
 
 def test_two_modalities_of_a_segment_have_one_code(capsys: pytest.CaptureFixture[str]) -> None:
