@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
+from mmvq_kernels.checks import check_below, readable
 from mmvq_kernels.messages import message
 
 __all__ = [
+    "check_below",
     "check_choice",
     "check_features",
     "check_finite",
+    "check_floating",
+    "check_indices",
+    "check_instance",
     "check_int",
+    "check_mask",
     "check_modalities",
     "check_number",
     "check_same_length",
+    "check_vectors",
     "message",
+    "readable",
 ]
 
 
@@ -32,10 +40,19 @@ def check_int(where: str, low: int, **values: int) -> None:
                 message(
                     where,
                     f"{name} must be an int of at least {low}",
-                    hint=f"pass {low} or more",
+                    hint=f"pass a Python int, {low} or more",
                     **{name: value},
                 )
             )
+
+
+def check_instance(where: str, kind: type, **values: object) -> None:
+    """Each value is of this class."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            rule = f"{name} must be a {kind.__name__}"
+            hint = "pass the module itself: not the model around it, and before torch.compile"
+            raise TypeError(message(where, rule, hint=hint, **{name: value}))
 
 
 def check_number(where: str, low: float, high: float, **values: float) -> None:
@@ -61,23 +78,24 @@ def check_choice(
 
 def check_modalities(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
     """One or more names, each once, that can be keys of an `nn.ModuleDict`."""
-    names = tuple(modalities)
-    strings = not isinstance(modalities, str) and all(isinstance(n, str) and n for n in names)
-    if strings and any("." in name or hasattr(nn.ModuleDict, name) for name in names):
-        raise ValueError(
-            message(
-                where,
-                "a modality's name names parameters: no dot, and no attribute of nn.ModuleDict",
-                hint='rename it, "left.arm" to "left_arm" or "type" to "kind"',
-                modalities=modalities,
-            )
-        )
-    if not strings or not names or len(set(names)) != len(names):
+    several = isinstance(modalities, Iterable) and not isinstance(modalities, str)
+    names = tuple(modalities) if several else ()
+    strings = all(isinstance(name, str) and name for name in names)
+    if not names or not strings or len(set(names)) != len(names):
         raise ValueError(
             message(
                 where,
                 "modalities must be one or more names, each given once",
                 hint='pass a tuple of strings such as ("audio", "video")',
+                modalities=modalities,
+            )
+        )
+    if any("." in name or hasattr(nn.ModuleDict, name) for name in names):
+        raise ValueError(
+            message(
+                where,
+                "modalities name submodules: no dot, and no attribute of nn.ModuleDict",
+                hint='rename it, "left.arm" to "left_arm" or "type" to "kind"',
                 modalities=modalities,
             )
         )
@@ -91,6 +109,7 @@ def check_features(
     *,
     dim: int | None = None,
     modalities: Sequence[str] | None = None,
+    device: torch.device | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Features as `[B, T, D]` and masks as bool `[B, T]`, in the sorted order of the names.
 
@@ -103,7 +122,7 @@ def check_features(
                 where,
                 "features must be a non-empty mapping from modality to tensor",
                 hint='pass {"audio": z_audio, "video": z_video}',
-                features=features if features == {} else type(features),
+                features=features,
             )
         )
     masks = {} if masks is None else masks
@@ -113,7 +132,7 @@ def check_features(
                 where,
                 "masks must be a mapping from modality to mask, or None",
                 hint='pass {"audio": mask_audio}; a modality without a mask is valid throughout',
-                masks=type(masks),
+                masks=masks,
             )
         )
     of_module = "use the names that the module was built with"
@@ -123,10 +142,10 @@ def check_features(
     z: dict[str, Tensor] = {}
     valid: dict[str, Tensor] = {}
     for name in sorted(features):
-        x = _check_feature(where, name, features[name], dim)
-        mask = masks.get(name)
+        x, mask = features[name], masks.get(name)
+        _check_feature(where, f"features[{name!r}]", x, dim)
         if mask is not None:
-            _check_mask(where, name, mask, x)
+            check_mask(where, f"masks[{name!r}]", mask, x)
             x = torch.where(mask[..., None], x, 0)
         flat = x.ndim == 2
         z[name] = x[:, None] if flat else x
@@ -134,6 +153,17 @@ def check_features(
             valid[name] = torch.ones(z[name].shape[:2], dtype=torch.bool, device=x.device)
         else:
             valid[name] = mask[:, None] if flat else mask
+    devices = {name: x.device for name, x in z.items()}
+    devices |= {} if device is None else {"the module": device}
+    if _differ(devices):
+        raise ValueError(
+            message(
+                where,
+                "all features must be on one device, and the module too",
+                hint="move them with .to(device)",
+                **{name: str(place) for name, place in devices.items()},
+            )
+        )
     batches = {name: x.shape[0] for name, x in z.items()}
     if _differ(batches):
         raise ValueError(
@@ -147,7 +177,7 @@ def check_features(
     return z, valid
 
 
-def check_same_length(where: str, features: Mapping[str, Tensor]) -> None:
+def check_same_length(where: str, features: Mapping[str, Tensor], otherwise: str = "") -> None:
     """All modalities have the same T."""
     lengths = {name: x.shape[1] for name, x in features.items()}
     if _differ(lengths):
@@ -155,8 +185,59 @@ def check_same_length(where: str, features: Mapping[str, Tensor]) -> None:
             message(
                 where,
                 "all modalities must have the same number of segments T",
-                hint="resample them to one time grid, or pad and mask the shorter",
+                hint="resample them to one time grid, or pad and mask the shorter" + otherwise,
                 **lengths,
+            )
+        )
+
+
+def check_floating(where: str, **tensors: Tensor) -> None:
+    """Each value is a floating point tensor."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            rule = f"{name} must be a floating point tensor"
+            hint = "convert it with .float()"
+            if not isinstance(x, Tensor):
+                hint = "pass one tensor, as torch.from_numpy(...).float(); leave out a missing one"
+            raise TypeError(message(where, rule, hint=hint, **{name: x}))
+
+
+def check_vectors(where: str, x: Tensor, codebook: Tensor) -> None:
+    """`x` is `[..., D]`, floating point, and where the codebook is."""
+    check_floating(where, x=x)
+    D = codebook.shape[-1]
+    if x.shape[-1:] != (D,) or x.device != codebook.device:
+        raise ValueError(
+            message(
+                where,
+                f"x must be [..., {D}], on the device of the codebook",
+                hint=f"project its last dimension to {D}; move it with .to(device)",
+                x=x,
+                codebook=codebook,
+            )
+        )
+
+
+def check_indices(where: str, size: int, hint: str, **indices: Tensor) -> None:
+    """Each value is an int64 tensor of numbers below `size`."""
+    for name, x in indices.items():
+        if not isinstance(x, Tensor) or x.dtype != torch.long:
+            rule = f"{name} must be an int64 tensor"
+            raise TypeError(message(where, rule, hint=hint, **{name: x}))
+    check_below(where, size, hint, **indices)
+
+
+def check_mask(where: str, name: str, mask: Tensor, x: Tensor) -> None:
+    """A mask is bool, `[B, T]` or `[B]` as its features, and where they are."""
+    fits = isinstance(mask, Tensor) and mask.dtype == torch.bool
+    if not fits or mask.shape != x.shape[:-1] or mask.device != x.device:
+        raise ValueError(
+            message(
+                where,
+                f"{name} must be a bool tensor shaped as its features without D, on their device",
+                hint="pass True where a segment is valid, False where it is padding",
+                mask=mask,
+                features=x,
             )
         )
 
@@ -177,9 +258,9 @@ def check_finite(where: str, **tensors: Tensor) -> None:
             )
 
 
-def _differ(sizes: Mapping[str, int]) -> bool:
-    first, *rest = sizes.values()  # a set would hash them, which compiles a graph for each size
-    return any(size != first for size in rest)
+def _differ(values: Mapping[str, object]) -> bool:
+    first, *rest = values.values()  # a set would hash them, which compiles a graph for each size
+    return any(value != first for value in rest)
 
 
 def _check_names(
@@ -193,37 +274,17 @@ def _check_names(
         )
 
 
-def _check_feature(where: str, name: str, x: Tensor, dim: int | None) -> Tensor:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(
-            message(
-                where,
-                f"features[{name!r}] must be a floating point tensor",
-                hint="convert with .float(), or torch.from_numpy(...).float()",
-                **{name: x if isinstance(x, Tensor) else type(x)},
-            )
-        )
-    if x.ndim not in (2, 3) or (dim is not None and x.shape[-1] != dim):
-        width = "D" if dim is None else str(dim)
-        raise ValueError(
-            message(
-                where,
-                f"features[{name!r}] must be [B, T, {width}] or [B, {width}]",
-                hint=f"project the last dimension to {width}",
-                **{name: x},
-            )
-        )
-    return x
-
-
-def _check_mask(where: str, name: str, mask: Tensor, x: Tensor) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
-        raise ValueError(
-            message(
-                where,
-                f"masks[{name!r}] must be a bool tensor shaped as its features without D",
-                hint="pass True where a segment is valid, False where it is padding",
-                mask=mask if isinstance(mask, Tensor) else type(mask),
-                features=x,
-            )
-        )
+def _check_feature(where: str, name: str, x: Tensor, dim: int | None) -> None:
+    check_floating(where, **{name: x})
+    if x.ndim in (2, 3) and x.shape[-1] == (dim or x.shape[-1]):
+        return
+    D = dim or "D"
+    if x.ndim not in (2, 3):
+        hint = "reshape or pool it to batch, time and width"
+    elif x.ndim == 3 and x.shape[1] == dim:
+        hint = f"if it is [B, {D}, T], pass its transpose(1, 2)"
+    else:
+        hint = f"project its last dimension to {D}, or build the module with dim={x.shape[-1]}"
+    raise ValueError(
+        message(where, f"{name} must be [B, T, {D}] or [B, {D}]", hint=hint, **{name: x})
+    )

@@ -9,7 +9,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmvq import functional as F
-from mmvq.checks import check_choice, check_finite, check_int, check_number, message
+from mmvq.checks import (
+    check_choice,
+    check_finite,
+    check_floating,
+    check_int,
+    check_mask,
+    check_number,
+    message,
+)
 from mmvq.distributed import meet
 from mmvq.pretrained import Pretrained
 
@@ -81,8 +89,8 @@ class CLUBEstimator(Pretrained):
             raise ValueError(
                 message(
                     "CLUBEstimator",
-                    "gather takes all pairs, in closed form",
-                    hint='leave negatives at "all", or gather at False',
+                    'gather=True needs negatives="all"',
+                    hint="leave one of the two at its default",
                     negatives=negatives,
                     gather=gather,
                 )
@@ -123,6 +131,7 @@ class CLUBEstimator(Pretrained):
 
         Raises:
             ValueError: shapes that do not fit.
+            TypeError: x or y is no floating point tensor.
         """
         x, y, mask = self._check(x, y, mask)
         mu, logvar = self.posterior(x)
@@ -142,6 +151,7 @@ class CLUBEstimator(Pretrained):
 
     def learning_loss(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """`-log_likelihood`, to fit q; x and y are detached, so that no encoder can follow it."""
+        check_floating("CLUBEstimator", x=x, y=y)
         return -self.log_likelihood(x.detach(), y.detach(), mask)
 
     def extra_repr(self) -> str:
@@ -156,27 +166,20 @@ class CLUBEstimator(Pretrained):
     def _check(
         self, x: Tensor, y: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        check_floating("CLUBEstimator", x=x, y=y)
         fits = x.ndim in (2, 3) and x.shape[:-1] == y.shape[:-1]
         if not fits or (x.shape[-1], y.shape[-1]) != (self.x_dim, self.y_dim):
             raise ValueError(
                 message(
                     "CLUBEstimator",
                     f"x must be [B, T, {self.x_dim}] and y [B, T, {self.y_dim}], or both without T",
-                    hint="x conditions and y is predicted; swap them if they came reversed",
+                    hint="give both one B and T; swap them if they came reversed: q predicts y",
                     x=x,
                     y=y,
                 )
             )
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
-            raise ValueError(
-                message(
-                    "CLUBEstimator",
-                    "mask must be bool and shaped as x without its last dimension",
-                    hint="pass True where a segment is valid",
-                    mask=mask,
-                    x=x,
-                )
-            )
+        if mask is not None:
+            check_mask("CLUBEstimator", "mask", mask, x)
         check_finite("CLUBEstimator", x=x, y=y)
         return x if mask is None else torch.where(mask[..., None], x, 0), y, mask
 

@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mmvq import functional as F
-from mmvq.checks import check_choice, check_int, check_number, message
+from mmvq.checks import (
+    check_choice,
+    check_floating,
+    check_indices,
+    check_int,
+    check_number,
+    check_vectors,
+    message,
+    readable,
+)
 from mmvq.distributed import all_reduce_, meet, world_size
 from mmvq.pretrained import Pretrained
-from mmvq_kernels.backends import transformed
 
 ResetRule = Literal["all", "any"]
 Init = Literal["kmeans", "samples", "uniform"]
@@ -111,7 +119,7 @@ class EMACodebook(Pretrained):
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         codes = torch.empty(size, dim, dtype=dtype).uniform_(-1 / size, 1 / size)
         sources = range(groups) if update_from is None else update_from
-        if not set(sources) <= set(range(groups)):
+        if not (isinstance(sources, Iterable) and set(sources) <= set(range(groups))):
             raise ValueError(
                 message(
                     "EMACodebook",
@@ -137,16 +145,13 @@ class EMACodebook(Pretrained):
         return self.codes
 
     def search(self, x: Tensor) -> Tensor:
-        """Index of the nearest code (Eq. 2): `[..., D]` -> int64 `[...]`."""
-        if not isinstance(x, Tensor) or x.shape[-1] != self.dim:
-            raise ValueError(
-                message(
-                    "EMACodebook.search",
-                    f"x must be a tensor [..., {self.dim}]",
-                    hint=f"pass one modality's, its last dimension projected to {self.dim}",
-                    x=x if isinstance(x, Tensor) else type(x),
-                )
-            )
+        """Index of the nearest code (Eq. 2): `[..., D]` -> int64 `[...]`.
+
+        Raises:
+            ValueError: the last dimension of x is not D, or x is on another device.
+            TypeError: x is no floating point tensor.
+        """
+        check_vectors("EMACodebook.search", x, self.codes)
         return F.nearest_code(x, self.codes)
 
     @torch.no_grad()
@@ -209,21 +214,28 @@ class EMACodebook(Pretrained):
 
         Raises:
             ValueError: shapes that do not fit.
+            TypeError: values that are not floating point, indices or groups that are not int64.
+            IndexError: an index of L or more, a group of G or more (looked at on a CPU only).
         """
-        if values.shape != (*indices.shape, self.dim):
+        where, searched = "EMACodebook.accumulate", "pass the indices that search(x) returned"
+        check_floating(where, values=values)
+        check_indices(where, self.size, searched, indices=indices)
+        groups = torch.zeros_like(indices) if groups is None else groups
+        check_indices(where, self.groups, "number the groups from 0", groups=groups)
+        if values.shape != (*indices.shape, self.dim) or groups.shape != indices.shape:
             raise ValueError(
                 message(
-                    "EMACodebook.accumulate",
-                    f"values must be [..., {self.dim}] and indices [...]",
-                    hint="pass the indices that search(x) returned for these rows",
+                    where,
+                    f"values must be [..., {self.dim}], indices and groups [...]",
+                    hint=searched,
                     values=values,
                     indices=indices,
+                    groups=groups,
                 )
             )
         if recomputing():
             return
         self.match_dtype(values.dtype)
-        groups = torch.zeros_like(indices) if groups is None else groups
         values, indices, groups = values.reshape(-1, self.dim), indices.flatten(), groups.flatten()
         indices = torch.where(F.finite_rows(values), indices, -1)
         values = values.to(self.codes.dtype)
@@ -283,7 +295,7 @@ class EMACodebook(Pretrained):
             votes = torch.where(self.voters[:, None], self.ages, F.UNSEEN)
             idle = F.inactive_codes(votes, self.reset_after, self.reset_rule)
             dead = idle & (batch_counts.sum() > 0)
-            if _certainly_none(dead):
+            if readable(dead) and not dead.numpy().any():  # a GPU would have to be waited for
                 dead = None
             else:
                 args = self.codes, dead, sums, batch_counts, self.steps
@@ -344,12 +356,6 @@ class EMACodebook(Pretrained):
         self._pending = None  # it belongs to the state that was here before
 
 
-def _certainly_none(mask: Tensor) -> bool:
-    """Whether no entry is True; False also where the host cannot read the mask as its memory."""
-    waits = mask.device.type != "cpu" or _without_data(mask) or transformed()
-    return not waits and not mask.numpy().any()
-
-
 def _without_data(x: Tensor) -> bool:
     """Whether `x` stands for a tensor that is not there yet: in a graph, or as a fake."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
@@ -366,6 +372,9 @@ def update_codebooks(modules: nn.Module | Iterable[nn.Module]) -> None:
     Args:
         modules: quantizers, codebooks, or anything that holds them; or one such module.
 
+    Raises:
+        TypeError: one that is no module.
+
     Examples:
         >>> book = EMACodebook(2, 4)
         >>> book.accumulate(torch.ones(1, 2), torch.tensor([3]))
@@ -373,7 +382,11 @@ def update_codebooks(modules: nn.Module | Iterable[nn.Module]) -> None:
         >>> book.counts.argmax()  # those of the others fade
         tensor(3)
     """
-    modules = [modules] if isinstance(modules, nn.Module) else modules
+    modules = [modules] if isinstance(modules, nn.Module) else list(modules)
+    if not all(isinstance(module, nn.Module) for module in modules):
+        rule = "modules must be an nn.Module, or several"
+        hint = "pass the model that holds the quantizers, or a list of them"
+        raise TypeError(message("update_codebooks", rule, hint=hint, modules=modules))
     books = dict.fromkeys(
         book for module in modules for book in module.modules() if isinstance(book, EMACodebook)
     )

@@ -43,10 +43,15 @@ def plot_codes(codebook: Tensor, counts: Mapping[str, Tensor]) -> Figure:
         counts: modality -> `[L]`, how often each chose each code: `quantizer.usage().counts`.
 
     Raises:
+        TypeError: counts that are no mapping.
         ImportError: matplotlib is not installed.
 
     Source: Fig. 4; the paper does not say how it lays codes out.
     """
+    if not (isinstance(counts, Mapping) and counts):
+        rule = "counts must map one or more modalities to tensors [L]"
+        hint = "pass quantizer.usage().counts"
+        raise TypeError(message("plot_codes", rule, hint=hint, counts=type(counts)))
     figure = new_figure(11, 4.8)
     atlas, shares = figure.subplots(1, 2, width_ratios=(1, 1.25))
     names = list(counts)
@@ -137,7 +142,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         text = message(
-            "figures",
+            "mmvq.figures",
             "pictures need matplotlib, which is not installed",
             hint="pip install matplotlib",
             missing=error.name,

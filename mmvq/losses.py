@@ -34,7 +34,7 @@ class CrossModalCommitmentLoss(nn.Module):
             valid positions (Eq. 8 to the letter).
 
     Raises:
-        ValueError: a negative beta or ratio, an unknown reduction.
+        ValueError: a negative beta or ratio, a ratio of no pair, an unknown reduction.
 
     Source: Eq. 8; see `mmvq.functional.commitment` for how it extends to masks and M > 2.
 
@@ -55,12 +55,17 @@ class CrossModalCommitmentLoss(nn.Module):
         reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__()
+        where = "CrossModalCommitmentLoss"
         if isinstance(cross_ratio, Mapping):
+            if not all(isinstance(pair, tuple) and len(set(pair)) == 2 for pair in cross_ratio):
+                rule = "cross_ratio must be a number, or map pairs of modalities to numbers"
+                hint = 'pass {("audio", "video"): 0.5} to pull audio towards the codes of video'
+                raise ValueError(message(where, rule, hint=hint, cross_ratio=cross_ratio))
             ratios = {f"cross_ratio[{pair!r}]": ratio for pair, ratio in cross_ratio.items()}
         else:
             ratios = {"cross_ratio": cross_ratio}
-        check_number("CrossModalCommitmentLoss", 0, float("inf"), beta=beta, **ratios)
-        check_choice("CrossModalCommitmentLoss", ("mean", "sum"), reduction=reduction)
+        check_number(where, 0, float("inf"), beta=beta, **ratios)
+        check_choice(where, ("mean", "sum"), reduction=reduction)
         self.beta, self.cross_ratio, self.reduction = beta, cross_ratio, reduction
 
     def forward(
@@ -87,15 +92,16 @@ class CrossModalCommitmentLoss(nn.Module):
         z, valid = check_features(where, features, masks)
         ratio = self.cross_ratio
         if any(ratio.values()) if isinstance(ratio, Mapping) else ratio:
-            check_same_length(where, z)
-        if any(name not in codes or codes[name].shape != features[name].shape for name in z):
+            check_same_length(where, z, "; or drop the cross term with cross_ratio=0")
+        given = codes if isinstance(codes, Mapping) else {}
+        if any(getattr(given.get(name), "shape", None) != features[name].shape for name in z):
             raise ValueError(
                 message(
                     where,
                     "codes must have the names and shapes of features",
                     hint="pass the code of every feature, codebook[indices]",
-                    features={name: list(x.shape) for name, x in features.items()},
-                    codes={name: list(x.shape) for name, x in codes.items()},
+                    features=features,
+                    codes=codes,
                 )
             )
         check_finite(where, **z)
@@ -184,15 +190,17 @@ class CrossModalCodeMatchingLoss(nn.Module):
         z, valid = check_features(where, features, masks)
         codebooks = codebook if isinstance(codebook, Mapping) else dict.fromkeys(z, codebook)
         for name, x in z.items():
-            codes = codebooks.get(name)
-            if not isinstance(codes, Tensor) or codes.shape[1:] != x.shape[-1:]:
+            codes: Any = codebooks.get(name)
+            floating = isinstance(codes, Tensor) and codes.is_floating_point()
+            if not floating or codes.shape[1:] != x.shape[-1:] or codes.device != x.device:
                 raise ValueError(
                     message(
                         where,
-                        f"the codebook for {name!r} must be [L, {x.shape[-1]}]",
+                        f"the codebook of {name!r} must be [L, {x.shape[-1]}], floating point, "
+                        "on the device of the features",
                         hint="pass quantizer.codebook, or one codebook for each modality",
                         features=x,
-                        codebook=codes if isinstance(codes, Tensor | None) else type(codes),
+                        codebook=codes,
                     )
                 )
         if len({codes.shape[0] for codes in codebooks.values()}) > 1:

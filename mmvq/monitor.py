@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmvq import functional as F
-from mmvq.checks import check_int, message
+from mmvq.checks import check_instance, check_int, message
 from mmvq.club import CLUBEstimator
 from mmvq.distributed import all_reduce_
 from mmvq.quantizer import MultiModalEMAQuantizer, QuantizerOutput
@@ -106,19 +106,16 @@ class CodebookMonitor:
     ) -> None:
         where = "CodebookMonitor"
         check_int(where, 1, every=every)
-        if not isinstance(quantizer, MultiModalEMAQuantizer):
-            rule = "quantizer must be a MultiModalEMAQuantizer"
-            hint = "pass the quantizer itself, not the model around it, before torch.compile"
-            raise TypeError(message(where, rule, hint=hint, quantizer=type(quantizer)))
+        check_instance(where, MultiModalEMAQuantizer, quantizer=quantizer)
         self._log: Any = getattr(log, "add_scalar", log)
         if not (log is None or callable(self._log)):
             rule = "log must be a callable (name, value, step), a SummaryWriter, or None"
-            raise TypeError(message(where, rule, hint="pass print to try it", log=type(log)))
+            raise TypeError(message(where, rule, hint="pass print to try it", log=log))
         clubs = [] if club is None else _clubs(club)
         if club is not None and not clubs:
             rule = "club must be or hold a CLUBEstimator"
             hint = "leave it out if there is none to watch"
-            raise TypeError(message(where, rule, hint=hint, club=type(club)))
+            raise TypeError(message(where, rule, hint=hint, club=club))
         self.quantizer, self.every = quantizer, every
         self._agreement = _Agreement(quantizer.modalities)
         self._saturation: dict[str, _Saturation] = {}

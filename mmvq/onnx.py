@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmvq.checks import check_choice, message
+from mmvq.checks import check_choice, check_instance, message
 from mmvq.quantizer import MultiModalEMAQuantizer
 
 __all__ = ["export", "translation_table"]
@@ -38,9 +38,11 @@ def export(
         method: `"encode"` or `"decode"`.
 
     Raises:
+        TypeError: what is not a quantizer.
         ValueError: an unknown method.
         ImportError: onnx or onnxscript is missing.
     """
+    check_instance("mmvq.onnx.export", MultiModalEMAQuantizer, quantizer=quantizer)
     check_choice("mmvq.onnx.export", ("encode", "decode"), method=method)
     codes = quantizer.codebook
     names, example = ["x", "indices"], codes[:1].repeat(2, 1)

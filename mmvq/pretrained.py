@@ -76,11 +76,14 @@ class Pretrained(nn.Module):
 
         Raises:
             ImportError: huggingface_hub or safetensors is not installed.
+            FileNotFoundError: there is no such folder, and no such repo (offline: in the cache); or
+                the tensors are not in it.
             ValueError: config.json is missing, of another class or of a newer version; or an
                 argument that it could not hold is not passed again.
             RuntimeError: the tensors do not fit the arguments.
         """
-        module: Self = _adapter().from_pretrained(source, build=cls._build, **options)
+        where = f"{cls.__name__}.from_pretrained"
+        module: Self = _adapter().load(where, source, build=cls._build, **options)
         return module
 
     def _argument(self, name: str) -> Any:
@@ -117,8 +120,9 @@ class Pretrained(nn.Module):
             }:
                 pass
             case _:
-                rule = "config.json must be as save_pretrained writes it"
-                raise ValueError(message(where, rule, hint="save the module again", config=config))
+                rule = "there must be a config.json as save_pretrained writes it"
+                hint = "check the folder or the repo's name, or save the module again"
+                raise ValueError(message(where, rule, hint=hint, config=config))
         if name not in (base.__name__ for base in cls.__mro__):
             hint = f"call from_pretrained of {name}"
             raise ValueError(message(where, "the file is of another class", hint=hint, found=name))
@@ -152,6 +156,7 @@ class Pretrained(nn.Module):
             rule = f"{prefix}{name} does not fit this module"
             hint = "build the module with the arguments that the saved one had"
             errors.append(message(where, rule, hint=hint, found=found, expected=mine))
+            break  # the others say no more
         error_msgs += errors
         if not errors:
             super()._load_from_state_dict(
@@ -179,6 +184,7 @@ def _adapter() -> Any:
     """The class that lends us huggingface_hub's mixin, imported when it is first needed."""
     try:
         from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
+        from huggingface_hub.errors import HFValidationError
         from safetensors.torch import load_file
     except ImportError as error:
         rule = "the Hub's methods need huggingface_hub and safetensors"
@@ -192,6 +198,17 @@ def _adapter() -> Any:
         def __init__(self, module: Pretrained) -> None:
             self.module = module
             self._hub_mixin_config = module._config()
+
+        @classmethod
+        def load(cls, where: str, source: str | Path, **options: Any) -> Any:
+            try:
+                return cls.from_pretrained(source, **options)
+            except (FileNotFoundError, HFValidationError) as error:
+                rule = "source must be a folder that save_pretrained wrote, or a repo on the Hub"
+                hint = 'check the path: the folder, not a file in it; a repo is named "user/name"'
+                raise FileNotFoundError(
+                    message(where, rule, hint=hint, source=str(source))
+                ) from error
 
         @classmethod
         def _from_pretrained(  # type: ignore[override]

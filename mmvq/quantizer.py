@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -15,10 +15,12 @@ from mmvq.checks import (
     check_choice,
     check_features,
     check_finite,
+    check_indices,
     check_int,
     check_modalities,
     check_number,
     check_same_length,
+    check_vectors,
     message,
 )
 from mmvq.codebook import EMACodebook, Init, ResetRule, recomputing
@@ -145,8 +147,8 @@ class MultiModalEMAQuantizer(Pretrained):
         check_int(where, 1, dim=dim, codebook_size=codebook_size)
         self.modalities = check_modalities(where, modalities)
         self._sorted = tuple(sorted(self.modalities))  # the order of the state and of every sum
-        sources = self.modalities if update_from is None else tuple(update_from)
-        if not sources or not set(sources) <= set(self.modalities):
+        sources = self.modalities if update_from is None else update_from
+        if not (isinstance(sources, Collection) and sources and {*sources} <= {*self.modalities}):
             raise ValueError(
                 message(
                     where,
@@ -159,7 +161,8 @@ class MultiModalEMAQuantizer(Pretrained):
         if not callable(partner):
             hint = "pick one, or pass a callable (z_a, others, masks) -> r"
             check_choice(where, (*_PARTNERS, "none"), hint, partner=partner)
-        if not (commitment in ("default", None) or callable(commitment)):
+        called = callable(commitment) and not isinstance(commitment, type)
+        if not (called or commitment in ("default", None)):
             rule = "commitment must be a callable (features, codes, masks) -> loss, or None"
             hint = "pass CrossModalCommitmentLoss(...)"
             raise TypeError(message(where, rule, hint=hint, commitment=commitment))
@@ -209,10 +212,13 @@ class MultiModalEMAQuantizer(Pretrained):
         """
         where = "MultiModalEMAQuantizer"
         book = self.ema_codebook
-        z, valid = check_features(where, features, masks, dim=book.dim, modalities=self.modalities)
+        names, device = self.modalities, book.codes.device
+        z, valid = check_features(
+            where, features, masks, dim=book.dim, modalities=names, device=device
+        )
         check_finite(where, **z)
         if self.partner == "aligned":
-            check_same_length(where, z)
+            check_same_length(where, z, '; or build it with partner="attention"')
         updating = self.training and not freeze and not recomputing()
 
         rows = _flat(z)  # [N, D], of all modalities
@@ -265,7 +271,7 @@ class MultiModalEMAQuantizer(Pretrained):
                     continue
                 partner = self.partner if callable(self.partner) else _PARTNERS[self.partner]
                 r = partner(x, others, {other: masks[other] for other in others})
-                if r.shape != x.shape:
+                if not isinstance(r, Tensor) or r.shape != x.shape:
                     raise ValueError(
                         message(
                             "MultiModalEMAQuantizer",
@@ -289,27 +295,22 @@ class MultiModalEMAQuantizer(Pretrained):
         """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.
 
         Raises:
-            ValueError: x is no tensor, or its last dimension is not D.
+            ValueError: the last dimension of x is not D, or x is on another device.
+            TypeError: x is no floating point tensor.
         """
+        check_vectors("MultiModalEMAQuantizer.encode", x, self.ema_codebook.codes)
         return self.ema_codebook.search(x)
 
     def decode(self, indices: Tensor) -> Tensor:
         """The codes of indices: int64 `[...]` -> `[..., D]`; zeros for -1 (masked).
 
         Raises:
-            TypeError: indices that are not int64.
+            TypeError: indices that are no int64 tensor.
             IndexError: an index of L or more (on a GPU, a device assertion).
         """
-        if indices.dtype != torch.long:
-            raise TypeError(
-                message(
-                    "MultiModalEMAQuantizer.decode",
-                    "indices must be int64",
-                    hint="pass what encode or forward returned",
-                    indices=indices,
-                )
-            )
-        codes = self.ema_codebook.weight[indices.clamp(min=0)]
+        book, encoded = self.ema_codebook, "pass what encode returned, of one modality"
+        check_indices("MultiModalEMAQuantizer.decode", book.size, encoded, indices=indices)
+        codes = book.weight[indices.clamp(min=0)]
         return torch.where((indices < 0)[..., None], 0, codes)
 
     @property

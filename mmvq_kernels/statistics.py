@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmvq_kernels.backends import Backend, one_after_another, require, runs_triton, through_operator
+from mmvq_kernels.checks import check_below
 from mmvq_kernels.messages import message
 
 
@@ -59,6 +60,7 @@ def code_statistics(
     Raises:
         ValueError: shapes that do not fit.
         TypeError: values that are not floating point, indices or groups that are not int64.
+        IndexError: an index of L or more, a group of G or more (looked at on a CPU only).
         RuntimeError: the backend cannot run here.
 
     Examples:
@@ -67,6 +69,9 @@ def code_statistics(
         (tensor([1., 0., 2.]), tensor([1., 0., 2.]))
     """
     _check(values, indices, groups)
+    check_below("code_statistics", num_codes, "pass num_codes=L of the codebook", indices=indices)
+    if groups is not None:
+        check_below("code_statistics", num_groups, "pass num_groups=G", groups=groups)
     require("code_statistics", backend, values)
     args = values.detach(), indices, num_codes, groups, 1 if groups is None else num_groups
     if through_operator(backend, values):

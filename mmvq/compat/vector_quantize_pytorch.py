@@ -49,7 +49,7 @@ def load(
         settings = {name: getattr(book, name) for name in ("decay", "eps")} | settings
         state = source.state_dict()
     else:
-        state = dict(source)
+        state = dict(source) if isinstance(source, Mapping) else {}
     state = {name.removeprefix("_codebook."): x for name, x in state.items()}
     _check_kind(source, state)
     embed, embed_avg, cluster_size = (state[name][0].detach() for name in _BUFFERS)

@@ -61,6 +61,9 @@ def code_usage(counts: Mapping[str, Tensor], min_share: float = 0.05) -> CodeUsa
         counts: modality -> `[L]`.
         min_share: share of a code's vectors.
 
+    Raises:
+        ValueError: no counts, or counts that are not `[L]` for one L.
+
     Source: Fig. 4, where a modality with over 80% of a code's vectors owns it alone.
 
     Examples:
@@ -71,7 +74,12 @@ def code_usage(counts: Mapping[str, Tensor], min_share: float = 0.05) -> CodeUsa
         >>> use.shared, use.dead
         (tensor([ True, False, False]), tensor([False, False,  True]))
     """
-    stacked = torch.stack([counts[name] for name in counts])  # [M, L]
+    shapes = {x.shape for x in counts.values()}
+    if len(shapes) != 1 or len(*shapes) != 1:
+        rule = "counts must hold a tensor [L] for each modality, of one L"
+        hint = "pass quantizer.usage().counts; torch.bincount makes them of indices"
+        raise ValueError(message("code_usage", rule, hint=hint, counts=counts))
+    stacked = torch.stack([*counts.values()])  # [M, L]
     p = stacked / stacked.sum(1, keepdim=True).clamp(min=1)
     perplexity = torch.exp(-torch.xlogy(p, p).sum(1)) * (stacked.sum(1) > 0)
     total = stacked.sum(0)
@@ -108,14 +116,13 @@ def code_agreement(indices: Mapping[str, Tensor]) -> CodeAgreement:
         >>> code_agreement(indices).share
         {('audio', 'video'): tensor(0.5000)}
     """
-    shapes = {name: tuple(index.shape) for name, index in indices.items()}
-    if len(set(shapes.values())) > 1:
+    if len({index.shape for index in indices.values()}) > 1:
         raise ValueError(
             message(
                 "code_agreement",
                 "the indices of all modalities must have one shape [B, T]",
                 hint="give modalities of one time grid; positions of different grids do not pair",
-                indices=shapes,
+                indices=indices,
             )
         )
     equal: dict[tuple[str, str], Tensor] = {}

@@ -156,7 +156,7 @@ def number(where: str, name: str, span: str, came: str, call: Callable[[], objec
 
 def integer(where: str, name: str, low: int, came: str, call: Callable[[], object]) -> Case:
     rule = f"{where}: {name} must be an int of at least {low}"
-    return Case(call, ValueError, rule, f"{name}: {came}", f"pass {low} or more")
+    return Case(call, ValueError, rule, f"{name}: {came}", f"pass a Python int, {low} or more")
 
 
 def choice(where: str, name: str, choices: str, call: Callable[[], object]) -> Case:
@@ -281,14 +281,13 @@ ARGUMENTS = [
             ("MultiModalEMAQuantizer", lambda given: quantizer(modalities=given)),
             ("CrossCPC", lambda given: mmvq.CrossCPC(4, given)),
         )
-        for given in ((), ("audio", "audio"), "audio", ("audio", 3), ("audio", ""))
+        for given in ((), ("audio", "audio"), "audio", ("audio", 3), ("audio", ""), 2, None)
     ),
     *(
         Case(
             lambda given=given: mmvq.CrossCPC(4, given),
             ValueError,
-            "CrossCPC: a modality's name names parameters: no dot, and no attribute of "
-            "nn.ModuleDict",
+            "CrossCPC: modalities name submodules: no dot, and no attribute of nn.ModuleDict",
             f"modalities: {given!r}",
             'rename it, "left.arm" to "left_arm" or "type" to "kind"',
         )
@@ -300,24 +299,34 @@ ARGUMENTS = [
             TypeError,
             "MultiModalEMAQuantizer: commitment must be a callable (features, codes, masks) -> "
             "loss, or None",
-            f"commitment: {given!r}",
+            f"commitment: {came}",
             "pass CrossModalCommitmentLoss(...)",
         )
-        for given in ("mean", 0.25)
+        for given, came in (
+            ("mean", "'mean'"),
+            (0.25, "0.25"),
+            (mmvq.CrossModalCommitmentLoss, "CrossModalCommitmentLoss"),
+        )
     ),
-    Case(
-        lambda: quantizer(update_from=["text"]),
-        ValueError,
-        "MultiModalEMAQuantizer: update_from must name one or more of the modalities",
-        "update_from: ['text']   modalities: ('audio', 'video')",
-        "pass None to update from all",
+    *(
+        Case(
+            lambda given=given: quantizer(update_from=given),
+            ValueError,
+            "MultiModalEMAQuantizer: update_from must name one or more of the modalities",
+            f"update_from: {given!r}   modalities: ('audio', 'video')",
+            "pass None to update from all",
+        )
+        for given in (["text"], [], 0)
     ),
-    Case(
-        lambda: mmvq.EMACodebook(4, 8, groups=2, update_from=[2]),
-        ValueError,
-        "EMACodebook: update_from must hold group numbers from 0 to 1",
-        "update_from: [2]   groups: 2",
-        "pass None to update from all groups",
+    *(
+        Case(
+            lambda given=given: mmvq.EMACodebook(4, 8, groups=2, update_from=given),
+            ValueError,
+            "EMACodebook: update_from must hold group numbers from 0 to 1",
+            f"update_from: {given!r}   groups: 2",
+            "pass None to update from all groups",
+        )
+        for given in ([2], 0)
     ),
 ]
 
@@ -326,7 +335,7 @@ FEATURES = [
         lambda: quantizer()(anything or z),
         TypeError,
         "MultiModalEMAQuantizer: features must be a non-empty mapping from modality to tensor",
-        "features: Tensor",
+        "features: float32[2, 5, 4]",
         'pass {"audio": z_audio, "video": z_video}',
     ),
     Case(
@@ -340,7 +349,7 @@ FEATURES = [
         lambda: quantizer()(both, whole),
         TypeError,
         "MultiModalEMAQuantizer: masks must be a mapping from modality to mask, or None",
-        "masks: Tensor",
+        "masks: bool[2, 5]",
         'pass {"audio": mask_audio}; a modality without a mask is valid throughout',
     ),
     Case(
@@ -361,43 +370,69 @@ FEATURES = [
         lambda: quantizer()({"audio": z.long()}),
         TypeError,
         "MultiModalEMAQuantizer: features['audio'] must be a floating point tensor",
-        "audio: int64[2, 5, 4]",
-        "convert with .float(), or torch.from_numpy(...).float()",
+        "features['audio']: int64[2, 5, 4]",
+        "convert it with .float()",
     ),
     Case(
         lambda: quantizer()({"audio": anything or z.numpy()}),
         TypeError,
         "MultiModalEMAQuantizer: features['audio'] must be a floating point tensor",
-        "audio: ndarray",
-        "convert with .float(), or torch.from_numpy(...).float()",
+        "features['audio']: ndarray",
+        "pass one tensor, as torch.from_numpy(...).float(); leave out a missing one",
     ),
-    Case(
-        lambda: quantizer()({"audio": z[..., :3]}),
-        ValueError,
-        "MultiModalEMAQuantizer: features['audio'] must be [B, T, 4] or [B, 4]",
-        "audio: float32[2, 5, 3]",
-        "project the last dimension to 4",
+    *(
+        Case(
+            lambda x=x: quantizer()({"audio": x}),
+            ValueError,
+            "MultiModalEMAQuantizer: features['audio'] must be [B, T, 4] or [B, 4]",
+            f"features['audio']: {came}",
+            hint,
+        )
+        for x, came, hint in (
+            (
+                z[..., :3],
+                "float32[2, 5, 3]",
+                "project its last dimension to 4, or build the module with dim=3",
+            ),
+            (z.mT, "float32[2, 4, 5]", "if it is [B, 4, T], pass its transpose(1, 2)"),
+            (z[None], "float32[1, 2, 5, 4]", "reshape or pool it to batch, time and width"),
+        )
     ),
     Case(
         lambda: mmvq.CrossModalCommitmentLoss()({"audio": z[0, 0]}, {"audio": z[0, 0]}),
         ValueError,
         "CrossModalCommitmentLoss: features['audio'] must be [B, T, D] or [B, D]",
-        "audio: float32[4]",
-        "project the last dimension to D",
+        "features['audio']: float32[4]",
+        "reshape or pool it to batch, time and width",
+    ),
+    Case(
+        lambda: quantizer()({"audio": z, "video": z.to("meta")}),
+        ValueError,
+        "MultiModalEMAQuantizer: all features must be on one device, and the module too",
+        "audio: 'cpu'   video: 'meta'   the module: 'cpu'",
+        "move them with .to(device)",
+    ),
+    Case(
+        lambda: mmvq.CrossCPC(4)({"audio": z, "video": z.to("meta")}),
+        ValueError,
+        "CrossCPC: all features must be on one device, and the module too",
+        "audio: 'cpu'   video: 'meta'",
+        "move them with .to(device)",
     ),
     *(
         Case(
             lambda mask=mask: quantizer()(both, {"video": mask}),
             ValueError,
             "MultiModalEMAQuantizer: masks['video'] must be a bool tensor shaped as its features "
-            "without D",
+            "without D, on their device",
             f"mask: {came}   features: float32[2, 5, 4]",
             "pass True where a segment is valid, False where it is padding",
         )
         for mask, came in (
             (whole.float(), "float32[2, 5]"),
             (whole[:, :3], "bool[2, 3]"),
-            ([True], "list"),
+            ([True], "[True]"),
+            (whole.to("meta"), "bool[2, 5] on meta"),
         )
     ),
     Case(
@@ -413,15 +448,20 @@ FEATURES = [
             ValueError,
             f"{where}: all modalities must have the same number of segments T",
             "audio: 5   video: 3",
-            "resample them to one time grid, or pad and mask the shorter",
+            "resample them to one time grid, or pad and mask the shorter" + otherwise,
         )
-        for where, call in (
+        for where, call, otherwise in (
             (
                 "MultiModalEMAQuantizer",
                 lambda: quantizer(partner="aligned")({"audio": z, "video": z[:, :3]}),
+                '; or build it with partner="attention"',
             ),
-            ("CrossModalCommitmentLoss", lambda: quantizer()({"audio": z, "video": z[:, :3]})),
-            ("CrossCPC", lambda: mmvq.CrossCPC(4)({"audio": z, "video": z[:, :3]})),
+            (
+                "CrossModalCommitmentLoss",
+                lambda: quantizer()({"audio": z, "video": z[:, :3]}),
+                "; or drop the cross term with cross_ratio=0",
+            ),
+            ("CrossCPC", lambda: mmvq.CrossCPC(4)({"audio": z, "video": z[:, :3]}), ""),
         )
     ),
 ]
@@ -437,68 +477,164 @@ MODULES = [
     Case(
         lambda: mmvq.CLUBEstimator(4, 4, negatives="shuffled", gather=True),
         ValueError,
-        "CLUBEstimator: gather takes all pairs, in closed form",
+        'CLUBEstimator: gather=True needs negatives="all"',
         "negatives: 'shuffled'   gather: True",
-        'leave negatives at "all", or gather at False',
+        "leave one of the two at its default",
     ),
-    Case(
-        lambda: quantizer().encode(z[..., :3]),
-        ValueError,
-        "EMACodebook.search: x must be a tensor [..., 4]",
-        "x: float32[2, 5, 3]",
-        "pass one modality's, its last dimension projected to 4",
+    *(
+        Case(
+            lambda call=call, x=x: call(x),
+            ValueError,
+            f"{where}: x must be [..., 4], on the device of the codebook",
+            f"x: {came}   codebook: float32[8, 4]",
+            "project its last dimension to 4; move it with .to(device)",
+        )
+        for where, call in (
+            ("MultiModalEMAQuantizer.encode", lambda x: quantizer().encode(x)),
+            ("EMACodebook.search", lambda x: mmvq.EMACodebook(4, 8).search(x)),
+        )
+        for x, came in (
+            (z[..., :3], "float32[2, 5, 3]"),
+            (z.sum(), "float32[]"),
+            (z.to("meta"), "float32[2, 5, 4] on meta"),
+        )
     ),
     Case(
         lambda: quantizer().encode({"audio": z}),
-        ValueError,
-        "EMACodebook.search: x must be a tensor [..., 4]",
-        "x: dict",
-        "pass one modality's, its last dimension projected to 4",
+        TypeError,
+        "MultiModalEMAQuantizer.encode: x must be a floating point tensor",
+        "x: {'audio': float32[2, 5, 4]}",
+        "pass one tensor, as torch.from_numpy(...).float(); leave out a missing one",
+    ),
+    Case(
+        lambda: mmvq.EMACodebook(4, 8).accumulate(z.long(), torch.zeros(2, 5, dtype=torch.long)),
+        TypeError,
+        "EMACodebook.accumulate: values must be a floating point tensor",
+        "values: int64[2, 5, 4]",
+        "convert it with .float()",
     ),
     Case(
         lambda: mmvq.EMACodebook(4, 8).accumulate(z, torch.zeros(10, dtype=torch.long)),
         ValueError,
-        "EMACodebook.accumulate: values must be [..., 4] and indices [...]",
-        "values: float32[2, 5, 4]   indices: int64[10]",
-        "pass the indices that search(x) returned for these rows",
+        "EMACodebook.accumulate: values must be [..., 4], indices and groups [...]",
+        "values: float32[2, 5, 4]   indices: int64[10]   groups: int64[10]",
+        "pass the indices that search(x) returned",
+    ),
+    *(
+        Case(
+            lambda call=call, given=given: call(given),
+            TypeError,
+            f"{where}: {name} must be an int64 tensor",
+            f"{name}: {came}",
+            hint,
+        )
+        for where, name, hint, call in (
+            (
+                "MultiModalEMAQuantizer.decode",
+                "indices",
+                "pass what encode returned, of one modality",
+                lambda given: quantizer().decode(given),
+            ),
+            (
+                "EMACodebook.accumulate",
+                "indices",
+                "pass the indices that search(x) returned",
+                lambda given: mmvq.EMACodebook(4, 8).accumulate(z, given),
+            ),
+        )
+        for given, came in (
+            (torch.zeros(2, 5, dtype=torch.int32), "int32[2, 5]"),
+            ({"audio": whole}, "{'audio': bool[2, 5]}"),
+            ([0, 1], "[0, 1]"),
+        )
+    ),
+    *(
+        Case(call, IndexError, f"{where}: {name} must be below {size}", f"largest: {size}", hint)
+        for where, name, size, hint, call in (
+            (
+                "MultiModalEMAQuantizer.decode",
+                "indices",
+                8,
+                "pass what encode returned, of one modality",
+                lambda: quantizer().decode(torch.tensor([0, 8])),
+            ),
+            (
+                "EMACodebook.accumulate",
+                "indices",
+                8,
+                "pass the indices that search(x) returned",
+                lambda: mmvq.EMACodebook(4, 8).accumulate(codes, torch.arange(1, 9)),
+            ),
+            (
+                "EMACodebook.accumulate",
+                "groups",
+                1,
+                "number the groups from 0",
+                lambda: mmvq.EMACodebook(4, 8).accumulate(
+                    codes, torch.arange(8), torch.ones(8, dtype=torch.long)
+                ),
+            ),
+        )
     ),
     Case(
-        lambda: quantizer().decode(torch.zeros(2, 5, dtype=torch.int32)),
+        lambda: mmvq.update_codebooks({"a": quantizer()}),  # type: ignore[arg-type]
         TypeError,
-        "MultiModalEMAQuantizer.decode: indices must be int64",
-        "indices: int32[2, 5]",
-        "pass what encode or forward returned",
+        "update_codebooks: modules must be an nn.Module, or several",
+        "modules: ['a']",
+        "pass the model that holds the quantizers, or a list of them",
     ),
-    Case(
-        lambda: quantizer(partner=lambda z_a, others, masks: z_a[:1])(both),
-        ValueError,
-        "MultiModalEMAQuantizer: the partner callable must return a tensor shaped as z_a",
-        "z_a: float32[2, 5, 4]   r: float32[1, 5, 4]",
-        "return [B, T, D], and z_a itself where there is no partner",
+    *(
+        Case(
+            lambda r=r: quantizer(partner=lambda z_a, others, masks: r)(both),
+            ValueError,
+            "MultiModalEMAQuantizer: the partner callable must return a tensor shaped as z_a",
+            f"z_a: float32[2, 5, 4]   r: {came}",
+            "return [B, T, D], and z_a itself where there is no partner",
+        )
+        for r, came in ((z[:1], "float32[1, 5, 4]"), (None, "None"))
+    ),
+    *(
+        Case(
+            lambda ratio=ratio: mmvq.CrossModalCommitmentLoss(cross_ratio=ratio),
+            ValueError,
+            "CrossModalCommitmentLoss: cross_ratio must be a number, or map pairs of modalities to "
+            "numbers",
+            f"cross_ratio: {ratio!r}",
+            'pass {("audio", "video"): 0.5} to pull audio towards the codes of video',
+        )
+        for ratio in ({"audio": 0.5}, {("audio", "audio"): 0.5}, {("a", "b", "c"): 0.5})
     ),
     *(
         Case(
             lambda given=given: mmvq.CrossModalCommitmentLoss()(both, given),
             ValueError,
             "CrossModalCommitmentLoss: codes must have the names and shapes of features",
-            f"features: {{'audio': [2, 5, 4], 'video': [2, 5, 4]}}   codes: {came}",
+            "features: {'audio': float32[2, 5, 4], 'video': float32[2, 5, 4]}   codes: " + came,
             "pass the code of every feature, codebook[indices]",
         )
         for given, came in (
-            ({"audio": z}, "{'audio': [2, 5, 4]}"),
-            ({"audio": z, "video": codes}, "{'audio': [2, 5, 4], 'video': [8, 4]}"),
+            ({"audio": z}, "{'audio': float32[2, 5, 4]}"),
+            (
+                {"audio": z, "video": codes},
+                "{'audio': float32[2, 5, 4], 'video': float32[8, 4]}",
+            ),
+            (z, "float32[2, 5, 4]"),
+            ({"audio": z, "video": [0]}, "{'audio': float32[2, 5, 4], 'video': [0]}"),
         )
     ),
     *(
         Case(
             lambda given=given: mmvq.CrossModalCodeMatchingLoss()(both, given),
             ValueError,
-            f"CrossModalCodeMatchingLoss: the codebook for {name!r} must be [L, 4]",
+            f"CrossModalCodeMatchingLoss: the codebook of {name!r} must be [L, 4], floating point, "
+            "on the device of the features",
             f"features: float32[2, 5, 4]   codebook: {came}",
             "pass quantizer.codebook, or one codebook for each modality",
         )
         for given, name, came in (
             (codes[:, :3], "audio", "float32[8, 3]"),
+            (codes.long(), "audio", "int64[8, 4]"),
+            (codes.to("meta"), "audio", "float32[8, 4] on meta"),
             ({"audio": codes}, "video", "None"),
             (anything or quantizer(), "audio", "MultiModalEMAQuantizer"),
         )
@@ -516,7 +652,7 @@ MODULES = [
             ValueError,
             "CLUBEstimator: x must be [B, T, 4] and y [B, T, 3], or both without T",
             came,
-            "x conditions and y is predicted; swap them if they came reversed",
+            "give both one B and T; swap them if they came reversed: q predicts y",
         )
         for x, y, came in (
             (z[..., :3], z, "x: float32[2, 5, 3]   y: float32[2, 5, 4]"),
@@ -526,13 +662,32 @@ MODULES = [
     ),
     *(
         Case(
+            lambda call=call: call(mmvq.CLUBEstimator(4, 4)),
+            TypeError,
+            f"CLUBEstimator: {name} must be a floating point tensor",
+            f"{name}: ndarray",
+            "pass one tensor, as torch.from_numpy(...).float(); leave out a missing one",
+        )
+        for name, call in (
+            ("x", lambda club: club(z.numpy(), z)),
+            ("y", lambda club: club.log_likelihood(z, z.numpy())),
+            ("x", lambda club: club.learning_loss(z.numpy(), z)),
+        )
+    ),
+    *(
+        Case(
             lambda mask=mask: mmvq.CLUBEstimator(4, 4).learning_loss(z, z, mask),
             ValueError,
-            "CLUBEstimator: mask must be bool and shaped as x without its last dimension",
-            f"mask: {came}   x: float32[2, 5, 4]",
-            "pass True where a segment is valid",
+            "CLUBEstimator: mask must be a bool tensor shaped as its features without D, on their "
+            "device",
+            f"mask: {came}   features: float32[2, 5, 4]",
+            "pass True where a segment is valid, False where it is padding",
         )
-        for mask, came in ((whole.float(), "float32[2, 5]"), (whole[:1], "bool[1, 5]"))
+        for mask, came in (
+            (whole.float(), "float32[2, 5]"),
+            (whole[:1], "bool[1, 5]"),
+            ([True], "[True]"),
+        )
     ),
     Case(
         lambda: mmvq.CrossCPC(4, num_steps=4, first_step=2, min_context=2)(both),
@@ -649,6 +804,25 @@ KERNELS = [
             (torch.zeros(7, dtype=torch.long), "int64[7]"),
         )
     ),
+    *(
+        Case(
+            lambda given=given: kernels.code_statistics(codes, torch.arange(8), **given),
+            IndexError,
+            f"code_statistics: {name} must be below {size}",
+            f"largest: {largest}",
+            hint,
+        )
+        for name, size, largest, hint, given in (
+            ("indices", 7, 7, "pass num_codes=L of the codebook", {"num_codes": 7}),
+            (
+                "groups",
+                2,
+                3,
+                "pass num_groups=G",
+                {"num_codes": 8, "groups": torch.full((8,), 3), "num_groups": 2},
+            ),
+        )
+    ),
     Case(
         ema(counts=torch.ones(7)),
         ValueError,
@@ -699,25 +873,38 @@ COMPAT = [
         f"path: {os.devnull!r}   error: ''",
         "pass a DCID-model-{epoch}.pt of the release, untouched",
     ),
-    Case(
-        lambda: cmg.CMGQuantizer(4, 8, ("audio",)),
-        ValueError,
-        "CMGQuantizer: modalities must be two or three different names",
-        "modalities: ('audio',)",
-        "the release has no other case; mmvq's own modules take any number",
+    *(
+        Case(
+            lambda given=given: cmg.CMGQuantizer(4, 8, given),
+            ValueError,
+            "CMGQuantizer: modalities must be two or three different names",
+            f"modalities: {given!r}",
+            "the release has no other case; mmvq's own modules take any number",
+        )
+        for given in (("audio",), "avt")
     ),
-    Case(
-        lambda: cmg.CMGQuantizer(4, 8)({"audio": z}),
-        ValueError,
-        "CMGQuantizer: features must hold one [B, T, 4] tensor for each of ('audio', 'video'), all "
-        "of one shape",
-        "features: {'audio': (2, 5, 4)}",
-        "the release takes complete sets only; cut all modalities to the same T",
+    *(
+        Case(
+            lambda given=given: cmg.CMGQuantizer(4, 8)(given),
+            ValueError,
+            "CMGQuantizer: features must hold a tensor [B, T, 4] for each of ('audio', 'video'), "
+            "of one shape",
+            f"features: {came}",
+            "the release takes complete sets only; cut all modalities to the same T",
+        )
+        for given, came in (
+            ({"audio": z}, "{'audio': float32[2, 5, 4]}"),
+            (z, "float32[2, 5, 4]"),
+            (
+                {"audio": z, "video": z[:, :3]},
+                "{'audio': float32[2, 5, 4], 'video': float32[2, 3, 4]}",
+            ),
+        )
     ),
     Case(
         lambda: cmg.CMGCrossCPC(4)(both, start=4),
         ValueError,
-        "CMGCrossCPC: start must lie in 1..T - K - 1",
+        "CMGCrossCPC: start must lie in [1, T - K - 1]",
         "T: 5   K: 1   start: 4",
         "T must be at least K + 2 = 3; leave start out to have it drawn",
     ),
@@ -748,11 +935,23 @@ PRETRAINED = [
         Case(
             from_config(config),
             ValueError,
-            "CLUBEstimator.from_pretrained: config.json must be as save_pretrained writes it",
+            "CLUBEstimator.from_pretrained: there must be a config.json as save_pretrained writes "
+            "it",
             f"config: {config!r}",
-            "save the module again",
+            "check the folder or the repo's name, or save the module again",
         )
         for config in (None, {}, {"x_dim": 4}, {**CONFIG, "version": "1"})
+    ),
+    *(
+        Case(
+            lambda source=source: mmvq.CLUBEstimator.from_pretrained(source, local_files_only=True),
+            FileNotFoundError,
+            "CLUBEstimator.from_pretrained: source must be a folder that save_pretrained wrote, or "
+            "a repo on the Hub",
+            f"source: {source!r}",
+            'check the path: the folder, not a file in it; a repo is named "user/name"',
+        )
+        for source in ("/no/such/folder", "./nor", "or/that", os.devnull)
     ),
     Case(
         from_config({**CONFIG, "class": "CrossCPC"}),
@@ -790,6 +989,13 @@ FOREIGN = [
             ({}, "None"),
             ({**BUFFERS, "embed": codes}, "float32[8, 4]"),
         )
+    ),
+    foreign(
+        "the source must hold embed [1, L, D], embed_avg, cluster_size and initted",
+        "pass a VectorQuantize, its _codebook, or the state_dict of either",
+        "file.pt",
+        "str",
+        "None",
     ),
     foreign(
         "several codebooks do not fit into one quantizer",
@@ -843,13 +1049,20 @@ HEALTH = [
         TypeError,
         "CodebookMonitor: quantizer must be a MultiModalEMAQuantizer",
         "quantizer: Linear",
-        "pass the quantizer itself, not the model around it, before torch.compile",
+        "pass the module itself: not the model around it, and before torch.compile",
+    ),
+    Case(
+        lambda: onnx.export(nn.Linear(4, 4), "file.onnx"),  # type: ignore[arg-type]
+        TypeError,
+        "mmvq.onnx.export: quantizer must be a MultiModalEMAQuantizer",
+        "quantizer: Linear",
+        "pass the module itself: not the model around it, and before torch.compile",
     ),
     Case(
         lambda: mmvq.CodebookMonitor(quantizer(), "runs"),  # type: ignore[arg-type]
         TypeError,
         "CodebookMonitor: log must be a callable (name, value, step), a SummaryWriter, or None",
-        "log: str",
+        "log: 'runs'",
         "pass print to try it",
     ),
     Case(
@@ -864,19 +1077,43 @@ HEALTH = [
         ValueError,
         "CodebookMonitor: every must be an int of at least 1",
         "every: 0",
-        "pass 1 or more",
+        "pass a Python int, 1 or more",
     ),
     Case(
         lambda: mmvq.functional.code_agreement({"audio": whole.long(), "video": whole[:1].long()}),
         ValueError,
         "code_agreement: the indices of all modalities must have one shape [B, T]",
-        "indices: {'audio': (2, 5), 'video': (1, 5)}",
+        "indices: {'audio': int64[2, 5], 'video': int64[1, 5]}",
         "give modalities of one time grid; positions of different grids do not pair",
+    ),
+    *(
+        Case(
+            lambda counts=counts: mmvq.functional.code_usage(counts),
+            ValueError,
+            "code_usage: counts must hold a tensor [L] for each modality, of one L",
+            f"counts: {came}",
+            "pass quantizer.usage().counts; torch.bincount makes them of indices",
+        )
+        for counts, came in (
+            ({}, "{}"),
+            ({"audio": whole, "video": whole}, "{'audio': bool[2, 5], 'video': bool[2, 5]}"),
+            ({"a": codes[0], "b": z[0, 0, :3]}, "{'a': float32[4], 'b': float32[3]}"),
+        )
+    ),
+    *(
+        Case(
+            lambda given=given: mmvq.figures.plot_codes(codes, given),
+            TypeError,
+            "plot_codes: counts must map one or more modalities to tensors [L]",
+            f"counts: {came}",
+            "pass quantizer.usage().counts",
+        )
+        for given, came in ((anything or quantizer().usage(), "CodeUsage"), ({}, "dict"))
     ),
     Case(
         without_matplotlib,
         ImportError,
-        "figures: pictures need matplotlib, which is not installed",
+        "mmvq.figures: pictures need matplotlib, which is not installed",
         "missing: 'matplotlib.figure'",
         "pip install matplotlib",
     ),
@@ -905,11 +1142,13 @@ def test_values_are_looked_at_only_when_asked() -> None:
 
 
 def test_the_form_of_a_message() -> None:
-    text = message("f", "x must be y", hint="do z", x=z, name="a", kind=Tensor, none=None)
+    text = message("f", "x must be y", hint="do z", x=z.to("meta"), name="a", none=None, n=0.5)
     assert text == (
-        "f: x must be y.\n  x: float32[2, 5, 4]   name: 'a'   kind: Tensor   none: None\n"
+        "f: x must be y.\n  x: float32[2, 5, 4] on meta   name: 'a'   none: None   n: 0.5\n"
         "  Hint: do z."
     )
+    text = message("f", "r", hint="h", kind=Tensor, module=nn.Linear(1, 1), many={"a": [z, (1,)]})
+    assert "kind: Tensor   module: Linear   many: {'a': [float32[2, 5, 4], (1,)]}\n" in text
 
 
 def test_every_raise_has_a_case() -> None:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from mmvq.checks import message
 from mmvq.compat.cmg.club import CMGCLUB
 from mmvq.compat.cmg.cpc import CMGCrossCPC
 from mmvq.compat.cmg.encoders import CMGDecoder, CMGEncoder
-from mmvq_kernels.messages import message
 
 _WIDTHS = {"audio": 128, "video": 512, "text": 256}  # of the features, in the release's order
 _SPECIFIC_WIDTHS = {"audio": 256, "video": 512, "text": 256}  # of what CLUB sees

@@ -6,28 +6,37 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from mmvq.checks import message
+
 
 def modality_names(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
     """The modalities as a tuple; ValueError unless they are two or three different names."""
-    if len(modalities) not in (2, 3) or len(set(modalities)) != len(modalities):
+    names = (modalities,) if isinstance(modalities, str) else tuple(modalities)
+    if len(names) not in (2, 3) or len(set(names)) != len(names):
         raise ValueError(
-            f"{where}: modalities must be two or three different names.\n"
-            f"  modalities: {tuple(modalities)}\n"
-            "  Hint: the release has no other case; mmvq's own modules take any number."
+            message(
+                where,
+                "modalities must be two or three different names",
+                hint="the release has no other case; mmvq's own modules take any number",
+                modalities=modalities,
+            )
         )
-    return tuple(modalities)
+    return names
 
 
 def sequences(
     where: str, features: Mapping[str, Tensor], modalities: Sequence[str], dim: int
 ) -> list[Tensor]:
     """The features in the order of `modalities`; ValueError unless all are [B, T, dim], alike."""
-    shapes = {name: tuple(x.shape) for name, x in features.items()}
-    alike = len(set(shapes.values())) == 1 and all(len(s) == 3 for s in shapes.values())
-    if set(shapes) != set(modalities) or not alike or any(s[2] != dim for s in shapes.values()):
+    given = features if isinstance(features, Mapping) else {}
+    shapes = {x.shape for x in given.values()}
+    if set(given) != set(modalities) or [(len(s), s[-1]) for s in shapes] != [(3, dim)]:
         raise ValueError(
-            f"{where}: features must hold one [B, T, {dim}] tensor for each of {modalities}, all "
-            f"of one shape.\n  features: {shapes}\n"
-            "  Hint: the release takes complete sets only; cut all modalities to the same T."
+            message(
+                where,
+                f"features must hold a tensor [B, T, {dim}] for each of {modalities}, of one shape",
+                hint="the release takes complete sets only; cut all modalities to the same T",
+                features=features,
+            )
         )
-    return [features[name] for name in modalities]
+    return [given[name] for name in modalities]

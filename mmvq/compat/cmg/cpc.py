@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from mmvq.checks import message
 from mmvq.compat.cmg.checks import modality_names, sequences
 
 SELF_WEIGHT = 0.1
@@ -110,11 +111,9 @@ class CMGCrossCPC(nn.Module):
         B, T, _ = z[0].shape
         K, last = self.num_steps, T - self.num_steps - 1
         if last < 1 or (start is not None and not 1 <= start <= last):
-            raise ValueError(
-                "CMGCrossCPC: start must lie in 1..T - K - 1.\n"
-                f"  T: {T}   K: {K}   start: {start}\n"
-                f"  Hint: T must be at least K + 2 = {K + 2}; leave start out to have it drawn."
-            )
+            rule = "start must lie in [1, T - K - 1]"
+            hint = f"T must be at least K + 2 = {K + 2}; leave start out to have it drawn"
+            raise ValueError(message("CMGCrossCPC", rule, hint=hint, T=T, K=K, start=start))
         if start is None:
             start = int(torch.randint(1, last + 1, (1,), generator=generator))
         predictions = {m: self._predict(m, features[m][:, : start + 1]) for m in self.modalities}
