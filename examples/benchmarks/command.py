@@ -23,7 +23,8 @@ PARTS = ("search", "step", "losses", "memory")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts, print their tables, write the JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.benchmarks", description="Speed and memory beside the peers."
+        prog="python -m examples.benchmarks",
+        description="Speed and memory beside the peers, as tables and JSON: some minutes.",
     )
     parser.add_argument(
         "parts",
@@ -31,10 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=f"of {', '.join(PARTS)}, gpu; all but gpu. Or plot: draws the documents' figures",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="1 by default")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each call, 5 by default")
     parser.add_argument(
-        "--largest", type=int, default=1 << 35, help="skip search points of more multiplications"
+        "--largest",
+        type=int,
+        default=1 << 35,
+        help="skip search points of more multiplications, 2**35 by default; the grid ends at 2**40",
     )
     parser.add_argument(
         "--clock",
@@ -50,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return print(f"wrote {plot.IMAGE}")
     if unknown := set(parts) - {*PARTS, "gpu"}:
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
+    if min(*options.threads, options.repeats) < 1:
+        parser.error("--threads and --repeats must be at least 1")
+    if options.output and (options.output.is_dir() or not options.output.parent.is_dir()):
+        parser.error(f"--output {options.output}: must be a file in a folder that there is")
     for name in peers.missing():
         print(f"{name} is left out: not installed (pip install 'mmvq[bench]')")
     results: dict[str, Any] = {

@@ -61,6 +61,24 @@ def test_without_a_gpu_one_line_says_so(
         command.main(["speed"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "must be at least 1"),
+        (["--repeats", "0"], "must be at least 1"),
+        (["--output", "no/where.json"], "must be a file in a folder that there is"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(arguments)
+    said = capsys.readouterr()
+    assert said.err.endswith(f"{message}\n")
+    assert said.out == ""
+
+
 def test_the_gpu_part_shows_the_time_of_the_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
