@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from cmg.files import write_atomic
@@ -77,7 +78,7 @@ of the digits; no weight of another system was tuned at all, which favours Uni-C
 
 A head learns from labels of one modality in split 1 and is tested on another modality in split 2:
 other clips, writers, voices and sentences. The best constant guess is right for {chance:.2f} of the
-clips. Everything is measured after the last epoch ({", ".join(map(str, epochs))}). "±" is half of
+clips. Everything is measured after the last epoch ({" or ".join(map(str, epochs))}). "±" is half of
 the 95 % interval (Student's t) of the mean over seeds ({", ".join(map(str, seeds))}) of weights,
 batches and heads. The rendering is one, and 300 test clips add an error of their own, about 0.03
 for a direction, which differences between systems share in part. {len(runs)} runs,
@@ -85,8 +86,9 @@ for a direction, which differences between systems share in part. {len(runs)} ru
 busy machine, one core each.{notes}
 
 ```bash
-python examples/cmg_experiments.py --jobs 2     # runs what has no result yet
-python examples/cmg_experiments.py --report     # this page
+python examples/cmg_experiments.py                  # what there is, and what has no result yet
+python examples/cmg_experiments.py --run --jobs 2   # trains and tests that
+python examples/cmg_experiments.py --report         # this page
 ```"""
 
 
@@ -175,13 +177,29 @@ def _longer(results: Results) -> str:
     return (
         f"""### Twice as long
 
-The better systems again, with the epochs of the demo: half as many are enough to tell systems
-apart only if these rows keep the order of those above.
+The better systems again, with the epochs of the demo.
+{_order_kept(results, names)}
 
 {body}"""
         if body
         else ""
     )
+
+
+def _order_kept(results: Results, longer: Sequence[str]) -> str:
+    """Of how many pairs of systems the better one stays the better one."""
+    both = [(x.removeprefix("long-"), x) for x in longer if x in results]
+    pairs = list(combinations([p for p in both if p[0] in results], 2))
+    counts = []
+    for kind, score in (("clips", clips), ("segments", segments)):
+        kept = 0
+        for (a, long_a), (b, long_b) in pairs:
+            before, after = (
+                contrast(results, {x: 1.0, y: -1.0}, score) for x, y in ((a, b), (long_a, long_b))
+            )
+            kept += before.mean * after.mean > 0
+        counts.append(f"for {kind} {kept}")
+    return f"Of the {len(pairs)} pairs of them, those that keep their order: {', '.join(counts)}."
 
 
 def _parts(results: Results, prefix: str, heading: str) -> str:

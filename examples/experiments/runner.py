@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from cmg.errors import DataError
@@ -36,6 +38,38 @@ def is_done(experiment: Experiment, seed: int, results: Path) -> bool:
     return result.get("identity") == identity(experiment, seed)
 
 
+def missing_runs(
+    experiments: Sequence[Experiment], seeds: Sequence[int], results: Path
+) -> dict[Experiment, list[int]]:
+    """Experiment -> the seeds that have no result of it."""
+    return {e: [seed for seed in seeds if not is_done(e, seed, results)] for e in experiments}
+
+
+def outlook(
+    experiments: Sequence[Experiment], seeds: Sequence[int], results: Path, jobs: int
+) -> str:
+    """Every experiment and what is left of it; how long that takes, if as long as others took."""
+    missing = missing_runs(experiments, seeds, results)
+    lines = [
+        f"{e.name:<28}{'seeds ' + ' '.join(map(str, todo)) if todo else 'done'}"
+        for e, todo in missing.items()
+    ]
+    left = sum(e.epochs * len(todo) for e, todo in missing.items())
+    said = _counts(missing, seeds)
+    found = [read_result(path) for path in results.glob("*-seed*.json")]
+    if left and found:
+        pace = median(x["seconds"] / x["identity"]["epochs"] for x in found)
+        said += (
+            f", about {left * pace / 60 / jobs:.0f} min with --jobs {jobs}, by {len(found)} results"
+        )
+    return "\n".join([*lines, said + (". --run starts them." if left else ".")])
+
+
+def _counts(missing: Mapping[Experiment, Sequence[int]], seeds: Sequence[int]) -> str:
+    total, left = len(missing) * len(seeds), sum(map(len, missing.values()))
+    return f"{total - left} of {total} runs are done; {left} to go"
+
+
 def run_missing(
     experiments: Sequence[Experiment], seeds: Sequence[int], results: Path, runs: Path, jobs: int
 ) -> None:
@@ -45,9 +79,9 @@ def run_missing(
         DataError: Some experiments failed; the others are done.
     """
     make_writable(results)
-    missing = {e: [seed for seed in seeds if not is_done(e, seed, results)] for e in experiments}
-    total, left = len(experiments) * len(seeds), sum(map(len, missing.values()))
-    print(f"{total - left} of {total} runs are done; {left} to go", flush=True)
+    make_writable(runs)
+    missing = missing_runs(experiments, seeds, results)
+    print(_counts(missing, seeds), flush=True)
     calls = {e.name: (train, e, todo, results, runs) for e, todo in missing.items() if todo}
     _in_processes(calls, jobs)
 
@@ -67,6 +101,7 @@ def evaluate_missing(
         scored = {seed: set(read_result(path).get("tasks", ())) for seed, path in paths.items()}
         if todo := [seed for seed in seeds if not wanted <= scored[seed]]:
             calls[experiment.name] = (evaluate_stored, experiment, todo, results, runs)
+    print(f"{len(calls)} of {len(experiments)} experiments lack tasks", flush=True)
     _in_processes(calls, jobs)
 
 
@@ -86,11 +121,23 @@ def _in_processes(calls: Mapping[str, tuple[Any, ...]], jobs: int) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     if failed:
-        raise DataError(f"failed, tracebacks are above: {', '.join(failed)}")
+        raise DataError(f"failed, for the reasons above: {', '.join(failed)}")
 
 
-def _exit_code(function: Callable[..., None], *args: Any) -> int | None:
-    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+def _exit_code(function: Callable[..., None], experiment: Experiment, *args: Any) -> int | None:
+    process = multiprocessing.get_context("spawn").Process(
+        target=_one_line_of, args=(function, experiment, *args)
+    )
     process.start()
     process.join()
     return process.exitcode
+
+
+def _one_line_of(function: Callable[..., None], experiment: Experiment, *args: Any) -> None:
+    """Call, and end with one line where the input or the user is the reason."""
+    try:
+        function(experiment, *args)
+    except (DataError, OSError) as error:
+        sys.exit(f"{experiment.name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -15,6 +15,7 @@ from torch import Tensor
 from cmg.checkpoint import save_model
 from cmg.data import PRETRAIN, TEST
 from cmg.digits import VERSION
+from cmg.errors import DataError
 from cmg.evaluation import evaluate
 from cmg.files import write_atomic
 from cmg.model import Config
@@ -53,8 +54,20 @@ def run_name(experiment: Experiment, seed: int) -> str:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What `train` wrote; empty where there is nothing."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What `train` wrote; empty where there is nothing.
+
+    Raises:
+        DataError: The file holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        match json.loads(path.read_text()):
+            case {"identity": {"name": _, "seed": _}, **_rest} as result:
+                return result
+    except ValueError as error:
+        raise DataError(f"{path}: not a result, or cut short ({error}).") from error
+    raise DataError(f"{path}: not a result of an experiment.")
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

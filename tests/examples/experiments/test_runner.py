@@ -18,7 +18,7 @@ from experiments import runner
 from experiments.matrix import EVALUATED, EXPERIMENTS, Experiment
 from experiments.results import read_results
 from experiments.run import TrainedRun
-from experiments.train import identity, read_result, train
+from experiments.train import identity, read_result, train, write_result
 
 
 def small(name: str, path: Path) -> Experiment:
@@ -108,8 +108,46 @@ def test_the_command_line_names_what_it_does_not_know(
     assert "--only uni-cod: no such experiment. There are: baseline" in capsys.readouterr().err
     assert cmg_experiments.main(["--report", "--results", str(tmp_path)]) == 2
     assert "holds no results" in capsys.readouterr().err
-    assert cmg_experiments.main(["--list"]) == 0
-    assert capsys.readouterr().out.split() == list(EXPERIMENTS)
+    for odd in ("0", "-1", "nan", "inf", "much"):
+        with pytest.raises(SystemExit, match="2"):
+            cmg_experiments.main(["--scale", odd])
+        assert "argument --scale" in capsys.readouterr().err
+    (tmp_path / "uni-code-seed0.json").write_text('{"identity')
+    for action in (["--report"], ["--only", "uni-code"]):
+        assert cmg_experiments.main([*action, "--results", str(tmp_path)]) == 2
+        assert "uni-code-seed0.json: not a result, or cut short" in capsys.readouterr().err
+
+
+def test_without_an_action_it_says_what_is_left_and_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run of 21 epochs took 42 s, so three of a twice as long experiment take 252."""
+    experiment = EXPERIMENTS["baseline"]
+    made = {"identity": identity(experiment, 0), "seconds": 2.0 * experiment.epochs}
+    write_result(tmp_path / "baseline-seed0.json", made)
+    arguments = ["--results", str(tmp_path), "--seeds", "0", "5", "6", "--jobs", "3"]
+    assert cmg_experiments.main([*arguments, "--only", "baseline", "long-uni-code"]) == 0
+    minutes = 2 * (2 * 21 + 3 * 42) / 60 / 3
+    assert capsys.readouterr().out.splitlines() == [
+        f"{'baseline':<28}seeds 5 6",
+        f"{'long-uni-code':<28}seeds 0 5 6",
+        f"1 of 6 runs are done; 5 to go, about {minutes:.0f} min with --jobs 3, by 1 results. "
+        "--run starts them.",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["baseline-seed0.json"]
+    assert cmg_experiments.main(arguments) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names[:-1] == list(EXPERIMENTS)
+
+
+def test_a_model_that_is_missing_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    assert cmg_experiments.main(["--evaluate", "--only", "avt", "--seeds", "0", *places]) == 2
+    first, last = capfd.readouterr().err.splitlines()
+    assert first == f"avt: {tmp_path}/runs/avt-seed0/model.safetensors: no such file."
+    assert last == "cmg_experiments: failed, for the reasons above: avt (exit code 1)"
 
 
 def test_a_scale_is_of_epochs(tmp_path: Path) -> None:
