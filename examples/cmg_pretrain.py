@@ -3,11 +3,11 @@
 Pre-trains Uni-Code on unlabelled clips that show the same events in several modalities, then trains
 a classifier on labels of ONE modality and tests it on ANOTHER, in every direction.
 
-    python examples/cmg_pretrain.py                            the built-in digits
-    python examples/cmg_pretrain.py --data clips.npz           a file of yours, see cmg/data.py
+    python examples/cmg_pretrain.py                            the built-in digits, 2 minutes
+    python examples/cmg_pretrain.py --data clips.npz           a file of yours, as below
     python examples/cmg_pretrain.py --modalities audio video   two of the modalities
     python examples/cmg_pretrain.py --without cpc              without a part of the method
-    python examples/cmg_pretrain.py --data vggsound-avel:ROOT  the authors' files, cmg/released
+    python examples/cmg_pretrain.py --data vggsound-avel:ROOT  the authors' files
         --preset cmg-released --downstream ave:ROOT avvp:ROOT
     torchrun --nproc-per-node 2 examples/cmg_pretrain.py       the same run on two processes
 
@@ -23,12 +23,12 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cmg import data as generic
 from cmg import digits
 from cmg.checkpoint import save_model
 from cmg.data import PRETRAIN, TEST, Clips, load_clips
@@ -40,22 +40,27 @@ from cmg.model import PARTS, Config, UniCode
 from cmg.presets import PRESETS
 from cmg.ranks import is_first, joined
 from cmg.reference import cca_reference
-from cmg.released import SETS
-from cmg.released.text import with_text
+from cmg.released import SETS, load_released
 from cmg.report import code_counts, codebook_summary, table, write_metrics
 from cmg.standardize import Standardizer
 from cmg.training import Recipe, Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 if all went well, 2 if the input cannot be used."""
+    """Run the command line; 0 if all went well, 2 if the input cannot be used, 130 if stopped."""
     try:
         run(_parse(argv))
     except (DataError, OSError) as error:
-        if is_first():
-            print(f"cmg_pretrain: {error}", file=sys.stderr)
-        return 2
+        return _end(f"{error}", 2)
+    except KeyboardInterrupt:
+        return _end("stopped. Hint: --resume goes on after the last whole epoch.", 130)
     return 0
+
+
+def _end(message: str, code: int) -> int:
+    if is_first():
+        print(f"cmg_pretrain: {message}", file=sys.stderr)
+    return code
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
     require_matplotlib()
     device = _device(args.device)
     name, clips = open_data(args.data, args.modalities, args.text_encoder)
+    elsewhere = {data: _open_elsewhere(data, clips, args) for data in args.downstream}
     folder = args.output or Path("runs") / name
     make_writable(folder)
     standardizer = Standardizer.fit(clips)
@@ -113,12 +119,12 @@ def run(args: argparse.Namespace) -> None:
     )
     plot_training(folder / "training.png", history)
     write_metrics(folder / "metrics.json", metrics)
-    if args.downstream:
-        elsewhere = {
-            other: _score_elsewhere(other, args, clips.modalities, standardizer, model)
-            for other in args.downstream
+    if elsewhere:
+        scored = {
+            data: _score_as_it_is(model, standardizer, other, args.seed)
+            for data, other in elsewhere.items()
         }
-        write_atomic(folder / "downstream.json", json.dumps(elsewhere, indent=2).encode())
+        write_atomic(folder / "downstream.json", json.dumps(scored, indent=2).encode())
     reference = cca_reference(clips, args.seed) if args.reference else None
     print(_summary(metrics, folder))
     print(table(metrics, reference))
@@ -149,51 +155,38 @@ def open_data(
     data: str, modalities: Sequence[str] | None, text_encoder: str = ""
 ) -> tuple[str, Clips]:
     """The clips, and what to call them."""
-    kind, _, seed = data.partition(":")
+    kind, _, rest = data.partition(":")
     if kind in SETS:
-        return kind, _released(kind, Path(seed), modalities, text_encoder)
-    if kind == "digits" and (seed.isdecimal() or data == "digits"):
-        path, name = digits.load(int(seed or 0)), data.replace(":", "-")
+        name, clips = kind, load_released(kind, rest, modalities, text_encoder)
+    elif kind == "digits" and (rest.isdecimal() or data == "digits"):
+        name, clips = data.replace(":", "-"), load_clips(digits.load(int(rest or 0)), modalities)
     else:
-        path, name = Path(data), Path(data).stem
-    clips = load_clips(path, modalities)
+        name, clips = Path(data).stem, load_clips(data, modalities)
     if len(clips.modalities) < 2:
         raise DataError(
-            f"{path}: cross-modal training takes two modalities or more; "
+            f"{data}: cross-modal training takes two modalities or more; "
             f"came {' '.join(clips.modalities)}."
         )
     return name, clips
 
 
-def _released(kind: str, root: Path, modalities: Sequence[str] | None, text_encoder: str) -> Clips:
-    """The clips of a released set; with text, if that is asked for by name."""
-    found = SETS[kind](root)
-    if "text" in (modalities or ()):
-        found = with_text(found, text_encoder)
-    clips = found.clips()
-    for name in modalities or ():
-        if name not in clips.features:
-            offered = ", ".join(clips.modalities)
-            raise DataError(f"{kind}:{root}: no modality '{name}'. The set offers: {offered}.")
-    chosen = modalities or clips.modalities
-    return replace(
-        clips,
-        features={name: clips.features[name] for name in chosen},
-        segment_labels={name: clips.segment_labels[name] for name in chosen},
-    )
+def _open_elsewhere(data: str, clips: Clips, args: argparse.Namespace) -> Clips:
+    """Another set of the same features."""
+    _, other = open_data(data, clips.modalities, args.text_encoder)
+    for name, x in other.features.items():
+        T, C = clips.features[name].shape[1], clips.features[name].shape[-1]
+        if (x.shape[1], x.shape[-1]) != (T, C):
+            rule = f"must be [N, {T}, ..., {C}], as in pre-training"
+            raise DataError(f"--downstream {data}: {name}: {rule}; came {list(x.shape)}.")
+    return other
 
 
-def _score_elsewhere(
-    data: str,
-    args: argparse.Namespace,
-    modalities: Sequence[str],
-    standardizer: Standardizer,
-    model: UniCode,
+def _score_as_it_is(
+    model: UniCode, standardizer: Standardizer, clips: Clips, seed: int
 ) -> dict[str, Scores]:
-    """Every direction on another set of the same features, the model as it is."""
-    _, clips = open_data(data, modalities, args.text_encoder)
+    """Every direction on other clips, without any training but that of the heads."""
     codes, _ = quantize(model, as_cells(standardizer.transform(clips.features)))
-    return evaluate(codes, clips, args.seed)
+    return evaluate(codes, clips, seed)
 
 
 def _device(name: str) -> torch.device:
@@ -219,7 +212,9 @@ def _summary(metrics: dict[str, object], folder: Path) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=generic.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--data",

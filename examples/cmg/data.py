@@ -73,7 +73,8 @@ def load_clips(path: str | Path, modalities: Sequence[str] | None = None) -> Cli
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Hint: --data takes 'digits' or an .npz file.")
+        what = "a folder, not an npz file" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {what}. Hint: --help says what --data takes.")
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path}: not an npz file, or cut short. Hint: write it with numpy.savez.")
     try:
@@ -142,7 +143,10 @@ class _Reader:
                 raise DataError(f"{self.path}: '{name}' {rule}.")
             if name not in self.arrays or self.reserved(name):
                 offered = ", ".join(self.offered()) or "none"
-                raise DataError(f"{self.path}: no modality '{name}'. The file offers: {offered}.")
+                missed = f"no modality '{name}'"
+                if modalities is None:
+                    missed += f", though {_SEGMENTS}{name} is there"
+                raise DataError(f"{self.path}: {missed}. The file offers: {offered}.")
             array = self.read(name)
             if array.dtype.kind != "f" or array.ndim < 3 or 0 in array.shape:
                 raise self.error(name, "must be float [N, T, ..., C], none of them 0", array)
@@ -214,7 +218,8 @@ class _Reader:
             try:
                 array = self.arrays[name]
             except Exception as error:  # MemoryError too: a header may claim any size
-                raise DataError(f"{self.path}: {name}: cannot be read ({error}).") from error
+                hint = " Hint: pad clips to one T." if "Object arrays" in str(error) else ""
+                raise DataError(f"{self.path}: {name}: cannot be read ({error}).{hint}") from error
             if not isinstance(array, np.ndarray):
                 raise DataError(f"{self.path}: {name}: must be a numpy array; came other bytes.")
             self.cache[name] = array

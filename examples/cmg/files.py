@@ -35,7 +35,7 @@ def write_atomic(path: str | Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         rule = "cannot be written; what it held before is untouched"
-        raise DataError(f"{path}: {rule} ({error}). Hint: free some space.") from error
+        raise DataError(f"{path}: {rule} ({error}).") from error
 
 
 def make_writable(folder: Path) -> None:
@@ -49,4 +49,4 @@ def make_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise DataError(f"--output {folder}: cannot be written ({error}).") from error
+        raise DataError(f"{folder}: cannot be written into ({error}).") from error

@@ -74,7 +74,7 @@ class Trainer:
         identity: What a resumed run must have in common with this one: numbers and texts.
 
     Raises:
-        DataError: The clips of a batch cannot be shared out equally.
+        DataError: There are no clips, or those of a batch cannot be shared out equally.
     """
 
     quiet = False  # no progress bar
@@ -91,6 +91,8 @@ class Trainer:
         self.model, self.features, self.rows, self.recipe = model, features, rows, recipe
         self.folder = folder
         self.identity = {**identity, **asdict(recipe)}
+        if not len(rows):
+            raise DataError("there are no clips to pre-train on: none is of split 0.")
         self.batch_size = min(recipe.batch_size, len(rows))
         if self.batch_size % world_size():
             raise DataError(

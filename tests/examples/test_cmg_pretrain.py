@@ -8,7 +8,9 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cmg_pretrain
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 
 import cmg
 from cmg.checkpoint import load_checkpoint, load_model, save_checkpoint
-from cmg.training import CHECKPOINT
+from cmg.training import CHECKPOINT, Trainer
 
 RESULTS = {
     "metrics.json",
@@ -97,6 +99,7 @@ def test_labels_of_pretraining_clips_change_nothing(arrays: Arrays, tmp_path: Pa
         (lambda a: [a.pop(m) for m in ("audio", "video")], "no modality 'audio'"),
         (lambda a: a.update({"left.arm": a["text"]}), "'left.arm' cannot name a modality"),
         (lambda a: a.update(type=a["text"]), "'type' cannot name a modality"),
+        (lambda a: a.pop("text"), "no modality 'text', though seg_labels_text is there"),
     ],
 )
 def test_bad_data_is_one_line_and_leaves_nothing(
@@ -123,6 +126,8 @@ def test_bad_data_is_one_line_and_leaves_nothing(
     ("arguments", "message"),
     [
         (["--data", "nowhere.npz"], "no such file"),
+        (["--data", "."], "a folder, not an npz file"),
+        (["--data", "ave"], "ave:: ROOT in ave:ROOT must be a folder with visual_feature.h5 audio"),
         (["--modalities", "audio"], "two modalities or more"),
         (["--modalities", "audio", "smell"], "no modality 'smell'"),
         (["--device", "abacus"], "--device abacus: torch cannot use it here"),
@@ -150,8 +155,63 @@ def test_an_output_that_cannot_be_written_is_said_at_once(
     out = tmp_path / "file" / "out"
     assert cmg_pretrain.main(["--data", str(clips_path), "--output", str(out)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"cmg_pretrain: --output {out}: cannot be written (")
+    assert error.startswith(f"cmg_pretrain: {out}: cannot be written into (")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a: a.update({m: x[:, :3] for m, x in a.items() if x.ndim > 1}), "[N, 4, ..., 12]"),
+        (lambda a: a.update(audio=a["audio"][..., :7]), "audio: must be [N, 4, ..., 12], as in"),
+        (lambda a: a.pop("text"), "no modality 'text'"),
+        (None, "no such file"),
+    ],
+)
+def test_a_downstream_set_that_does_not_fit_is_said_before_training(
+    clips_path: Path,
+    arrays: Arrays,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Arrays], object] | None,
+    message: str,
+) -> None:
+    other = str(tmp_path / "x.npz")
+    if spoil is not None:
+        spoil(arrays)
+        save(tmp_path / "x.npz", arrays)
+    out = tmp_path / "out"
+    arguments = ["--data", str(clips_path), "--output", str(out), "--downstream", other]
+    assert cmg_pretrain.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    clips_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["--data", str(clips_path), "--epochs", "3", "--output", str(tmp_path)]
+    step, steps = Trainer._step, 0
+
+    def stopped(*inputs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            raise KeyboardInterrupt
+        return step(*inputs)
+
+    with monkeypatch.context() as user:
+        user.setattr(Trainer, "_step", stopped)
+        assert cmg_pretrain.main(arguments) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "cmg_pretrain: stopped. Hint: --resume goes on after the last whole epoch."
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {CHECKPOINT}
+    assert cmg_pretrain.main([*arguments, "--resume"]) == 0
 
 
 def test_arrays_that_nobody_asked_for_do_not_matter(arrays: Arrays, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def label(name: str, value: int) -> Callable[[Arrays], None]:
 BAD = {
     "labels missing": (drop("labels"), "array 'labels' is missing. The file holds: audio, "),
     "split missing": (drop("split"), "array 'split' is missing. The file holds: audio, "),
-    "features missing": (drop("text"), "no modality 'text'. The file offers: audio, video."),
+    "features missing": (drop("text"), "no modality 'text'"),
     "NaN": (spoil_nan, "audio: must be finite; came NaN or Inf in clip 7."),
     "Inf": (spoil_inf, "video: must be finite; came NaN or Inf in clip 5."),
     "overflow": (

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from PIL import Image
 
 from cmg.data import PRETRAIN, TEST, TRAIN
 from cmg.errors import DataError
-from cmg.released import arrays, sets
+from cmg.released import SETS, arrays, load_released, sets
 from cmg.released.avs import AVSBenchS4
 from cmg.released.text import with_text
 
@@ -208,6 +209,31 @@ def test_a_modality_that_a_set_has_not_is_named(
     arguments = ["--data", f"ave:{tmp_path}", "--modalities", "audio", "smell"]
     assert cmg_pretrain.main([*arguments, "--output", str(tmp_path / "out")]) == 2
     assert "no modality 'smell'. The set offers: audio, video." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_a_folder_that_is_not_the_set_is_told_what_the_set_has(kind: str, tmp_path: Path) -> None:
+    """And a folder of the set lacks nothing of that list."""
+    layout = SETS[kind][1]
+    with pytest.raises(DataError, match=re.escape(f"a folder with {layout}; it lacks {layout}.")):
+        load_released(kind, str(tmp_path))
+    getattr(released, kind.replace("-", "_"))(tmp_path)
+    assert load_released(kind, str(tmp_path)).modalities == ("audio", "video")
+    first, *others = layout.split()
+    (tmp_path / first).unlink()
+    with pytest.raises(DataError, match=rf"{others[-1]}; it lacks {first}\.$"):
+        load_released(kind, str(tmp_path))
+
+
+def test_a_set_without_clips_to_pretrain_on_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    released.avvp(tmp_path)
+    arguments = ["--data", f"avvp:{tmp_path}", "--output", str(tmp_path / "out")]
+    assert cmg_pretrain.main(arguments) == 2
+    assert "no clips to pre-train on" in capsys.readouterr().err
+    assert cmg_pretrain.main([*arguments, "--modalities", "audio"]) == 2
+    assert "two modalities or more; came audio." in capsys.readouterr().err
 
 
 class Payload:
