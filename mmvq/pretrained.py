@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmvq.checks import message
 
 _DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_DOWNLOAD_0 = ("proxies", "resume_download")  # passed on by huggingface_hub before 1.0
 
 
 class Pretrained(nn.Module):
@@ -214,7 +215,7 @@ def _adapter() -> Any:
         def _from_pretrained(  # type: ignore[override]
             cls, *, model_id: str, build: Any, config: Any = None, **rest: Any
         ) -> Any:
-            options = {name: rest.pop(name) for name in _DOWNLOAD}
+            options = {name: rest.pop(name) for name in (*_DOWNLOAD, *_DOWNLOAD_0) if name in rest}
             module = build(config, rest)
             name = constants.SAFETENSORS_SINGLE_FILE
             folder = Path(model_id)

@@ -272,7 +272,7 @@ def test_arrays_of_every_protocol_are_read(protocol: int, dtype: str) -> None:
     assert np.array_equal(back, array)
 
 
-@settings(max_examples=int(os.environ.get("MMVQ_FUZZ", 50)))
+@settings(max_examples=int(os.environ.get("MMVQ_FUZZ", 50)), deadline=None)
 @given(st.data())
 def test_damaged_pickles_raise_one_error(data: st.DataObject) -> None:
     whole = bytearray(

@@ -31,21 +31,20 @@ REGISTERS = 16
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
 
 
-def aot(option: str, cache: Path) -> str:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mmvq_kernels.aot", option]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @needs_triton
 def test_every_kernel_compiles_to_what_it_should(tmp_path: Path) -> None:
-    ((version, found),) = json.loads(aot("--table", tmp_path)).items()
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mmvq_kernels.aot", "--table"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.stdout, done.stderr
+    ((version, found),) = json.loads(done.stdout).items()
     assert len(found) > 50
-    if version not in COMMITTED:
-        pytest.skip(f"no violation; no table of resources for triton {version} to compare with")
+    wrong = done.stderr.splitlines()
+    if version not in COMMITTED:  # its compiler may spill, which costs time, where ours does not
+        assert [line for line in wrong if not re.search(r": spills \d+$", line)] == []
+        pytest.skip(f"{wrong}; no table of resources for triton {version} to compare with")
+    assert wrong == []
     assert found.keys() == COMMITTED[version].keys()
     for key, (registers, shared, _) in COMMITTED[version].items():
         assert abs(found[key][0] - registers) <= REGISTERS, key
