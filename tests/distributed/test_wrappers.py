@@ -7,6 +7,7 @@ the curvature, below 10 for each step: 1e-11 after three. A wrong wiring shows a
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -69,7 +70,9 @@ def train(model: nn.Module, rank: int, ranks: int) -> State:
 
 def run(rank: int, pair: dist.ProcessGroup, early: Model) -> dict[str, State]:
     found = {"ddp": train(DistributedDataParallel(early), rank, 4)}
-    unsynchronised = DistributedDataParallel(before_init(), forward_sync_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    unsynchronised = DistributedDataParallel(before_init(), **{name: False})
     found["ddp, buffers its own"] = train(unsynchronised, rank, 4)
     sharded = before_init()
     fully_shard(sharded)

@@ -217,7 +217,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
 def test_arrays_that_nobody_asked_for_do_not_matter(arrays: Arrays, tmp_path: Path) -> None:
     arrays["names"] = np.array([{"any": "object"}] * 120)
     path = tmp_path / "x.npz"
-    np.savez(path, allow_pickle=True, **arrays)
+    np.savez(path, **arrays)
     assert cmg_pretrain.main(["--data", str(path), "--epochs", "1", "--output", str(tmp_path)]) == 0
 
 

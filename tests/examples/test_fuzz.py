@@ -273,7 +273,7 @@ def test_no_pickle_is_ever_run(clips_path: Path, tmp_path: Path) -> None:
         arrays = dict(file)
     payload = np.array([Payload(ran)])
     for name in arrays:
-        np.savez(tmp_path / "x.npz", allow_pickle=True, **{**arrays, name: payload})
+        np.savez(tmp_path / "x.npz", **{**arrays, name: payload})
         attempt(lambda: load_clips(tmp_path / "x.npz", ["audio", "video", "text"]))
     array = npy("{'descr': '|O', 'fortran_order': False, 'shape': (), }", pickled)
     for content in (pickled, array):

@@ -149,7 +149,7 @@ def _save(path: Path, data: dict[str, np.ndarray]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **data)
+            np.savez(file, **data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
