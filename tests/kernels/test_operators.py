@@ -47,7 +47,8 @@ def test_ema_update_is_a_sound_operator(dtype: torch.dtype, reset: bool) -> None
         torch.library.opcheck(operator, (*args, matrices[3] if reset else None))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's, of its own copies
+# The warning is about copies that opcheck makes.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_code_log_probabilities_is_a_sound_operator(dtype: torch.dtype) -> None:
     x = uniform(3, 4, D, dtype=dtype).requires_grad_()
