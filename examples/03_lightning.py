@@ -18,13 +18,14 @@ WIDTHS, D = {"audio": 24, "video": 40}, 16
 class SharedCodes(L.LightningModule):
     """Encoders, a codebook, decoders."""
 
-    def __init__(self, codes: int = 32) -> None:
+    def __init__(self, codes: int = 16) -> None:
         super().__init__()
         names = tuple(WIDTHS)
         self.encode = nn.ModuleDict({m: nn.Linear(width, D) for m, width in WIDTHS.items()})
         self.decode = nn.ModuleDict({m: nn.Linear(D, width) for m, width in WIDTHS.items()})
         self.quantizer = mmvq.MultiModalEMAQuantizer(D, codes, names)
         self.cpc = mmvq.CrossCPC(D, names, first_step=0, normalize=True, temperature=0.1)
+        self.matching = mmvq.CrossModalCodeMatchingLoss()
         self.monitor = mmvq.CodebookMonitor(
             self.quantizer,
             lambda name, value, step: self.log(name, value, rank_zero_only=True),
@@ -38,9 +39,10 @@ class SharedCodes(L.LightningModule):
         errors = [nn.functional.mse_loss(self.decode[m](quantized[m]), x[m]) for m in x]
         cpc, accuracy = self.cpc(z, start="all")
         terms = {"error": torch.stack(errors).mean(), "commitment": commitment, "cpc": cpc}
+        terms["matching"] = 3 * self.matching(z, self.quantizer.codebook)
         self.log_dict({f"loss/{name}": term for name, term in terms.items()})
         self.log_dict({f"accuracy/{a}-{b}": share for (a, b), share in accuracy.items()})
-        return terms["error"] + terms["commitment"] + terms["cpc"]
+        return torch.stack(list(terms.values())).sum()
 
     def on_train_batch_end(self, *_: object) -> None:
         """Count the step; every 20, read the codebook and log."""

@@ -66,7 +66,7 @@ def test_lightning_logs_what_the_monitor_reads() -> None:
     assert history["step"] == list(range(20, 161, 20))  # 5 epochs of 32 batches
     for name in history.keys() - {"step"}:
         assert logged[name].item() == history[name][-1], name
-    assert history["agreement/audio-video"][-1] > history["agreement/audio-video"][0]
+    assert history["agreement/audio-video"][-1] > 3 / 12  # chance is one of twelve events
     assert logged["accuracy/audio-video"] > 3 / 32  # chance is one in a batch of 32
 
 
