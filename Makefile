@@ -5,6 +5,8 @@
 #   make lint      ruff, mypy, and pyright for types that users miss
 #   make docs      the site, into site/
 #   make package   wheel and sdist, into dist/, and a trial of the wheel alone
+#   make oldest    tests of the library on the oldest releases of what it needs, in .venv-oldest;
+#                  TORCH=torch==2.13.0 takes another torch: the oldest is a download of 3 GB
 
 # The first interpreter of these that runs and is new enough; `make PYTHON=...` overrides.
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -13,9 +15,11 @@ JOBS ?= auto
 BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+TORCH ?= $(shell grep '^torch==' .ci/oldest.txt)
+LIBRARY := mmvq mmvq_kernels $(addprefix tests/,functional golden kernels modules properties)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs package
+.PHONY: help setup demo test lint docs package oldest
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,6 +46,16 @@ docs: $(READY)
 
 package: $(READY)
 	@$(BIN)/python .ci/package.py
+
+oldest: BIN := .venv-oldest/bin
+oldest: PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+oldest:
+	@$(PYTHON) -m venv --clear .venv-oldest
+	@$(PIP) $(TORCH)
+	@grep -v '^torch==' .ci/oldest.txt > .venv-oldest/pins.txt
+	@$(PIP) -r .venv-oldest/pins.txt $(TORCH) -e . hypothesis matplotlib onnxruntime pytest \
+		pytest-xdist tensorboard vector-quantize-pytorch
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(LIBRARY)
 
 # torch comes first and alone, by its exact pin, so that no other version is ever looked at.
 $(READY): pyproject.toml constraints.txt

@@ -20,7 +20,7 @@ DIST = ROOT / "dist"
 LARGEST = {".whl": 200_000, ".gz": 5_000_000}  # bytes; golden files 2.3 MB, experiments 1.4 MB
 PACKAGES = ("mmvq", "mmvq_kernels")
 WHAT_TESTS_NEED = {
-    "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "README.md", "conftest.py",
+    ".ci", "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "README.md", "conftest.py",
     "constraints.txt", "mkdocs.yml", "pyproject.toml", "docs", "examples", "tests", *PACKAGES,
 }  # fmt: skip
 

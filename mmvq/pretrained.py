@@ -216,10 +216,9 @@ def _adapter() -> Any:
             cls, *, model_id: str, build: Any, config: Any = None, **rest: Any
         ) -> Any:
             options = {name: rest.pop(name) for name in (*_DOWNLOAD, *_DOWNLOAD_0) if name in rest}
-            module = build(config, rest)
-            name = constants.SAFETENSORS_SINGLE_FILE
-            folder = Path(model_id)
+            name, folder = constants.SAFETENSORS_SINGLE_FILE, Path(model_id)
             path = folder / name if folder.is_dir() else hf_hub_download(model_id, name, **options)
+            module = build(config, rest)
             module.load_state_dict(load_file(path))
             return module.eval()
 

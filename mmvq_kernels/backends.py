@@ -21,6 +21,8 @@ from mmvq_kernels.messages import message
 Backend = Literal["auto", "torch", "triton"]
 """Who computes: `"auto"` takes Triton where it can run, torch elsewhere."""
 
+_BACKENDS = get_args(Backend)  # dynamo of older torch cannot trace the call
+
 _OLDEST = (8, 0)  # compute capability with tf32 and bfloat16 matrix instructions
 _logger = logging.getLogger(__name__)
 
@@ -133,11 +135,11 @@ def _reason_against(*tensors: Tensor) -> str | None:
 
 
 def _check(where: str, backend: str) -> None:
-    if backend not in get_args(Backend):
+    if backend not in _BACKENDS:
         raise ValueError(
             message(
                 where,
-                f"backend must be one of {', '.join(map(repr, get_args(Backend)))}",
+                f"backend must be one of {', '.join(map(repr, _BACKENDS))}",
                 hint='use backend="auto" to let the library choose',
                 backend=backend,
             )

@@ -23,6 +23,7 @@ _BLOCK_BYTES = 1 << 22  # of scores at a time: large for a matrix product, small
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 Precision = Literal["exact", "fast"]
+_PRECISIONS = get_args(Precision)  # dynamo of older torch cannot trace the call
 
 
 def nearest_code_ref(x: Tensor, codebook: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ def _check(x: Tensor, codebook: Tensor, precision: str) -> None:
                 codebook=codebook,
             )
         )
-    if precision not in get_args(Precision):
+    if precision not in _PRECISIONS:
         raise ValueError(
             message(
                 "nearest_code",

@@ -15,6 +15,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import mmvq
 import mmvq_kernels
@@ -188,3 +189,13 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
     for requirement in map(Requirement, names):
         if requirement.name != project["name"]:
             assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_the_oldest_releases_are_those_that_the_project_admits() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    names = [*project["dependencies"], *(x for e in ("triton", "hub", "onnx") for x in extras[e])]
+    floors = {Requirement(x).name: Version(str(Requirement(x).specifier)[2:]) for x in names}
+    pins = (ROOT / ".ci/oldest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in pins if not line.startswith("#"))
+    assert {name: Version(pin) for name, pin in tested.items()} == floors

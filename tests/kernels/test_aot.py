@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,13 @@ COMMITTED = json.loads((ROOT / "tests/kernels/aot_resources.json").read_text())
 REGISTERS = 16
 
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+def has_triton() -> bool:
+    """Of a release that takes what it compiles as this audit gives it."""
+    found = importlib.util.find_spec("triton") is not None
+    return found and not version("triton").startswith("3.2.")
+
+
+needs_triton = pytest.mark.skipif(not has_triton(), reason="no triton from 3.3")
 
 
 @needs_triton
@@ -38,15 +45,15 @@ def test_every_kernel_compiles_to_what_it_should(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mmvq_kernels.aot", "--table"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.stdout, done.stderr
-    ((version, found),) = json.loads(done.stdout).items()
+    ((release, found),) = json.loads(done.stdout).items()
     assert len(found) > 50
     wrong = done.stderr.splitlines()
-    if version not in COMMITTED:  # its compiler may spill, which costs time, where ours does not
+    if release not in COMMITTED:  # its compiler may spill, which costs time, where ours does not
         assert [line for line in wrong if not re.search(r": spills \d+$", line)] == []
-        pytest.skip(f"{wrong}; no table of resources for triton {version} to compare with")
+        pytest.skip(f"{wrong}; no table of resources for triton {release} to compare with")
     assert wrong == []
-    assert found.keys() == COMMITTED[version].keys()
-    for key, (registers, shared, _) in COMMITTED[version].items():
+    assert found.keys() == COMMITTED[release].keys()
+    for key, (registers, shared, _) in COMMITTED[release].items():
         assert abs(found[key][0] - registers) <= REGISTERS, key
         assert found[key][1] == shared, key
 

@@ -156,6 +156,7 @@ def test_inductor_agrees() -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles")  # torch 2.6's own
 def test_inductor_draws_the_first_codes() -> None:
     """Of a known size: an `arange` becomes an index, and the hash of one must not overflow.
 
