@@ -22,7 +22,7 @@ from torch import Tensor
 from .data import PRETRAIN, TRAIN, Clips
 
 _CLIPS_AT_ONCE = 32
-_CONSTANT = 1e-4  # of the largest deviation: below it a channel counts as constant
+_CONSTANT = 1e-6  # of a channel's mean: a deviation up to this is float32's rounding
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Standardizer:
         for name, features in clips.features.items():
             x = _sample(features, rows, samples)  # [n, C]
             deviation, mean[name] = torch.std_mean(x, dim=0, correction=0)
-            deviation[deviation <= _CONSTANT * deviation.max()] = torch.inf  # says nothing: drop it
+            deviation[deviation <= _CONSTANT * mean[name].abs()] = torch.inf  # drop it
             x = (x - mean[name]) / deviation
             values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
             values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]

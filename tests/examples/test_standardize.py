@@ -59,6 +59,14 @@ def test_a_constant_channel_stays_finite(clips_path: Path) -> None:
     assert y.isfinite().all()
 
 
+def test_the_unit_of_a_channel_does_not_matter(clips_path: Path) -> None:
+    clips = load_clips(clips_path, ["audio"])
+    before = Standardizer.fit(clips).transform(clips.features)["audio"]
+    clips.features["audio"][..., 3] *= 2.0**30
+    after = Standardizer.fit(clips).transform(clips.features)["audio"]
+    torch.testing.assert_close(after @ after.mT, before @ before.mT, atol=1e-4, rtol=1e-4)
+
+
 def test_denoise_keeps_everything_at_full_width(clips_path: Path) -> None:
     clips = load_clips(clips_path, ["text"])
     x = clips.features["text"]
