@@ -200,7 +200,7 @@ def _logistic(
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for a in y:
         rows = x[a][train].reshape(-1, x[a].shape[-1])
-        scale = rows.std()
+        scale = rows.std() or 1.0
         model = LogisticRegression(max_iter=2000).fit(rows / scale, y[a][train].ravel())
         for b in y:
             guess = model.predict(x[b][test].reshape(-1, x[b].shape[-1]) / scale)

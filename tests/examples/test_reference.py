@@ -64,6 +64,17 @@ def test_unaligned_clips_give_nothing(clips_path: Path) -> None:
     assert min(s["accuracy"] for s in scores.values()) < 0.7
 
 
+def test_a_constant_modality_is_at_chance(clips_path: Path) -> None:
+    clips = load_clips(clips_path, ["audio", "text"])
+    clips = dataclasses.replace(
+        clips, features=clips.features | {"text": torch.ones_like(clips.features["text"])}
+    )
+    reference = cca_reference(clips, seed=0)
+    for block in (reference, reference["logistic_regression"]):
+        for way in block["classification"].values():
+            assert way["accuracy"] <= way["chance"]
+
+
 def test_test_labels_are_not_used_to_choose(clips_path: Path) -> None:
     clips = load_clips(clips_path, ["audio", "video"])
     labels = clips.labels.clone()
