@@ -165,7 +165,7 @@ def open_data(
     if len(clips.modalities) < 2:
         raise DataError(
             f"{data}: cross-modal training takes two modalities or more; "
-            f"came {' '.join(clips.modalities)}."
+            f"came {' '.join(clips.modalities)}. Hint: each is a float array [N, T, ..., C]."
         )
     return name, clips
 

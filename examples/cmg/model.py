@@ -19,6 +19,7 @@ from mmvq import (
 from mmvq.distributed import average_
 
 from .encoders import Decoder, SemanticEncoder, SpecificEncoder
+from .errors import DataError
 
 PARTS = ("club", "cpc", "mm-ema", "reset", "matching")  # what --without can leave out
 
@@ -83,6 +84,9 @@ class UniCode(nn.Module):
 
     Args:
         config: What to build.
+
+    Raises:
+        DataError: The clips are too short for the Cross-CPC of the config.
     """
 
     def __init__(self, config: Config) -> None:
@@ -126,7 +130,13 @@ class UniCode(nn.Module):
         )
         self.cpc = nn.ModuleDict()
         if "cpc" not in c.without and c.cpc is not None:
-            self.cpc["whole"] = CrossCPC(c.dim, names, **c.cpc, gather=True)
+            self.cpc["whole"] = whole = CrossCPC(c.dim, names, **c.cpc, gather=True)
+            shortest = whole.min_context + whole.first_step + whole.num_steps - 1
+            if c.segments < shortest:
+                raise DataError(
+                    f"clips: Cross-CPC predicts segments ahead, which takes {shortest} or more; "
+                    f"came {c.segments}. Hint: --without cpc, or the preset digits."
+                )
         elif "cpc" not in c.without:
             for scale in ("segment", "clip"):
                 self.cpc[scale] = CrossCPC(

@@ -39,7 +39,7 @@ class Recipe:
         clip_norm: The largest norm of a gradient.
         reconstruction, cpc, club, commitment, matching: Weights of the terms.
         spread: The fraction that goes by without the codebook: features spread over their space
-            first, then codes are taken from them.
+            first, then codes are taken from them, in the last epoch at the latest.
         ramp: The fraction over which the terms that push on features then grow to their weights.
     """
 
@@ -74,7 +74,7 @@ class Trainer:
         identity: What a resumed run must have in common with this one: numbers and texts.
 
     Raises:
-        DataError: There are no clips, or those of a batch cannot be shared out equally.
+        DataError: There are fewer than two clips, or those of a batch cannot be shared out equally.
     """
 
     quiet = False  # no progress bar
@@ -91,8 +91,8 @@ class Trainer:
         self.model, self.features, self.rows, self.recipe = model, features, rows, recipe
         self.folder = folder
         self.identity = {**identity, **asdict(recipe)}
-        if not len(rows):
-            raise DataError("there are no clips to pre-train on: none is of split 0.")
+        if len(rows) < 2:
+            raise DataError(f"pre-training takes two clips of split 0 or more; came {len(rows)}.")
         self.batch_size = min(recipe.batch_size, len(rows))
         if self.batch_size % world_size():
             raise DataError(
@@ -120,12 +120,13 @@ class Trainer:
             self._load(self.folder / CHECKPOINT)
         log = None if rank() else _tensorboard(self.folder, self.epoch)
         clips = self.steps * self.batch_size
+        silent = {"disable": True} if self.quiet or rank() else {}  # else as TQDM_DISABLE has it
         with tqdm(
             desc="pre-training",
             initial=self.epoch * clips,
             total=self.recipe.epochs * clips,
             unit="clip",
-            disable=self.quiet or rank() > 0,
+            **silent,
         ) as bar:
             while self.epoch < self.recipe.epochs:
                 for name, value in self._train_epoch(bar).items():
@@ -186,7 +187,7 @@ class Trainer:
         begun = max(0.0, progress - r.spread + 1 / r.epochs)
         grown = min(1.0, begun / r.ramp) if r.ramp else float(begun > 0)
         weights = {"reconstruction": r.reconstruction, "cpc": r.cpc, "club": r.club * grown}
-        if progress >= r.spread:
+        if progress >= r.spread or self.epoch == r.epochs - 1:
             weights |= {"commitment": r.commitment * grown, "matching": r.matching * grown}
         return weights
 

@@ -128,7 +128,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(
         (["--data", "nowhere.npz"], "no such file"),
         (["--data", "."], "a folder, not an npz file"),
         (["--data", "ave"], "ave:: ROOT in ave:ROOT must be a folder with visual_feature.h5 audio"),
-        (["--modalities", "audio"], "two modalities or more"),
+        (["--modalities", "audio"], "two modalities or more; came audio. Hint: each is a"),
         (["--modalities", "audio", "smell"], "no modality 'smell'"),
         (["--device", "abacus"], "--device abacus: torch cannot use it here"),
         (["--resume"], "no such file"),

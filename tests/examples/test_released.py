@@ -231,7 +231,7 @@ def test_a_set_without_clips_to_pretrain_on_is_refused(
     released.avvp(tmp_path)
     arguments = ["--data", f"avvp:{tmp_path}", "--output", str(tmp_path / "out")]
     assert cmg_pretrain.main(arguments) == 2
-    assert "no clips to pre-train on" in capsys.readouterr().err
+    assert "pre-training takes two clips of split 0 or more; came 0" in capsys.readouterr().err
     assert cmg_pretrain.main([*arguments, "--modalities", "audio"]) == 2
     assert "two modalities or more; came audio." in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cmg.checkpoint import save_checkpoint
 from cmg.errors import DataError
@@ -113,6 +114,42 @@ def test_the_codebook_waits_until_features_have_spread(tmp_path: Path) -> None:
     assert [w["club"] / RECIPE.club for w in weights] == [0, 0, 0, 0, 0.5, 1, 1, 1]
     assert [w["matching"] / RECIPE.matching for w in weights[4:]] == [0.5, 1, 1, 1]
     assert all(w["cpc"] == RECIPE.cpc for w in weights)
+
+
+def test_a_run_of_one_epoch_has_a_codebook(tmp_path: Path) -> None:
+    t = trainer(tmp_path, epochs=1)
+    assert "commitment" in t.fit()
+    assert t.model.quantizer.ema_codebook.initialized
+
+
+def test_clips_must_be_long_enough_to_predict() -> None:
+    short = replace(CONFIG, segments=2, cpc={"min_context": 2})
+    with pytest.raises(DataError, match=r"takes 3 or more; came 2\. Hint: --without cpc"):
+        UniCode(short)
+    UniCode(replace(short, without=("cpc",)))
+    UniCode(replace(short, segments=3))
+
+
+def test_one_clip_is_no_batch(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="two clips of split 0 or more; came 1"):
+        Trainer(UniCode(CONFIG), FEATURES, torch.arange(1), RECIPE, tmp_path, {})
+
+
+@pytest.mark.parametrize(("quiet", "said"), [(False, None), (True, True)])
+def test_a_progress_bar_unless_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: bool, said: bool | None
+) -> None:
+    """Not a word on `disable` otherwise, or TQDM_DISABLE would not count."""
+    bars: list[dict[str, Any]] = []
+
+    def bar(**options: Any) -> Any:
+        bars.append(options)
+        return tqdm(**options)
+
+    monkeypatch.setattr("cmg.training.tqdm", bar)
+    monkeypatch.setattr(Trainer, "quiet", quiet)
+    fitted(tmp_path)
+    assert [options.get("disable") for options in bars] == [said]
 
 
 @pytest.mark.parametrize("without", [(), *((part,) for part in PARTS), PARTS])
