@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -119,11 +119,11 @@ class EMACodebook(Pretrained):
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         codes = torch.empty(size, dim, dtype=dtype).uniform_(-1 / size, 1 / size)
         sources = range(groups) if update_from is None else update_from
-        if not (isinstance(sources, Iterable) and set(sources) <= set(range(groups))):
+        if not (isinstance(sources, Collection) and sources and {*sources} <= {*range(groups)}):
             raise ValueError(
                 message(
                     "EMACodebook",
-                    f"update_from must hold group numbers from 0 to {groups - 1}",
+                    f"update_from must hold one or more group numbers from 0 to {groups - 1}",
                     hint="pass None to update from all groups",
                     update_from=update_from,
                     groups=groups,
@@ -164,21 +164,31 @@ class EMACodebook(Pretrained):
         batch is asked (not under `torch.compile`). A float64 `values` makes the state float64.
 
         Args:
-            values: `[N, D]`.
-            groups: int64 `[N]`; rows of groups outside `update_from` are left out.
-            usable: bool `[N]`; False leaves a row out.
+            values: `[..., D]`.
+            groups: int64 `[...]`; rows of groups outside `update_from` are left out. None: all of
+                group 0.
+            usable: bool `[...]`; False leaves a row out.
+
+        Raises:
+            ValueError: shapes that do not fit.
+            TypeError: values that are not floating point, groups that are not int64.
+            IndexError: a group of G or more (looked at on a CPU only).
         """
         if self._ready:
             return
+        where, hint = "EMACodebook.initialize", "give each vector one group, and one True or False"
+        check_floating(where, values=values)
+        if groups is None:
+            groups = torch.zeros(values.shape[:-1], dtype=torch.long, device=values.device)
+        if usable is None:
+            usable = torch.ones_like(groups, dtype=torch.bool)
+        check_indices(where, self.groups, "number the groups from 0", groups=groups)
+        self._check_rows(where, hint, values, groups=groups, usable=usable)
         if not _without_data(values) and bool(self.initialized):
             self._ready = True  # the state came without load_state_dict: DDP's broadcast, say
             return
-        keep = F.finite_rows(values)
-        if usable is not None:
-            keep = keep & usable
-        if groups is None:
-            groups = torch.zeros_like(keep, dtype=torch.long)
-        keep = keep & self.voters[groups]
+        values, groups = values.reshape(-1, self.dim), groups.flatten()
+        keep = usable.flatten() & F.finite_rows(values) & self.voters[groups]
         self.match_dtype(values.dtype)
         ranks = meet("EMACodebook", values, self.process_group)
         rows, keep, groups = (ranks.gather(x) for x in (values.detach(), keep, groups))
@@ -222,17 +232,7 @@ class EMACodebook(Pretrained):
         check_indices(where, self.size, searched, indices=indices)
         groups = torch.zeros_like(indices) if groups is None else groups
         check_indices(where, self.groups, "number the groups from 0", groups=groups)
-        if values.shape != (*indices.shape, self.dim) or groups.shape != indices.shape:
-            raise ValueError(
-                message(
-                    where,
-                    f"values must be [..., {self.dim}], indices and groups [...]",
-                    hint=searched,
-                    values=values,
-                    indices=indices,
-                    groups=groups,
-                )
-            )
+        self._check_rows(where, searched, values, indices=indices, groups=groups)
         if recomputing():
             return
         self.match_dtype(values.dtype)
@@ -325,6 +325,12 @@ class EMACodebook(Pretrained):
             f"reset_after={self.reset_after}, reset_rule={self.reset_rule!r}, init={self.init!r}"
         )
 
+    def _check_rows(self, where: str, hint: str, values: Tensor, **each: Tensor) -> None:
+        """`values` are `[..., D]`, and what belongs to each of them is `[...]`."""
+        if any(values.shape != (*x.shape, self.dim) for x in each.values()):
+            rule = f"values must be [..., {self.dim}], {' and '.join(each)} [...]"
+            raise ValueError(message(where, rule, hint=hint, values=values, **each))
+
     def _find_voters(self) -> Tensor:
         """Which groups are in `update_from`: bool `[G]`."""
         voters = torch.zeros(self.groups, dtype=torch.bool)
@@ -350,9 +356,11 @@ class EMACodebook(Pretrained):
         if isinstance(codes, Tensor):
             self.match_dtype(codes.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.codes.dtype.itemsize < 4:  # `assign=True` takes the tensors as the file has them
+            self.float()
         self.voters = self._find_voters().to(self.codes.device)  # no file holds them
         if not self.initialized.is_meta:
-            self._ready = bool(self.initialized)
+            self._ready = self.init == "uniform" or bool(self.initialized)
         self._pending = None  # it belongs to the state that was here before
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, close, rounding, uniform
+from support import DTYPES, bools, close, rounding, uniform
 from torch import Tensor, nn
 
 from mmvq import EMACodebook, functional, update_codebooks
@@ -188,11 +188,24 @@ def test_first_codes_from_data(init: Init, rows: int) -> None:
     assert same(state(book), after)
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (2, 0, 3), (5, 2)], ids=str)
+def test_first_codes_take_any_shape(shape: tuple[int, ...]) -> None:
+    book, flat = EMACodebook(D, L, init="samples"), EMACodebook(D, L, init="samples")
+    flat.load_state_dict(book.state_dict())
+    x, usable = uniform(*shape, D, dtype=torch.float32), bools(*shape)
+    book.initialize(x, usable=usable)
+    flat.initialize(x.reshape(-1, D), usable=usable.flatten())
+    assert same(state(book), state(flat))
+
+
 def test_uniform_codes_are_never_replaced() -> None:
     book = EMACodebook(D, L)
-    before = state(book)
-    book.initialize(uniform(N, D, dtype=torch.float32))
-    assert same(state(book), before)
+    x = uniform(N, D, dtype=torch.float32)
+    for state_of in (book, EMACodebook(D, L, init="kmeans")):  # of the other, not yet replaced
+        book.load_state_dict(state_of.state_dict())
+        before = state(book)
+        book.initialize(x)
+        assert same(state(book), before)
 
 
 def test_float64_data_makes_a_float64_state() -> None:
@@ -234,6 +247,18 @@ def test_a_codebook_built_without_data_is_that_of_the_state_it_loads(assign: boo
     for each in (book, saved):
         step(each, x, torch.arange(N) % 3)
     assert same(state(book), state(saved))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_file_in_half_precision_makes_a_wide_state(dtype: torch.dtype, assign: bool) -> None:
+    saved = state(EMACodebook(D, L))
+    saved |= {name: x.to(dtype) for name, x in saved.items() if x.is_floating_point()}
+    book = EMACodebook(D, L)
+    book.load_state_dict(saved, assign=assign)
+    for name, x in state(book).items():
+        assert x.dtype == (torch.float32 if x.is_floating_point() else saved[name].dtype)
+        assert torch.equal(x, saved[name].to(x.dtype))
 
 
 def test_one_all_reduce_for_many_codebooks(monkeypatch: pytest.MonkeyPatch) -> None:

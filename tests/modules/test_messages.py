@@ -322,11 +322,11 @@ ARGUMENTS = [
         Case(
             lambda given=given: mmvq.EMACodebook(4, 8, groups=2, update_from=given),
             ValueError,
-            "EMACodebook: update_from must hold group numbers from 0 to 1",
+            "EMACodebook: update_from must hold one or more group numbers from 0 to 1",
             f"update_from: {given!r}   groups: 2",
             "pass None to update from all groups",
         )
-        for given in ([2], 0)
+        for given in ([2], [], 0)
     ),
 ]
 
@@ -519,6 +519,13 @@ MODULES = [
         "EMACodebook.accumulate: values must be [..., 4], indices and groups [...]",
         "values: float32[2, 5, 4]   indices: int64[10]   groups: int64[10]",
         "pass the indices that search(x) returned",
+    ),
+    Case(
+        lambda: mmvq.EMACodebook(8, 4, init="kmeans").initialize(z),
+        ValueError,
+        "EMACodebook.initialize: values must be [..., 8], groups and usable [...]",
+        "values: float32[2, 5, 4]   groups: int64[2, 5]   usable: bool[2, 5]",
+        "give each vector one group, and one True or False",
     ),
     *(
         Case(
