@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 def reason_unavailable(backend: str) -> str | None:
-    """Why `backend` cannot run here, or None when it can.
+    """Why `backend` cannot run here (of several GPUs: on the current one), or None when it can.
 
     Raises:
         ValueError: the name is not a backend.
@@ -38,15 +38,7 @@ def reason_unavailable(backend: str) -> str | None:
         True
     """
     _check("reason_unavailable", backend)
-    if backend != "triton":
-        return None
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'mmvq[triton]')"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < _OLDEST:
-        return "the GPU's compute capability is below 8.0"
-    return None
+    return _reason_on(None) if backend == "triton" else None
 
 
 def available_backends() -> tuple[str, ...]:
@@ -59,8 +51,8 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in ("triton", "torch") if reason_unavailable(name) is None)
 
 
-def require(where: str, backend: str, *tensors: Tensor) -> None:
-    """Raise unless `backend` can run here on `tensors`, in the name of `where`.
+def require(where: str, backend: str, *tensors: Tensor | None) -> None:
+    """Raise unless `backend` can run on `tensors`, in the name of `where`.
 
     Raises:
         ValueError: the name is not a backend.
@@ -69,7 +61,9 @@ def require(where: str, backend: str, *tensors: Tensor) -> None:
     _check(where, backend)
     if backend != "triton":
         return
-    reason = reason_unavailable(backend) or _reason_against(*tensors)
+    given = [x for x in tensors if x is not None]
+    gpu = next((x.device for x in given if x.device.type == "cuda"), None)
+    reason = _reason_on(gpu) or _reason_against(given)
     if reason is not None:
         raise RuntimeError(
             message(
@@ -111,19 +105,33 @@ def one_after_another(operator: Any) -> None:
     operator.register_vmap(rule)
 
 
-def runs_triton(*tensors: Tensor) -> bool:
+def runs_triton(*tensors: Tensor | None) -> bool:
     """Whether an operation on these tensors goes to its Triton kernels."""
-    return _reason_against(*tensors) is None and _gpu_runs_triton()
+    given = [x for x in tensors if x is not None]
+    return _reason_against(given) is None and _gpu_runs_triton(given[0].device)
 
 
 @functools.cache
-def _gpu_runs_triton() -> bool:
-    reason = reason_unavailable("triton")
-    _logger.debug("auto: %s", "Triton kernels" if reason is None else f"torch path, as {reason}")
+def _gpu_runs_triton(gpu: torch.device) -> bool:
+    reason = _reason_on(gpu)
+    taken = "Triton kernels" if reason is None else f"torch path, as {reason}"
+    _logger.debug("auto on %s: %s", gpu, taken)
     return reason is None
 
 
-def _reason_against(*tensors: Tensor) -> str | None:
+def _reason_on(gpu: torch.device | None) -> str | None:
+    """Why Triton cannot run on a GPU, None standing for the current one."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'mmvq[triton]')"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(gpu) < _OLDEST:
+        return "the GPU's compute capability is below 8.0"
+    return None
+
+
+def _reason_against(tensors: list[Tensor]) -> str | None:
+    """Why the kernels cannot take these tensors. One on another GPU would be read all the same."""
     for x in tensors:
         if x.device.type != "cuda":
             return f"a tensor is on the {x.device.type}"

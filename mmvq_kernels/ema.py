@@ -60,9 +60,9 @@ def ema_update_(
         tensor([[0.2500, 0.2500]])
     """
     _check(codes, sums, counts, batch_sums, batch_counts, dead, replacement)
-    require("ema_update_", backend, codes, sums, counts)
-    rest: tuple[Any, ...] = batch_sums, batch_counts, decay, eps, dead, replacement
-    state = codes, sums, counts
+    state, batch, reset = (codes, sums, counts), (batch_sums, batch_counts), (dead, replacement)
+    require("ema_update_", backend, *state, *batch, *reset)
+    rest: tuple[Any, ...] = *batch, decay, eps, *reset
     with torch.no_grad():
         if not through_operator(backend, codes):
             _ema_update_torch(*state, *rest)
@@ -101,7 +101,7 @@ def _(
     replacement: Tensor | None,
 ) -> None:
     args = codes, sums, counts, batch_sums, batch_counts, decay, eps, dead, replacement
-    if not runs_triton(codes, sums, counts):
+    if not runs_triton(codes, sums, counts, batch_sums, batch_counts, dead, replacement):
         return _ema_update_torch(*args)
     from mmvq_kernels.gpu.ema import update_
 

@@ -72,7 +72,7 @@ def code_statistics(
     check_below("code_statistics", num_codes, "pass num_codes=L of the codebook", indices=indices)
     if groups is not None:
         check_below("code_statistics", num_groups, "pass num_groups=G", groups=groups)
-    require("code_statistics", backend, values)
+    require("code_statistics", backend, values, indices, groups)
     args = values.detach(), indices, num_codes, groups, 1 if groups is None else num_groups
     if through_operator(backend, values):
         counts, sums = _code_statistics(*args, deterministic)
@@ -102,7 +102,7 @@ def _(
     num_groups: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    if not runs_triton(values):
+    if not runs_triton(values, indices, groups):
         return _code_statistics_torch(values, indices, num_codes, groups, num_groups)
     from mmvq_kernels.gpu.statistics import accumulate
 

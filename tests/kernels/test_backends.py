@@ -66,7 +66,7 @@ def test_why_triton_cannot_run(
 
 def test_an_old_gpu_runs_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_is(monkeypatch, installed=True, gpu=True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert kernels.reason_unavailable("triton") == "the GPU's compute capability is below 8.0"
     assert kernels.available_backends() == ("torch",)
 
@@ -74,32 +74,55 @@ def test_an_old_gpu_runs_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("name", CALLS)
 def test_triton_takes_tensors_of_the_gpu_only(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     triton_is(monkeypatch, installed=True, gpu=True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert kernels.available_backends() == ("triton", "torch")
     with pytest.raises(RuntimeError, match="cannot run because a tensor is on the cpu"):
         CALLS[name]("triton")
 
 
+def on(gpu: str, dtype: torch.dtype = torch.float32) -> Mock:
+    return Mock(device=torch.device(gpu), dtype=dtype)
+
+
 def test_auto_says_once_what_it_takes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    on_gpu = Mock(device=torch.device("cuda"), dtype=torch.float32)
-    double = Mock(device=torch.device("cuda"), dtype=torch.float64)
-    elsewhere = Mock(device=torch.device("cuda:1"), dtype=torch.float32)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    for gpu, said in ((True, "auto: Triton kernels"), (False, "torch path, as torch sees no GPU")):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    for gpu, said in ((True, "auto on cuda:0: Triton kernels"), (False, "as torch sees no GPU")):
         triton_is(monkeypatch, installed=True, gpu=gpu)
         backends._gpu_runs_triton.cache_clear()
         caplog.clear()
         with caplog.at_level(logging.DEBUG, "mmvq_kernels"):
             assert not backends.runs_triton(x)
-            assert not backends.runs_triton(double)
-            assert not backends.runs_triton(on_gpu, elsewhere)
+            assert not backends.runs_triton(on("cuda:0", torch.float64))
+            assert not backends.runs_triton(on("cuda:0"), on("cuda:1"))
+            assert not backends.runs_triton(on("cuda:0"), None, x)
             assert caplog.messages == []
-            assert [backends.runs_triton(on_gpu) for _ in range(3)] == [gpu] * 3
+            assert [backends.runs_triton(on("cuda:0"), None) for _ in range(3)] == [gpu] * 3
         (record,) = caplog.messages
         assert said in record
     backends._gpu_runs_triton.cache_clear()
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_of_several_gpus_each_is_asked_for_itself(
+    current: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_each = {0: (9, 0), 1: (7, 5)}
+    triton_is(monkeypatch, installed=True, gpu=True)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_capability",
+        lambda gpu: of_each[current if gpu is None else gpu.index],
+    )
+    backends._gpu_runs_triton.cache_clear()
+    assert backends.runs_triton(on("cuda:0"))
+    assert not backends.runs_triton(on("cuda:1"))
+    backends._gpu_runs_triton.cache_clear()
+    backends.require("here", "triton", None, on("cuda:0"))
+    with pytest.raises(RuntimeError, match=r"compute capability is below 8\.0"):
+        backends.require("here", "triton", on("cuda:1"))
+    assert (kernels.reason_unavailable("triton") is None) == (current == 0)
 
 
 @pytest.mark.parametrize("name", CALLS)
