@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from mmvq_kernels.backends import (
     Backend,
@@ -48,14 +49,14 @@ def code_log_probabilities(
         x: features of B clips, `[B, T, D]`, any float dtype.
         codebook: codes, `[L, D]`.
         mask: bool `[B, T]`, True = valid; the mean is over valid segments, and what lies under a
-            False is not read. A clip without a valid segment is one of zeros.
+            False is not read. A clip without a valid segment (T = 0, too) is one of zeros.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
         `[B, L]`, in at least float32.
 
     Raises:
-        ValueError: shapes that do not fit, a mask that is not bool.
+        ValueError: shapes that do not fit, an empty codebook, a mask that is not bool.
         RuntimeError: the backend cannot run here.
 
     Examples:
@@ -64,9 +65,13 @@ def code_log_probabilities(
         tensor([[0.5000, 0.5000]])
     """
     _check(x, codebook, mask)
-    require("code_log_probabilities", backend, x, codebook)
-    valid = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask  # [B, T]
-    x = torch.where(valid[..., None], x, 0)
+    require("code_log_probabilities", backend, x, codebook, mask)
+    if mask is None:
+        valid = x.new_ones(x.shape[:2], dtype=torch.bool)
+    else:
+        valid, x = mask, torch.where(mask[..., None], x, 0)
+    if x.shape[1] == 0:  # one segment of padding
+        x, valid = pad(x, (0, 0, 0, 1)), pad(valid, (0, 1))
     used = valid | ~valid.any(1, keepdim=True)
     if transformed() or not through_operator(backend, x):
         run: Any = _LogProbabilities.apply
@@ -152,7 +157,7 @@ def _code_log_probabilities(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[
 
 @_code_log_probabilities.register_kernel("cuda")
 def _(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    if not runs_triton(x, codebook):
+    if not runs_triton(x, codebook, used):
         return _forward_torch(x, codebook, used)
     from mmvq_kernels.gpu.distribution import forward
 
@@ -192,7 +197,7 @@ def _(
     normalizers: Tensor,
     of_codes: bool,
 ) -> tuple[Tensor, Tensor]:
-    if not runs_triton(x, codebook):
+    if not runs_triton(x, codebook, used):
         return _backward_torch(grad, x, codebook, used, log_p, normalizers, of_codes)
     from mmvq_kernels.gpu.distribution import backward
 
@@ -262,6 +267,15 @@ def _check(x: Tensor, codebook: Tensor, mask: Tensor | None) -> None:
                 "x [B, T, D] and codebook [L, D] must share their last dimension",
                 hint="give every clip a time axis and project it to the codebook's width",
                 x=x,
+                codebook=codebook,
+            )
+        )
+    if codebook.shape[0] == 0:
+        raise ValueError(
+            message(
+                "code_log_probabilities",
+                "codebook must hold at least one code",
+                hint="build the codebook with size >= 1",
                 codebook=codebook,
             )
         )

@@ -46,6 +46,23 @@ def test_the_gradient_by_recomputation(clips: int, monkeypatch: pytest.MonkeyPat
     assert torch.equal(alone, both[0])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_clip_without_a_segment_is_one_of_zeros(masked: bool) -> None:
+    """As one is whose segments are all masked, whatever lies there."""
+    x, codebook = uniform(B, T, D).requires_grad_(), uniform(L, D, seed=1).requires_grad_()
+    none = torch.zeros(B, T, dtype=torch.bool)
+    found = code_log_probabilities(x[:, :0], codebook, none[:, :0] if masked else None)
+    wanted = code_log_probabilities_ref(torch.zeros(1, 1, D), codebook).expand(B, L)
+    other = code_log_probabilities(x, codebook, none)
+    close(found, wanted, atol(torch.float64))
+    close(other, wanted, atol(torch.float64))
+    of_x, of_codebook = torch.autograd.grad(found[:, 3].sum(), (x, codebook))
+    assert (of_x == 0).all()
+    exact, alike = (torch.autograd.grad(p[:, 3].sum(), codebook)[0] for p in (wanted, other))
+    for mine in (of_codebook, alike):
+        close(mine, exact, B * atol(torch.float64))
+
+
 def slacks(x: Tensor, codebook: Tensor, grad: Tensor, dtype: torch.dtype) -> list[float]:
     """How far off `ln P` and the gradients of x and codebook may be, computed in `dtype`.
 

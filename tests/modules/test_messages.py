@@ -735,6 +735,13 @@ KERNELS = [
         "x: float32[2, 5, 4]   codebook: float32[8, 3]",
         "give every clip a time axis and project it to the codebook's width",
     ),
+    Case(
+        lambda: kernels.code_log_probabilities(z, codes[:0]),
+        ValueError,
+        "code_log_probabilities: codebook must hold at least one code",
+        "codebook: float32[0, 4]",
+        "build the codebook with size >= 1",
+    ),
     *(
         Case(
             lambda mask=mask: kernels.code_log_probabilities(z, codes, mask),
