@@ -24,6 +24,8 @@ from mkdocs.structure.pages import Page
 from ziamath.operators import operators
 from ziamath.tex import tex2mml
 
+# of the pages that name functions without their module
+MODULES = {"equations.md": "mmvq.functional", "kernels.md": "mmvq_kernels"}
 STORY = Path(__file__).parents[1] / "examples" / "story.ipynb"
 FORMULA = re.compile(r'(?s)<(span|div) class="arithmatex">(.*?)</\1>')
 SIZE = 17  # of a formula's letters where those around it measure 16
@@ -49,10 +51,11 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     return story(json.loads(STORY.read_text()))[0] if ours else markdown
 
 
-def on_page_content(content: str, **_: object) -> str:
+def on_page_content(content: str, page: Page, **_: object) -> str:
     """Draw the formulas of a page, and link the names."""
     content = FORMULA.sub(lambda found: formula(html.unescape(found[2]).strip()), content)
-    return NAME.sub(_link, content)
+    module = MODULES.get(page.file.src_uri)
+    return NAME.sub(lambda found: _link(found, module), content)
 
 
 def formula(delimited: str) -> str:
@@ -71,8 +74,11 @@ def formula(delimited: str) -> str:
     return f'<{tag} class="arithmatex">{ElementTree.tostring(svg, encoding="unicode")}</{tag}>'
 
 
-def _link(found: re.Match[str]) -> str:
+def _link(found: re.Match[str], module: str | None) -> str:
+    """`<code>` as a link to the name in it; without one where the reference has no such name."""
     name = found[1]
+    if name and module and re.fullmatch(r"[a-z_]+", name) and name not in ("mmvq", "mmvq_kernels"):
+        name = f"{module}.{name}"
     if name and re.match(r"[A-Z][a-z]*[A-Z]", name) and "." not in name:  # of a class
         name = f"mmvq.compat.cmg.{name}" if name.startswith("CMG") else f"mmvq.{name}"
     if not name or not re.match(r"mmvq(_kernels)?\.", name):

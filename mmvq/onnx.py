@@ -34,7 +34,8 @@ def export(
 
     Args:
         quantizer: any mode; nothing in it is changed.
-        path: the file to write.
+        path: the file to write. Codes of more than half a gigabyte go into a second one beside it,
+            `path` with `.data`.
         method: `"encode"` or `"decode"`.
 
     Raises:
@@ -57,6 +58,7 @@ def export(
         dynamic_shapes=({0: torch.export.Dim("N")},),
         custom_translation_table=translation_table(),
         dynamo=True,
+        external_data=codes.nbytes > 1 << 29,  # ONNX ends at 2 GB a file
         verbose=False,
     )
 

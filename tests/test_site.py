@@ -76,6 +76,10 @@ def test_the_story_has_its_pictures(site: Path) -> None:
 def test_names_in_pages_lead_to_the_reference(site: Path) -> None:
     start = (site / "start/index.html").read_text()
     assert 'href="../api/mmvq/#mmvq.CrossCPC"' in start
+    equations = (site / "equations/index.html").read_text()
+    assert 'href="../api/functional/#mmvq.functional.contrastive.info_nce"' in equations
+    kernels = (site / "kernels/index.html").read_text()
+    assert 'href="../api/kernels/#mmvq_kernels.ema_update_"' in kernels
 
 
 def test_home_and_readme_tell_the_same_figures() -> None:

@@ -79,7 +79,7 @@ of the digits; no weight of another system was tuned at all, which favours Uni-C
 A head learns from labels of one modality in split 1 and is tested on another modality in split 2:
 other clips, writers, voices and sentences. The best constant guess is right for {chance:.2f} of the
 clips. Everything is measured after the last epoch ({" or ".join(map(str, epochs))}). "±" is half of
-the 95 % interval (Student's t) of the mean over seeds ({", ".join(map(str, seeds))}) of weights,
+the 95% interval (Student's t) of the mean over seeds ({", ".join(map(str, seeds))}) of weights,
 batches and heads. The rendering is one, and 300 test clips add an error of their own, about 0.03
 for a direction, which differences between systems share in part. {len(runs)} runs,
 {minutes:.0f} minutes of training and tests on a
@@ -120,7 +120,7 @@ def _claims(results: Results) -> str:
 
 Each claim is a difference that should be above 0, taken seed by seed and averaged over the
 directions: accuracy for clips, F1 for event segments. "yes" and "**no**" where the whole interval
-is on one side of 0; "open" where these seeds do not tell. Of so many verdicts at 95 %, a few will
+is on one side of 0; "open" where these seeds do not tell. Of so many verdicts at 95%, a few will
 be wrong by chance. The paper's own differences, of single runs and in points of per cent, are
 beside them (mean of both directions; 40K clips unless the claim is about their number).
 
@@ -129,7 +129,7 @@ In all, {counts}.
 {table(head, rows)}
 
 More codes are shared (Fig. 4): the part of the codes in use that no modality holds by more
-than 80 %.
+than 80%.
 
 {sharing}"""
 

@@ -52,6 +52,7 @@ def test_onnxruntime_finds_the_same_codes(dtype: torch.dtype, tmp_path: Path) ->
     export(module, tmp_path / "encode.onnx")
     export(module, tmp_path / "decode.onnx", "decode")
     assert module.training
+    assert {path.name for path in tmp_path.iterdir()} == {"encode.onnx", "decode.onnx"}
     for number in (0, 1, 2, 7, 300):
         x = rows(number, module)
         indices = run(tmp_path / "encode.onnx", "x", x)
