@@ -26,7 +26,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cmg import data as generic
 from cmg import digits
@@ -73,17 +72,11 @@ def run(args: argparse.Namespace) -> None:
     folder = args.output or Path("runs") / name
     make_writable(folder)
     standardizer = Standardizer.fit(clips)
-    features = as_cells(standardizer.transform(clips.features))
+    features = standardizer.cells(clips.features)
 
     settings, training = PRESETS[args.preset]
     torch.manual_seed(args.seed)
-    first = next(iter(features.values()))
-    config = Config(
-        shapes={m: (x.shape[2], x.shape[3]) for m, x in features.items()},
-        segments=first.shape[1],
-        without=tuple(sorted(set(args.without))),
-        **settings,
-    )
+    config = Config.of(features, without=tuple(sorted(set(args.without))), **settings)
     model = UniCode(config).to(device)
     recipe = Recipe(**training | ({"epochs": args.epochs} if args.epochs else {}))
     identity = {
@@ -97,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if not is_first():
         return
 
-    codes, indices = quantize(model, features)
+    codes, indices = model.quantize(features)
     scores = evaluate(codes, clips, args.seed)
     held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
     metrics = {
@@ -109,11 +102,7 @@ def run(args: argparse.Namespace) -> None:
         "codebook": codebook_summary(held_out, config.codebook_size),
         "seconds": time.monotonic() - began,
     }
-    state = {
-        **model.state_dict(),
-        **{f"standardizer/{k}": v for k, v in standardizer.tensors().items()},
-    }
-    save_model(folder, state, config.json())
+    save_model(folder, model.state_dict() | standardizer.tensors(), config.json())
     plot_codes(
         folder / "codes.png", model.quantizer.codebook, code_counts(held_out, config.codebook_size)
     )
@@ -128,27 +117,6 @@ def run(args: argparse.Namespace) -> None:
     reference = cca_reference(clips, args.seed) if args.reference else None
     print(_summary(metrics, folder))
     print(table(metrics, reference))
-
-
-def as_cells(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """[N, T, ..., C] -> [N, T, P, C]: a grid's cells in a row, a flat vector as one cell."""
-    return {name: x.reshape(*x.shape[:2], -1, x.shape[-1]) for name, x in features.items()}
-
-
-@torch.no_grad()
-def quantize(
-    model: UniCode, features: dict[str, Tensor], batch_size: int = 100
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Codes [N, T, D] and their indices [N, T] of all clips, the encoders frozen, on the CPU."""
-    model.eval()
-    device = next(model.parameters()).device
-    codes: dict[str, Tensor] = {}
-    indices: dict[str, Tensor] = {}
-    for name, x in features.items():
-        batches = [model.semantic[name](part.to(device)) for part in x.split(batch_size)]
-        chosen = torch.cat([model.quantizer.encode(z).cpu() for z in batches])
-        indices[name], codes[name] = chosen, model.quantizer.decode(chosen.to(device)).cpu()
-    return codes, indices
 
 
 def open_data(
@@ -185,7 +153,7 @@ def _score_as_it_is(
     model: UniCode, standardizer: Standardizer, clips: Clips, seed: int
 ) -> dict[str, Scores]:
     """Every direction on other clips, without any training but that of the heads."""
-    codes, _ = quantize(model, as_cells(standardizer.transform(clips.features)))
+    codes, _ = model.quantize(standardizer.cells(clips.features))
     return evaluate(codes, clips, seed)
 
 

@@ -67,6 +67,12 @@ class Config:
     club_negatives: Literal["all", "shuffled"] = "all"
     without: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, features: Mapping[str, Tensor], **settings: Any) -> Config:
+        """For features [N, T, P, C] of these names and sizes; settings are other fields."""
+        shapes = {name: (x.shape[2], x.shape[3]) for name, x in features.items()}
+        return cls(shapes, next(iter(features.values())).shape[1], **settings)
+
     def json(self) -> dict[str, Any]:
         """As config.json has it."""
         return asdict(self) | {"shapes": {name: list(shape) for name, shape in self.shapes.items()}}
@@ -201,6 +207,21 @@ class UniCode(nn.Module):
             bounds = [club(z[name], specific[name]) for name, club in self.club.items()]
             terms["club"] = torch.stack(bounds).mean()  # Eq. 5
         return terms
+
+    @torch.no_grad()
+    def quantize(
+        self, features: Mapping[str, Tensor], batch_size: int = 100
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Any clips [N, T, P, C] as codes [N, T, D] and indices [N, T], on the CPU; no training."""
+        self.eval()
+        device = next(self.parameters()).device
+        codes: dict[str, Tensor] = {}
+        indices: dict[str, Tensor] = {}
+        for name, x in features.items():
+            batches = [self.semantic[name](part.to(device)) for part in x.split(batch_size)]
+            chosen = torch.cat([self.quantizer.encode(z).cpu() for z in batches])
+            indices[name], codes[name] = chosen, self.quantizer.decode(chosen.to(device)).cpu()
+        return codes, indices
 
     def club_fit(self, features: Features) -> Tensor:
         """The loss of CLUB's own networks; no gradient reaches the features."""

@@ -68,6 +68,13 @@ class Standardizer:
         """Map [N, T, ..., C], any float dtype, to float32 [N, T, ..., width], clip by clip."""
         return {name: self._transform(name, x) for name, x in features.items()}
 
+    def cells(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same with the cells of a grid in a row, [N, T, P, width]; a flat vector is one."""
+        return {
+            name: x.reshape(*x.shape[:2], -1, x.shape[-1])
+            for name, x in self.transform(features).items()
+        }
+
     def _transform(self, name: str, x: Tensor) -> Tensor:
         mean, axes = self.mean[name], self.axes[name]
         y = torch.empty(*x.shape[:-1], axes.shape[1])
@@ -81,9 +88,9 @@ class Standardizer:
         return (x - self.mean[name]) @ axes @ torch.linalg.pinv(axes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The map as flat names and tensors, for a checkpoint."""
-        mean = {f"mean/{name}": x for name, x in self.mean.items()}
-        return mean | {f"axes/{name}": x for name, x in self.axes.items()}
+        """The map as flat names and tensors, to be stored with a model's."""
+        mean = {f"standardizer/mean/{name}": x for name, x in self.mean.items()}
+        return mean | {f"standardizer/axes/{name}": x for name, x in self.axes.items()}
 
     def fingerprint(self) -> int:
         """A checksum: other data, another map, another number."""
@@ -91,12 +98,13 @@ class Standardizer:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Standardizer:
-        """The map that `tensors()` described."""
+        """The map that `tensors()` described, other tensors aside."""
         parts: dict[str, dict[str, Tensor]] = {"mean": {}, "axes": {}}
         for key, x in tensors.items():
-            part, name = key.split("/", 1)
-            parts[part][name] = x
-        return cls(parts["mean"], parts["axes"])
+            match key.split("/", 2):
+                case ["standardizer", part, name]:
+                    parts[part][name] = x
+        return cls(**parts)
 
 
 def _sample(features: Tensor, rows: Tensor, samples: int) -> Tensor:

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cmg_pretrain import as_cells, quantize
 from torch import Tensor
 
 from cmg.checkpoint import load_model
@@ -16,7 +15,6 @@ from cmg.data import Clips
 from cmg.model import Config, UniCode
 from cmg.standardize import Standardizer
 
-_STANDARDIZER = "standardizer/"
 Codes = tuple[dict[str, Tensor], dict[str, Tensor]]  # codes [N, T, D] and their indices [N, T]
 
 
@@ -51,7 +49,7 @@ class TrainedRun:
         model = UniCode(config)
         model.semantic.load_state_dict(_part(tensors, "semantic."))
         model.quantizer.load_state_dict(_part(tensors, "quantizer."))
-        standardizer = Standardizer.from_tensors(_part(tensors, _STANDARDIZER))
+        standardizer = Standardizer.from_tensors(tensors)
         return cls(clips, config, seed, model.eval().requires_grad_(False), standardizer)
 
     def quantize(self, features: Mapping[str, Tensor]) -> Codes:
@@ -63,7 +61,7 @@ class TrainedRun:
         Returns:
             Name -> quantized vectors [N, T, D], and name -> int64 indices [N, T].
         """
-        return quantize(self.model, as_cells(self.standardizer.transform(features)))
+        return self.model.quantize(self.standardizer.cells(features))
 
     @cached_property
     def codes(self) -> Codes:

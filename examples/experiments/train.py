@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cmg_pretrain import as_cells, quantize
 from torch import Tensor
 
 from cmg.checkpoint import save_model
@@ -81,12 +80,8 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
     torch.set_num_threads(1)
     clips = data.load(experiment)
     standardizer = Standardizer.fit(clips)
-    features = as_cells(standardizer.transform(clips.features))
-    config = Config(
-        shapes={m: (x.shape[2], x.shape[3]) for m, x in features.items()},
-        segments=next(iter(features.values())).shape[1],
-        **experiment.config,
-    )
+    features = standardizer.cells(clips.features)
+    config = Config.of(features, **experiment.config)
     repeats = 1 if experiment.clips is None else CLIPS / experiment.clips
     recipe = Recipe(epochs=round(experiment.epochs * repeats))
     for seed in seeds:
@@ -97,7 +92,7 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
         trainer.fit()
         (runs / name / CHECKPOINT).unlink()  # it has done its work
 
-        codes, indices = quantize(model, features)
+        codes, indices = model.quantize(features)
         held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
         result = {
             "identity": identity(experiment, seed),
@@ -106,11 +101,7 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
             "codes": _code_map(model.quantizer.codebook, held_out),
             "seconds": time.monotonic() - began,
         }
-        state = {
-            **model.state_dict(),
-            **{f"standardizer/{k}": v for k, v in standardizer.tensors().items()},
-        }
-        save_model(runs / name, state, config.json())
+        save_model(runs / name, model.state_dict() | standardizer.tensors(), config.json())
         write_result(results / f"{name}.json", result)
 
 
