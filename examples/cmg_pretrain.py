@@ -108,15 +108,17 @@ def run(args: argparse.Namespace) -> None:
     )
     plot_training(folder / "training.png", history)
     write_metrics(folder / "metrics.json", metrics)
-    if elsewhere:
-        scored = {
-            data: _score_as_it_is(model, standardizer, other, args.seed)
-            for data, other in elsewhere.items()
-        }
+    scored = {
+        data: _score_as_it_is(model, standardizer, other, args.seed)
+        for data, other in elsewhere.items()
+    }
+    if scored:
         write_atomic(folder / "downstream.json", json.dumps(scored, indent=2).encode())
     reference = cca_reference(clips, args.seed) if args.reference else None
     print(_summary(metrics, folder))
     print(table(metrics, reference))
+    for data, found in scored.items():
+        print(f"\n{data}, the model as it is:\n\n{table(found)}")
 
 
 def open_data(
@@ -139,8 +141,15 @@ def open_data(
 
 
 def _open_elsewhere(data: str, clips: Clips, args: argparse.Namespace) -> Clips:
-    """Another set of the same features."""
-    _, other = open_data(data, clips.modalities, args.text_encoder)
+    """Another set of the same features, in the modalities that both have."""
+    _, other = open_data(data, None, args.text_encoder)
+    both = [name for name in clips.modalities if name in other.features]
+    if len(both) < 2:
+        raise DataError(
+            f"--downstream {data}: must have two of {' '.join(clips.modalities)} or more; "
+            f"came {' '.join(other.modalities)}."
+        )
+    other = other.only(both)
     for name, x in other.features.items():
         T, C = clips.features[name].shape[1], clips.features[name].shape[-1]
         if (x.shape[1], x.shape[-1]) != (T, C):
@@ -217,7 +226,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="DATA",
-        help="also train heads and test on these sets, the pre-trained model as it is",
+        help="also train heads and test on these sets, the pre-trained model as it is, in the "
+        "modalities that it and a set have in common",
     )
     parser.add_argument(
         "--text-encoder",

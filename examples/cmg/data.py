@@ -12,8 +12,8 @@ The labels of split 0 are never read: they become -1 here, so nothing later can 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,17 @@ class Clips:
     def rows(self, *splits: int) -> Tensor:
         """Indices of the clips in any of `splits`, ascending."""
         return torch.isin(self.split, torch.tensor(splits)).nonzero().squeeze(1)
+
+    def only(self, names: Iterable[str]) -> Clips:
+        """The same clips in these modalities."""
+        names = tuple(names)
+        return replace(
+            self,
+            features={name: self.features[name] for name in names},
+            segment_labels={
+                name: self.segment_labels[name] for name in names if name in self.segment_labels
+            },
+        )
 
 
 def load_clips(path: str | Path, modalities: Sequence[str] | None = None) -> Clips:

@@ -165,6 +165,13 @@ def test_an_output_that_cannot_be_written_is_said_at_once(
         (lambda a: a.update({m: x[:, :3] for m, x in a.items() if x.ndim > 1}), "[N, 4, ..., 12]"),
         (lambda a: a.update(audio=a["audio"][..., :7]), "audio: must be [N, 4, ..., 12], as in"),
         (lambda a: a.pop("text"), "no modality 'text'"),
+        (
+            lambda a: (
+                [a.update({x.replace("o", "0"): a.pop(x)}) for x in list(a)[:2]]
+                + [a.pop(f"seg_labels_{m}") for m in ("audio", "video")]
+            ),
+            "must have two of audio video text or more; came text audi0 vide0.",
+        ),
         (None, "no such file"),
     ],
 )

@@ -141,21 +141,11 @@ def test_avsbench_s4(tmp_path: Path, split: str, masks: int) -> None:
     assert clip.prompt == "a dog"
 
 
-def test_text_is_the_prompt_of_the_category(tmp_path: Path) -> None:
+@pytest.fixture
+def bert(tmp_path: Path) -> str:
+    """The folder of a text encoder that knows a few words, 16 wide."""
     transformers = pytest.importorskip("transformers")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        "the",
-        "sound",
-        "of",
-        "dog",
-        "bark",
-        "violin",
-    ]
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the sound of dog bark violin".split()
     folder = tmp_path / "bert"
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(words))
@@ -168,17 +158,37 @@ def test_text_is_the_prompt_of_the_category(tmp_path: Path) -> None:
         intermediate_size=16,
     )
     transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_text_is_the_prompt_of_the_category(tmp_path: Path, bert: str) -> None:
     released.vggsound_avel(tmp_path / "set", clips=9)
-    got = with_text(sets.vggsound_avel(tmp_path / "set"), str(folder))
+    got = with_text(sets.vggsound_avel(tmp_path / "set"), bert)
     text = got.features["text"]
     assert text.shape == (9, 10, 16)
     assert torch.equal(text[0], text[3])  # the same category
     assert not torch.equal(text[0], text[1])
-    assert (text[0].abs().sum(-1) > 0).tolist() == [True] * 5 + [
-        False
-    ] * 5  # "the sound of dog bark"
+    there = text[0].abs().sum(-1) > 0
+    assert there.tolist() == [True] * 5 + [False] * 5  # "the sound of dog bark"
     with pytest.raises(DataError, match="cannot be loaded"):
         with_text(got, str(tmp_path / "none"))
+
+
+def test_a_model_of_three_modalities_is_tested_on_a_set_of_two(
+    tmp_path: Path, bert: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    released.vggsound_avel(tmp_path / "vgg", clips=36)
+    released.ave(tmp_path / "ave")
+    data = [f"vggsound-avel:{tmp_path / 'vgg'}", "--modalities", "audio", "video", "text"]
+    arguments = ["--epochs", "1", "--text-encoder", bert, "--output", str(tmp_path / "out")]
+    ave = f"ave:{tmp_path / 'ave'}"
+    assert cmg_pretrain.main(["--data", *data, *arguments, "--downstream", ave]) == 0
+    elsewhere = json.loads((tmp_path / "out" / "downstream.json").read_text())
+    assert set(elsewhere[ave]["classification"]) == {"audio->video", "video->audio"}
+    here, there = capsys.readouterr().out.split(f"{ave}, the model as it is:")
+    assert "text->audio" in here
+    assert "audio->video" in there
+    assert "text" not in there
 
 
 @pytest.mark.parametrize("preset", ["paper", "cmg-released"])

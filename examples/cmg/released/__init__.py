@@ -8,7 +8,6 @@ numpy arrays and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ..data import Clips
@@ -64,9 +63,4 @@ def load_released(
         if name not in clips.features:
             offered = ", ".join(clips.modalities)
             raise DataError(f"{kind}:{root}: no modality '{name}'. The set offers: {offered}.")
-    chosen = modalities or clips.modalities
-    return replace(
-        clips,
-        features={name: clips.features[name] for name in chosen},
-        segment_labels={name: clips.segment_labels[name] for name in chosen},
-    )
+    return clips.only(modalities or clips.modalities)

@@ -13,7 +13,6 @@ the loss is InfoNCE over the batch, and the gallery is all of split 2.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,7 +88,7 @@ def retrieve(run: TrainedRun, gallery: str = "audio") -> Scores:
             f"retrieval: needs clips with {gallery} and two other modalities in the run; came "
             f"clips of {' '.join(run.clips.features)} and a run of {' '.join(run.config.shapes)}."
         )
-    only = dataclasses.replace(run.clips, features={gallery: run.clips.features[gallery]})
+    only = run.clips.only([gallery])
     items = Standardizer.fit(only).transform(only.features)[gallery].flatten(2)  # [N, T, C]
     train, test = run.clips.rows(TRAIN), run.clips.rows(TEST)
     scores: dict[tuple[str, str], dict[str, float]] = {}

@@ -8,7 +8,6 @@ named take part.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -128,7 +127,7 @@ def scenes(run: TrainedRun, path: str | Path | None = None) -> tuple[Frames, Fra
     path = digits.load_scenes() if path is None else path
     clips = load_clips(path, [*names, "video"])
     codes, _ = run.quantize({name: clips.features[name] for name in names})
-    video = dataclasses.replace(clips, features={"video": clips.features["video"]})
+    video = clips.only(["video"])
     cells = Standardizer.fit(video).transform(video.features)["video"]
     with np.load(path, allow_pickle=False) as file:
         drawn, pictures = (torch.from_numpy(file[key]) for key in ("masks", "frames"))
