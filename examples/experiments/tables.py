@@ -23,8 +23,9 @@ def comparison(
     paper: Mapping[str, Row],
     paper_columns: Sequence[str],
 ) -> str:
-    """Estimates of experiments and what the paper has for them, empty where it has nothing."""
-    theirs = [f"paper: {name}" if n == 0 else name for n, name in enumerate(paper_columns)]
+    """Estimates of experiments and what the paper has for them, if it has any of them."""
+    known = paper_columns if paper.keys() & rows.keys() else ()
+    theirs = [f"paper: {name}" if n == 0 else name for n, name in enumerate(known)]
     lines = [
         [
             title(name),

@@ -90,6 +90,9 @@ def test_the_page_says_what_the_results_say(folder: Path) -> None:
     assert "47.7 | 52.3 | 64.0 | 65.6" in lines["Uni-Code"]
     assert "half of the clips over all | -0.10 ± 0.00 | **no**" in page
     assert "Not yet run" not in page
+    assert "| Uni-Code is the best (Table 1) | 5 yes | " in page
+    (total,) = re.findall(r"\*\*all\*\* \| (\d+) yes.* \| (\d+) yes", page)
+    assert sum(map(int, total)) == len(re.findall(r"(?<=0 \| )yes(?= \|)", page)) > 5
     for claim in [*(c for group in CLAIMS.values() for c in group), *QUESTIONS, *SHARING]:
         assert claim.text in page
     pictures = re.findall(r"\]\(([\w-]+\.png)\)", page)
