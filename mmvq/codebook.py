@@ -1,9 +1,9 @@
-"""The codebook: its state, and how it moves."""
+"""The codebook, and how it moves; `mmvq/state.py` has what it keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,13 +23,12 @@ from mmvq.checks import (
     readable,
 )
 from mmvq.distributed import all_reduce_, meet, world_size
-from mmvq.pretrained import Pretrained
+from mmvq.state import CodebookState, Init
 
 ResetRule = Literal["all", "any"]
-Init = Literal["kmeans", "samples", "uniform"]
 
 
-class EMACodebook(Pretrained):
+class EMACodebook(CodebookState):
     r"""L codes kept by a moving average of the vectors that choose them (Eq. 7).
 
     $$N \leftarrow \gamma N + (1 - \gamma) n \qquad o \leftarrow \gamma o + (1 - \gamma) s \qquad
@@ -71,14 +70,6 @@ class EMACodebook(Pretrained):
         1
     """
 
-    codes: Tensor
-    sums: Tensor
-    counts: Tensor
-    ages: Tensor
-    usage: Tensor
-    steps: Tensor
-    initialized: Tensor
-    voters: Tensor
     dim: int
     size: int
     groups: int
@@ -102,42 +93,29 @@ class EMACodebook(Pretrained):
         init: Init = "uniform",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
-        check_int("EMACodebook", 1, dim=dim, size=size, groups=groups)
-        check_number("EMACodebook", 0, 1, decay=decay, eps=eps)
-        check_choice("EMACodebook", ("all", "any"), reset_rule=reset_rule)
-        check_choice("EMACodebook", ("kmeans", "samples", "uniform"), init=init)
+        where = "EMACodebook"
+        check_int(where, 1, dim=dim, size=size, groups=groups)
+        check_number(where, 0, 1, decay=decay, eps=eps)
+        check_choice(where, ("all", "any"), reset_rule=reset_rule)
+        check_choice(where, get_args(Init), init=init)
         if reset_after is not None:
-            check_int("EMACodebook", 1, reset_after=reset_after)
-        self.dim, self.size, self.groups = dim, size, groups
-        self.decay, self.eps = decay, eps
-        self.reset_after, self.reset_rule, self.init = reset_after, reset_rule, init
-        self.update_from, self.process_group = update_from, process_group
-        self._ready = init == "uniform"
-        self._pending: Tensor | None = None
-
-        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        codes = torch.empty(size, dim, dtype=dtype).uniform_(-1 / size, 1 / size)
+            check_int(where, 1, reset_after=reset_after)
         sources = range(groups) if update_from is None else update_from
         if not (isinstance(sources, Collection) and sources and {*sources} <= {*range(groups)}):
             raise ValueError(
                 message(
-                    "EMACodebook",
+                    where,
                     f"update_from must hold one or more group numbers from 0 to {groups - 1}",
                     hint="pass None to update from all groups",
                     update_from=update_from,
                     groups=groups,
                 )
             )
-        self._sources = sorted(set(sources))
-        self.register_buffer("codes", codes)
-        self.register_buffer("sums", codes.clone())
-        self.register_buffer("counts", torch.ones(size, dtype=dtype))
-        self.register_buffer("ages", torch.full((groups, size), F.UNSEEN))
-        self.register_buffer("usage", torch.zeros(groups, size, dtype=torch.long))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.register_buffer("initialized", torch.tensor(self._ready))
-        self.register_buffer("voters", self._find_voters(), persistent=False)
+        super().__init__(dim, size, groups, sorted({*sources}), init)
+        self.dim, self.size, self.groups = dim, size, groups
+        self.decay, self.eps = decay, eps
+        self.reset_after, self.reset_rule = reset_after, reset_rule
+        self.update_from, self.process_group = update_from, process_group
 
     @property
     def weight(self) -> Tensor:
@@ -203,11 +181,6 @@ class EMACodebook(Pretrained):
         self.initialized.logical_or_(some)
         # A compiled graph cannot wait for the answer: there, the first batch is the one.
         self._ready = _without_data(some) or bool(some)
-
-    def match_dtype(self, dtype: torch.dtype) -> None:
-        """Make the state float64 if `dtype` is; the state never gets narrower by itself."""
-        if dtype == torch.float64 and self.codes.dtype != torch.float64:
-            self.double()
 
     @torch.no_grad()
     def accumulate(self, values: Tensor, indices: Tensor, groups: Tensor | None = None) -> None:
@@ -330,38 +303,6 @@ class EMACodebook(Pretrained):
         if any(values.shape != (*x.shape, self.dim) for x in each.values()):
             rule = f"values must be [..., {self.dim}], {' and '.join(each)} [...]"
             raise ValueError(message(where, rule, hint=hint, values=values, **each))
-
-    def _find_voters(self) -> Tensor:
-        """Which groups are in `update_from`: bool `[G]`."""
-        voters = torch.zeros(self.groups, dtype=torch.bool)
-        voters[self._sources] = True
-        return voters
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMACodebook:
-        # The state follows .to(device) and .double(), never a cast below float32.
-        def keep_precision(t: Tensor) -> Tensor:
-            out = fn(t)
-            narrow = out.is_floating_point() and out.dtype.itemsize < 4
-            return t.to(out.device) if narrow else out
-
-        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
-        if self._pending is not None:
-            self._pending = keep_precision(self._pending)
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        codes = state_dict.get(f"{prefix}codes")
-        if isinstance(codes, Tensor):
-            self.match_dtype(codes.dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if self.codes.dtype.itemsize < 4:  # `assign=True` takes the tensors as the file has them
-            self.float()
-        self.voters = self._find_voters().to(self.codes.device)  # no file holds them
-        if not self.initialized.is_meta:
-            self._ready = self.init == "uniform" or bool(self.initialized)
-        self._pending = None  # it belongs to the state that was here before
 
 
 def _without_data(x: Tensor) -> bool:

@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch import Tensor
 
 from mmvq import functional as F
@@ -23,15 +22,14 @@ from mmvq.checks import (
     check_vectors,
     message,
 )
-from mmvq.codebook import EMACodebook, Init, ResetRule, recomputing
+from mmvq.codebook import EMACodebook, ResetRule, recomputing
 from mmvq.losses import CrossModalCommitmentLoss
+from mmvq.partners import PARTNERS, Partner, Tensors, mix_partners
 from mmvq.pretrained import Pretrained
+from mmvq.state import Init
 
-Tensors = Mapping[str, Tensor]
-Partner = Callable[[Tensor, Tensors, Tensors], Tensor]
 Commitment = Callable[[Tensors, Tensors, Tensors | None], Tensor]
 
-_PARTNERS: dict[str, Partner] = {"attention": F.cross_attend, "aligned": F.aligned_partner}
 _GRADIENTS = {"straight_through": F.straight_through, "rotation": F.rotate}
 
 
@@ -160,7 +158,7 @@ class MultiModalEMAQuantizer(Pretrained):
             )
         if not callable(partner):
             hint = "pick one, or pass a callable (z_a, others, masks) -> r"
-            check_choice(where, (*_PARTNERS, "none"), hint, partner=partner)
+            check_choice(where, (*PARTNERS, "none"), hint, partner=partner)
         called = callable(commitment) and not isinstance(commitment, type)
         if not (called or commitment in ("default", None)):
             rule = "commitment must be a callable (features, codes, masks) -> loss, or None"
@@ -223,8 +221,8 @@ class MultiModalEMAQuantizer(Pretrained):
 
         rows = _flat(z)  # [N, D], of all modalities
         if updating:
-            mixed, groups, usable = self._mix_partners(rows, z, valid)  # Sec. 4.3
-            book.initialize(mixed, groups, usable)
+            values, groups, usable = self._contributions(rows, z, valid)  # Sec. 4.3
+            book.initialize(values, groups, usable)
         index = book.search(rows)  # Eq. 2
         codes = _unflat(book.weight.index_select(0, index), z)  # the snapshot
         if self.commitment is None:
@@ -232,7 +230,7 @@ class MultiModalEMAQuantizer(Pretrained):
         else:
             loss = self.commitment(z, codes, None if masks is None else valid)  # Eq. 8
         if updating:
-            book.accumulate(mixed, torch.where(usable, index, -1), groups)  # Eq. 7, brackets
+            book.accumulate(values, torch.where(usable, index, -1), groups)  # Eq. 7, brackets
             if self.update == "auto":
                 book.apply()  # Eq. 7
 
@@ -250,46 +248,20 @@ class MultiModalEMAQuantizer(Pretrained):
         return QuantizerOutput(quantized, indices, loss)
 
     @torch.no_grad()
-    def _mix_partners(
-        self, rows: Tensor, z: Mapping[str, Tensor], valid: Mapping[str, Tensor]
+    def _contributions(
+        self, rows: Tensor, z: Tensors, valid: Tensors
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The vectors that enter o, `(1 - w) z + w r`, their groups, and which are fit to enter."""
-        book, w = self.ema_codebook, self.partner_weight
-        book.match_dtype(rows.dtype)
-        usable = torch.cat([m.flatten() for m in valid.values()]) & F.finite_rows(rows)
+        """What the vectors give to o, the group of each, and which are fit to enter."""
+        self.ema_codebook.match_dtype(rows.dtype)
+        usable = _flat(valid) & F.finite_rows(rows)
         masks = _unflat(usable, z)
-        rows = rows.to(book.codes.dtype)
-        if callable(self.partner):  # those of `_PARTNERS` read no other where its mask is False
-            rows = torch.where(usable[:, None], rows, 0)
-        z = _unflat(rows, z)
-        mixed = rows.clone()
-        parts = _unflat(mixed, z)
-        with torch.autocast(book.codes.device.type, enabled=False):
-            for name, x in z.items():
-                others = {other: z[other] for other in z if other != name}
-                if not others or self.partner == "none" or w == 0:
-                    continue
-                partner = self.partner if callable(self.partner) else _PARTNERS[self.partner]
-                r = partner(x, others, {other: masks[other] for other in others})
-                if not isinstance(r, Tensor) or r.shape != x.shape:
-                    raise ValueError(
-                        message(
-                            "MultiModalEMAQuantizer",
-                            "the partner callable must return a tensor shaped as z_a",
-                            hint="return [B, T, D], and z_a itself where there is no partner",
-                            z_a=x,
-                            r=r,
-                        )
-                    )
-                # at 1/2, the same bits from either side
-                parts[name].mul_(1 - w).add_(r, alpha=w)
-        groups = torch.cat(
-            [
-                m.new_full((m.numel(),), self._sorted.index(name), dtype=torch.long)
-                for name, m in masks.items()
-            ]
-        )
-        return mixed, groups, usable
+        wide = _unflat(rows.to(self.ema_codebook.codes.dtype), z)
+        mixed = mix_partners(wide, masks, self.partner, self.partner_weight)
+        groups = {
+            name: torch.full_like(mask, self._sorted.index(name), dtype=torch.long)
+            for name, mask in masks.items()
+        }
+        return _flat(mixed), _flat(groups), usable
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.
@@ -365,11 +337,13 @@ class MultiModalEMAQuantizer(Pretrained):
         )
 
 
-def _flat(z: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([rearrange(x, "b t d -> (b t) d") for x in z.values()])
+def _flat(z: Tensors) -> Tensor:
+    """`[B, T, ...]` of each modality -> `[N, ...]` of all."""
+    return torch.cat([x.flatten(0, 1) for x in z.values()])
 
 
-def _unflat(rows: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _unflat(rows: Tensor, like: Tensors) -> dict[str, Tensor]:
+    """`[N, ...]` of all -> `[B, T, ...]` of each modality."""
     parts = rows.split([x.shape[0] * x.shape[1] for x in like.values()])
     return {
         name: part.unflatten(0, x.shape[:2])

@@ -1,0 +1,55 @@
+"""What enters the moving average: each vector with its partner (Sec. 4.3, Eq. 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from mmvq import functional as F
+from mmvq.checks import message
+
+Tensors = Mapping[str, Tensor]
+Partner = Callable[[Tensor, Tensors, Tensors], Tensor]
+
+PARTNERS: dict[str, Partner] = {"attention": F.cross_attend, "aligned": F.aligned_partner}
+
+
+def mix_partners(z: Tensors, masks: Tensors, partner: str | Partner, weight: float) -> Tensors:
+    r"""$(1 - w) z^a + w r^a$ for each modality a; where there are no others, $r^a = z^a$.
+
+    Args:
+        z: name -> `[B, T, D]`.
+        masks: name -> bool `[B, T]`, True = fit to be a partner.
+        partner: a name in `PARTNERS`, `"none"`, or a callable `(z_a, others, masks) -> r`, which
+            gets zeros for what is unfit.
+        weight: w.
+
+    Raises:
+        ValueError: the callable returns something else than r, `[B, T, D]`.
+    """
+    if partner == "none" or weight == 0:
+        return z
+    if callable(partner):  # those of `PARTNERS` read no other where its mask is False
+        z = {name: torch.where(masks[name][..., None], x, 0) for name, x in z.items()}
+    find = partner if callable(partner) else PARTNERS[partner]
+    mixed = dict(z)
+    for name, x in z.items():
+        others = {other: z[other] for other in z if other != name}
+        if not others:
+            continue
+        with torch.autocast(x.device.type, enabled=False):
+            r = find(x, others, {other: masks[other] for other in others})
+        if not isinstance(r, Tensor) or r.shape != x.shape:
+            raise ValueError(
+                message(
+                    "MultiModalEMAQuantizer",
+                    "the partner callable must return a tensor shaped as z_a",
+                    hint="return [B, T, D], and z_a itself where there is no partner",
+                    z_a=x,
+                    r=r,
+                )
+            )
+        mixed[name] = (x * (1 - weight)).add_(r, alpha=weight)  # at 1/2, the same from either side
+    return mixed
