@@ -1,14 +1,15 @@
-"""What many tests need: dtypes, draws, and the bound on rounding that tolerances come from."""
+"""What many tests need: dtypes, draws, states, and the rounding that tolerances come from."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -41,6 +42,17 @@ def strided(x: Tensor) -> Tensor:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that statistics and losses of `dtype` are computed in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of its state_dict."""
+    return {name: x.clone() for name, x in module.state_dict().items()}
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """The same names, dtypes and bits."""
+    names = a.keys() | b.keys()
+    return all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in names)
 
 
 def close(actual: Tensor, expected: Tensor | float | list[float], atol: float) -> None:

@@ -1,4 +1,4 @@
-"""The codebook alone: its state, its steps, and how it starts."""
+"""The codebook alone: its steps, and how it starts."""
 
 from __future__ import annotations
 
@@ -7,22 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, bools, close, rounding, uniform
+from support import DTYPES, bools, close, rounding, same, state, uniform
 from torch import Tensor, nn
 
 from mmvq import EMACodebook, functional, update_codebooks
-from mmvq.codebook import Init
+from mmvq.state import Init
 
 D, L, N = 4, 6, 40
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def state(book: nn.Module) -> dict[str, Tensor]:
-    return {name: x.clone() for name, x in book.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a | b)
 
 
 def step(book: EMACodebook, x: Tensor, groups: Tensor | None = None) -> Tensor:
@@ -30,22 +21,6 @@ def step(book: EMACodebook, x: Tensor, groups: Tensor | None = None) -> Tensor:
     book.accumulate(x, indices, groups)
     book.apply()
     return indices
-
-
-def test_starts_small_with_one_vector_in_each_code() -> None:
-    book = EMACodebook(D, L, groups=2)
-    assert book.codes.shape == (L, D)
-    assert (book.codes.abs() <= 1 / L).all()
-    assert torch.equal(book.sums, book.codes)
-    assert torch.equal(book.counts, torch.ones(L))
-    assert (book.ages == functional.UNSEEN).all()
-    assert book.ages.shape == book.usage.shape == (2, L)
-    assert not any(p.requires_grad for p in book.parameters())
-    assert book.weight is book.codes
-    assert repr(book) == (
-        "EMACodebook(dim=4, size=6, decay=0.99, eps=1e-05, reset_after=None, "
-        "reset_rule='all', init='uniform')"
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -149,24 +124,6 @@ def test_resets_follow_the_rule(rule: Any, reset: bool) -> None:
     assert book.ages.tolist() == ([[0, 0], [0, 0]] if reset else [[0, 0], [0, 2]])
 
 
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
-def test_casts_never_narrow_the_state(cast: str) -> None:
-    book = EMACodebook(D, L)
-    x = uniform(N, D, dtype=torch.float32)
-    before = state(book)
-    book.accumulate(x, book.search(x))
-    getattr(book, cast)()
-    wanted = torch.float64 if cast == "double" else torch.float32
-    assert {y.dtype for y in book.state_dict().values() if y.is_floating_point()} == {wanted}
-    assert torch.equal(book.codes.float(), before["codes"])
-    book.apply()  # what waited was cast along
-    assert book.codes.dtype == wanted
-    assert book.steps == 1
-    holder = nn.Sequential(nn.Linear(2, 2), book)
-    getattr(holder, cast)()
-    assert book.codes.dtype == wanted
-
-
 @pytest.mark.parametrize("init", ["kmeans", "samples"])
 @pytest.mark.parametrize("rows", [3, L, N])
 def test_first_codes_from_data(init: Init, rows: int) -> None:
@@ -208,59 +165,6 @@ def test_uniform_codes_are_never_replaced() -> None:
         assert same(state(book), before)
 
 
-def test_float64_data_makes_a_float64_state() -> None:
-    book = EMACodebook(D, L, init="samples")
-    x = uniform(N, D)
-    book.initialize(x)
-    assert book.codes.dtype == book.counts.dtype == torch.float64
-    assert torch.equal(book.codes, functional.sample_rows(x, L))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_loaded_state_goes_on_to_the_bit(dtype: torch.dtype) -> None:
-    options: dict[str, Any] = {"init": "kmeans", "reset_after": 2}
-    book, other = EMACodebook(D, L, **options), EMACodebook(D, L, **options)
-    first, second = (uniform(N, D, dtype=dtype, seed=i) for i in range(2))
-    book.initialize(first)
-    step(book, first)
-    other.load_state_dict(book.state_dict())
-    twin = deepcopy(book)
-    for each in (book, other, twin):
-        each.initialize(second)  # too late: the codes hold data
-        step(each, second)
-    assert same(state(book), state(other))
-    assert same(state(book), state(twin))
-    assert book.codes.data_ptr() != twin.codes.data_ptr()
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_codebook_built_without_data_is_that_of_the_state_it_loads(assign: bool) -> None:
-    saved = EMACodebook(D, L, groups=3, update_from=(2,))
-    with torch.device("meta"):
-        book = EMACodebook(D, L, groups=3, update_from=(2,))
-    if not assign:
-        book.to_empty(device="cpu")
-        book.voters.fill_(True)  # or whatever lay there
-    book.load_state_dict(deepcopy(saved.state_dict()), assign=assign)
-    assert torch.equal(book.voters, saved.voters)
-    x = uniform(N, D, dtype=torch.float32)
-    for each in (book, saved):
-        step(each, x, torch.arange(N) % 3)
-    assert same(state(book), state(saved))
-
-
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_file_in_half_precision_makes_a_wide_state(dtype: torch.dtype, assign: bool) -> None:
-    saved = state(EMACodebook(D, L))
-    saved |= {name: x.to(dtype) for name, x in saved.items() if x.is_floating_point()}
-    book = EMACodebook(D, L)
-    book.load_state_dict(saved, assign=assign)
-    for name, x in state(book).items():
-        assert x.dtype == (torch.float32 if x.is_floating_point() else saved[name].dtype)
-        assert torch.equal(x, saved[name].to(x.dtype))
-
-
 def test_one_all_reduce_for_many_codebooks(monkeypatch: pytest.MonkeyPatch) -> None:
     reduced: list[int] = []
     monkeypatch.setattr("mmvq.codebook.all_reduce_", lambda flat, group: reduced.append(len(flat)))
@@ -294,14 +198,6 @@ def test_takes_what_search_takes_and_leaves_out_what_is_not_finite() -> None:
         book.apply()
         assert book.weight.isfinite().all()
     assert torch.equal(spoilt.weight, clean.weight)
-
-
-def test_float64_values_make_the_state_float64() -> None:
-    book = EMACodebook(D, L)
-    x = torch.randn(7, D, dtype=torch.float64)
-    book.accumulate(x, book.search(x))
-    book.apply()
-    assert book.weight.dtype == book.counts.dtype == torch.float64
 
 
 def test_update_codebooks_takes_one_module_too() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import bools, close, rounding, uniform
+from support import bools, close, rounding, state, uniform
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -53,10 +53,6 @@ def batch(B: int = B, T: int = T, seed: int = 0) -> tuple[Tensors, Tensors]:
     z = {m: uniform(B, T, D, seed=seed + 7 * i).float() for i, m in enumerate(NAMES)}
     masks = {m: bools(B, T, seed=seed + i) for i, m in enumerate(NAMES)}
     return {m: x.requires_grad_() for m, x in z.items()}, masks
-
-
-def state(module: nn.Module) -> Tensors:
-    return {name: x.clone() for name, x in module.state_dict().items()}
 
 
 def agree(a: Tensors, b: Tensors, atol: float = 0.0) -> None:
@@ -112,6 +108,27 @@ def test_fifty_batches_of_any_size_take_two_graphs() -> None:
         z, _ = batch(*size)
         assert torch.equal(compiled(z), eager(z))
     assert graphs() == 4
+    agree(state(module), state(eager))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("started", [True, False], ids=["trained", "new"])
+def test_outputs_agree_from_the_first_batch_on(training: bool, started: bool) -> None:
+    """Whose data become the codes."""
+    eager = MultiModalEMAQuantizer(D, L, NAMES, gradient="rotation")
+    if started:
+        eager(batch(seed=3)[0])
+    module = deepcopy(eager.train(training))
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for seed in range(3):
+        (z, masks), (twin, _) = batch(seed=seed), batch(seed=seed)
+        out, expected = compiled(z, masks), eager(twin, masks)
+        for each in (out, expected):
+            (each.loss + sum(q.square().sum() for q in each.quantized.values())).backward()
+        close(out.loss, expected.loss, 0)
+        agree(out.quantized, expected.quantized)
+        agree(out.indices, expected.indices)
+        agree({m: x.grad for m, x in z.items()}, {m: x.grad for m, x in twin.items()})
     agree(state(module), state(eager))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, bools, close, uniform, wide
+from support import DTYPES, bools, close, same, state, uniform, wide
 from torch import Tensor, nn
 
 from mmvq import (
@@ -125,6 +125,53 @@ def test_every_part_in_every_dtype(name: str, dtype: torch.dtype) -> None:
     assert all(g.dtype == dtype and g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("partner", ["attention", "aligned", "none"])
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_the_quantizer_in_every_dtype_with_every_feature(
+    dtype: torch.dtype, partner: Any, gradient: Any, masked: bool
+) -> None:
+    quantizer = MultiModalEMAQuantizer(
+        D, L, NAMES, partner=partner, gradient=gradient, reset_after=1
+    )
+    for step in range(2):
+        z = batch(dtype, seed=step)
+        quantized, indices, loss = quantizer(z, MASKS if masked else None)
+        assert list(quantized) == list(indices) == sorted(NAMES)
+        for m, x in z.items():
+            assert quantized[m].shape == x.shape
+            assert quantized[m].dtype == dtype
+            assert indices[m].shape == (B, T)
+            assert indices[m].dtype == torch.long
+        assert loss.shape == ()
+        assert loss.dtype == wide(dtype)
+        (loss + sum(q.float().square().sum() for q in quantized.values())).backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in z.values())
+    floats = [x for x in quantizer.state_dict().values() if x.is_floating_point()]
+    assert {x.dtype for x in floats} == {wide(dtype)}
+    assert all(x.isfinite().all() for x in floats)
+
+
+def test_autocast_changes_no_bit_of_the_state() -> None:
+    plain = MultiModalEMAQuantizer(D, L, NAMES)
+    plain(batch(torch.float32, seed=1))
+    cast, encoder = deepcopy(plain), nn.Linear(D, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = {m: encoder(x) for m, x in batch(torch.float32).items()}
+        assert z["audio"].dtype == torch.bfloat16
+        quantized, indices, loss = cast(z)
+    expected = plain({m: x.detach() for m, x in z.items()})
+    assert same(state(cast), state(plain))
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss.detach(), expected.loss)
+    assert same(indices, expected.indices)
+    assert same({m: q.detach() for m, q in quantized.items()}, expected.quantized)
+    (loss + quantized["audio"].float().sum()).backward()
+    assert encoder.weight.grad is not None
+    assert encoder.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("partner", ["attention", "aligned", "none"])
 @pytest.mark.parametrize(
     "dtypes",
@@ -140,12 +187,12 @@ def test_modalities_may_come_in_dtypes_of_their_own(dtypes: Any, partner: Any) -
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
     z = {m: x.to(t) for (m, x), t in zip(batch(torch.float64).items(), dtypes, strict=True)}
     module = MultiModalEMAQuantizer(D, L, NAMES, partner=partner, reset_after=1)
-    same = deepcopy(module)
+    twin = deepcopy(module)
     matching = CrossModalCodeMatchingLoss()
     for _ in range(3):
         leaves = {m: x.detach().requires_grad_() for m, x in z.items()}
         quantized, indices, loss = module(leaves, MASKS)
-        expected = same({m: x.to(widest) for m, x in z.items()}, MASKS)
+        expected = twin({m: x.to(widest) for m, x in z.items()}, MASKS)
         assert loss.dtype == widest
         close(loss, expected.loss, 0)
         for m, x in leaves.items():
@@ -157,9 +204,7 @@ def test_modalities_may_come_in_dtypes_of_their_own(dtypes: Any, partner: Any) -
         total = total + CLUBEstimator(D, D, 8)(leaves["audio"], leaves["text"])
         total.backward()
         assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves.values())
-        for name, x in module.state_dict().items():
-            assert torch.equal(x, same.state_dict()[name])
-            assert x.dtype == same.state_dict()[name].dtype
+        assert same(state(module), state(twin))
 
 
 STEPS, DECAY, SPREAD = 1000, 0.99, 0.1
@@ -209,9 +254,8 @@ def test_a_thousand_steps_in_half_precision_stay_beside_float64(dtype: torch.dty
         assert all(torch.equal(out.indices[m], expected.indices[m]) for m in NAMES)
         close(out.loss, expected.loss, loss_error)
         assert torch.equal(out.loss, other.loss)
-    for name, x in cast.state_dict().items():
-        assert torch.equal(x, amp.state_dict()[name])
-        assert not x.is_floating_point() or x.dtype == torch.float32
+    assert same(state(cast), state(amp))
+    assert {x.dtype for x in state(cast).values() if x.is_floating_point()} == {torch.float32}
     close(cast.codebook, exact.codebook, code_error)
     moved = (exact.codebook - corners).abs().max().item()
     assert moved > 3 * v * largest / (1 - DECAY)
@@ -256,6 +300,4 @@ def test_mixed_precision_training_of_encoders(dtype: torch.dtype) -> None:
     assert skipped < 20
     if dtype == torch.float16:
         assert skipped > 0  # the first scale is too large on purpose
-    for name, x in quantizer.state_dict().items():
-        assert torch.equal(x, plain.state_dict()[name])
-        assert x.dtype == plain.state_dict()[name].dtype
+    assert same(state(quantizer), state(plain))

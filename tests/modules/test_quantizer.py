@@ -1,117 +1,21 @@
-"""The quantizer as a module: every dtype with every feature, and what must not change its state."""
+"""The quantizer: what a batch gives, how it moves the codebook, and what leaves it as it was."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, bools, close, rounding, uniform, wide
+from quantizers import NAMES, B, D, L, T, batch, some_masks, trained
+from support import close, rounding, same, state, uniform
 from torch import Tensor, nn
 
 from mmvq import CodeUsage, MultiModalEMAQuantizer, functional, update_codebooks
 
-B, T, D, L = 3, 5, 4, 8
-NAMES = ("video", "audio", "text")
-Tensors = dict[str, Tensor]
-
-
-def batch(
-    dtype: torch.dtype = torch.float32, seed: int = 0, names: tuple[str, ...] = NAMES
-) -> Tensors:
-    return {m: uniform(B, T, D, dtype=dtype, seed=seed + 7 * i) for i, m in enumerate(names)}
-
-
-def some_masks(names: tuple[str, ...] = NAMES) -> Tensors:
-    return {m: bools(B, T, seed=i) for i, m in enumerate(names)}
-
-
-def state(module: nn.Module) -> Tensors:
-    return {name: x.clone() for name, x in module.state_dict().items()}
-
-
-def same(a: Tensors, b: Tensors) -> bool:
-    return all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a | b)
-
-
-def trained(**options: Any) -> MultiModalEMAQuantizer:
-    """A quantizer that has seen two batches."""
-    quantizer = MultiModalEMAQuantizer(D, L, NAMES, **options)
-    for seed in (100, 200):
-        quantizer(batch(seed=seed))
-    return quantizer
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("partner", ["attention", "aligned", "none"])
-@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-def test_every_dtype_with_every_feature(
-    dtype: torch.dtype, partner: Any, gradient: Any, masked: bool
-) -> None:
-    quantizer = MultiModalEMAQuantizer(
-        D, L, NAMES, partner=partner, gradient=gradient, reset_after=1
-    )
-    masks = some_masks() if masked else None
-    for step in range(2):
-        z = {m: x.requires_grad_() for m, x in batch(dtype, seed=step).items()}
-        quantized, indices, loss = quantizer(z, masks)
-        assert list(quantized) == list(indices) == sorted(NAMES)
-        for m, x in z.items():
-            assert quantized[m].shape == x.shape
-            assert quantized[m].dtype == dtype
-            assert indices[m].shape == (B, T)
-            assert indices[m].dtype == torch.long
-        assert loss.shape == ()
-        assert loss.dtype == wide(dtype)
-        (loss + sum(q.float().square().sum() for q in quantized.values())).backward()
-        assert all(x.grad is not None and x.grad.isfinite().all() for x in z.values())
-    floats = [x for x in quantizer.state_dict().values() if x.is_floating_point()]
-    assert {x.dtype for x in floats} == {wide(dtype)}
-    assert all(x.isfinite().all() for x in floats)
-
-
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_cast_module_keeps_a_wide_state(cast: str, when: str) -> None:
-    dtype = {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}[cast]
-    plain, module = MultiModalEMAQuantizer(D, L, NAMES), MultiModalEMAQuantizer(D, L, NAMES)
-    steps = (0, 1, 2)
-    for step in steps:
-        if (when == "before") == (step == 0):
-            getattr(module, cast)()
-        z = batch(dtype, seed=step)
-        quantized = module(z).quantized
-        plain(z)
-        assert all(q.dtype == dtype for q in quantized.values())
-        assert module.codebook.dtype == wide(dtype)
-    assert same(state(module), state(plain))  # a cast changes nothing but the outputs
-
-
-def test_autocast_changes_no_bit_of_the_state() -> None:
-    plain, cast = trained(), trained()
-    encoder = nn.Linear(D, D)
-    with torch.autocast("cpu", torch.bfloat16):
-        z = {m: encoder(x) for m, x in batch().items()}
-        assert z["audio"].dtype == torch.bfloat16
-        quantized, indices, loss = cast(z)
-    expected = plain({m: x.detach() for m, x in z.items()})
-    assert same(state(cast), state(plain))
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss.detach(), expected.loss)
-    assert all(torch.equal(indices[m], expected.indices[m]) for m in NAMES)
-    assert all(torch.equal(quantized[m].detach(), expected.quantized[m]) for m in NAMES)
-    (loss + quantized["audio"].float().sum()).backward()
-    assert encoder.weight.grad is not None
-    assert encoder.weight.grad.isfinite().all()
-
 
 @pytest.mark.parametrize("partner", ["attention", "aligned", "none"])
 def test_one_snapshot_then_one_joint_step(partner: Any) -> None:
-    """The whole of Eq. 7 from the references, with masks and a modality of another length."""
+    """The whole of Eq. 7 from the references, with masks."""
     quantizer = trained(partner=partner, commitment=None, decay=0.9).double()
     z, masks = batch(torch.float64), some_masks()
     before = {name.removeprefix("ema_codebook."): x for name, x in state(quantizer).items()}
@@ -137,25 +41,6 @@ def test_one_snapshot_then_one_joint_step(partner: Any) -> None:
     for value, wanted in zip((book.codes, book.sums, book.counts), expected, strict=True):
         close(value, wanted, atol)
     assert loss == 0
-
-
-def test_a_callable_partner_and_its_weight() -> None:
-    """Weight 1 and a partner that is 3 everywhere: every chosen code is pulled towards 3."""
-    seen: list[tuple[set[str], set[str]]] = []
-
-    def three(z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
-        seen.append((set(others), set(masks)))
-        return torch.full_like(z, 3.0)
-
-    quantizer = trained(partner=three, partner_weight=1.0, decay=0.0, reset_after=None, eps=1e-12)
-    chosen = torch.cat([i.flatten() for i in quantizer(batch()).indices.values()]).unique()
-    close(
-        quantizer.codebook[chosen],
-        torch.full((len(chosen), D), 3.0),
-        rounding(torch.float32, 99, 3),
-    )
-    assert len(seen) == 3 * 3
-    assert all(len(others) == 2 and others == masks for others, masks in seen)
 
 
 @pytest.mark.parametrize("how", ["eval", "freeze", "no modality valid"])
@@ -334,72 +219,6 @@ def test_usage_counts_valid_finite_training_vectors() -> None:
     assert usage.counts["text"].sum() == masks["text"].sum() - 1  # what was read stays
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"partner": "aligned", "reset_after": 1}, {"init": "samples"}]
-)
-def test_saved_loaded_and_copied_go_on_to_the_bit(options: dict[str, Any], tmp_path: Any) -> None:
-    quantizer = trained(**options)
-    torch.save(quantizer.state_dict(), tmp_path / "state.pt")
-    loaded, copied = MultiModalEMAQuantizer(D, L, NAMES, **options), deepcopy(quantizer)
-    loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for seed in range(3):
-        outs = [module(batch(seed=seed), some_masks()) for module in (quantizer, loaded, copied)]
-        assert all(torch.equal(outs[0].loss, out.loss) for out in outs)
-    assert same(state(quantizer), state(loaded))
-    assert same(state(quantizer), state(copied))
-
-
-def test_names_in_another_order_share_checkpoints() -> None:
-    quantizer = trained()
-    other = MultiModalEMAQuantizer(D, L, tuple(reversed(NAMES)))
-    other.load_state_dict(quantizer.state_dict())
-    quantizer(batch())
-    other(dict(reversed(batch().items())))
-    assert same(state(quantizer), state(other))
-    assert list(other.usage().counts) == list(reversed(NAMES))
-
-
-def test_state_names_and_settings() -> None:
-    quantizer = MultiModalEMAQuantizer(D, L)
-    fields = ("codes", "sums", "counts", "ages", "usage", "steps", "initialized")
-    assert list(quantizer.state_dict()) == [f"ema_codebook.{name}" for name in fields]
-    assert list(quantizer.parameters()) == []
-    assert quantizer.modalities == ("audio", "video")
-    assert quantizer.ema_codebook.process_group is None
-    assert "partner='attention', partner_weight=0.5" in repr(quantizer)
-
-
-@pytest.fixture
-def compiled() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("started", [True, False], ids=["trained", "new"])
-def test_compiles_into_one_graph(training: bool, started: bool) -> None:
-    """From the first batch on, whose data become the codes."""
-    make = trained if started else lambda **options: MultiModalEMAQuantizer(D, L, NAMES, **options)
-    module = make(gradient="rotation")
-    eager = deepcopy(module)
-    graph = torch.compile(module.train(training), fullgraph=True, backend="eager")
-    eager.train(training)
-    for seed in range(3):
-        z, twin = batch(seed=seed), batch(seed=seed)
-        out = graph({m: x.requires_grad_() for m, x in z.items()}, some_masks())
-        expected = eager({m: x.requires_grad_() for m, x in twin.items()}, some_masks())
-        out.loss.backward()
-        expected.loss.backward()
-        assert torch.equal(out.loss, expected.loss)
-        for m in NAMES:
-            assert torch.equal(out.quantized[m], expected.quantized[m])
-            assert torch.equal(out.indices[m], expected.indices[m])
-            assert torch.equal(z[m].grad, twin[m].grad)
-    assert same(state(module), state(eager))
-
-
 def test_the_first_batch_with_something_valid_starts_the_codebook() -> None:
     quantizer = MultiModalEMAQuantizer(D, L, NAMES)
     before = state(quantizer)
@@ -429,53 +248,3 @@ def test_a_forward_that_fails_leaves_the_codebook_as_it_was() -> None:
             quantizer(z)
         quantizer.update_codebook()  # nor was anything accumulated
         assert same(before, state(quantizer))
-
-
-@pytest.mark.parametrize("partner", ["attention", "aligned", "none"])
-def test_pickles_and_copies(partner: Any) -> None:
-    quantizer = trained(partner=partner)
-    again = pickle.loads(pickle.dumps(quantizer))
-    assert same(state(again), state(quantizer))
-    assert torch.equal(again(batch()).loss, quantizer(batch()).loss)
-
-
-def test_a_callable_partner_is_asked_only_where_there_are_others() -> None:
-    def mean_of_others(z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
-        return torch.stack(list(others.values())).mean(0)
-
-    def overflowing(z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
-        return z * torch.inf
-
-    alone = {"audio": uniform(B, T, D)}
-    asked, plain = trained(partner=mean_of_others), trained(partner="none")
-    asked.load_state_dict(plain.state_dict())
-    asked(alone)
-    plain(alone)
-    assert same(state(asked), state(plain))
-    unweighted = trained(partner=overflowing, partner_weight=0.0)
-    assert same(state(unweighted), state(trained(partner="none")))
-
-
-def test_a_partner_with_parameters_is_one_part_of_the_module() -> None:
-    class Partner(nn.Linear):
-        def forward(self, z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
-            return super().forward(z)
-
-    quantizer = trained(partner=Partner(D, D))
-    names = [name for name in quantizer.state_dict() if name.endswith("weight")]
-    assert names == ["partner.weight"]
-
-
-def test_one_wide_modality_makes_the_state_wide() -> None:
-    quantizer = MultiModalEMAQuantizer(D, L, NAMES)
-    quantizer({"audio": uniform(B, T, D), "video": uniform(B, T, D, dtype=torch.float64)})
-    assert quantizer.codebook.dtype == torch.float64
-
-
-def test_loading_a_state_forgets_what_was_accumulated_for_another() -> None:
-    quantizer = trained(update="manual")
-    saved = state(quantizer)
-    quantizer(batch(seed=5))
-    quantizer.load_state_dict(saved)
-    quantizer.update_codebook()
-    assert same(state(quantizer), saved)

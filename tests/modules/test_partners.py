@@ -1,0 +1,54 @@
+"""Partners of a user's own."""
+
+from __future__ import annotations
+
+import torch
+from quantizers import B, D, T, Tensors, batch, trained
+from support import close, rounding, same, state, uniform
+from torch import Tensor, nn
+
+
+def test_a_callable_partner_and_its_weight() -> None:
+    """Weight 1 and a partner that is 3 everywhere: every chosen code is pulled towards 3."""
+    seen: list[tuple[set[str], set[str]]] = []
+
+    def three(z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
+        seen.append((set(others), set(masks)))
+        return torch.full_like(z, 3.0)
+
+    quantizer = trained(partner=three, partner_weight=1.0, decay=0.0, reset_after=None, eps=1e-12)
+    chosen = torch.cat([i.flatten() for i in quantizer(batch()).indices.values()]).unique()
+    close(
+        quantizer.codebook[chosen],
+        torch.full((len(chosen), D), 3.0),
+        rounding(torch.float32, 99, 3),
+    )
+    assert len(seen) == 3 * 3
+    assert all(len(others) == 2 and others == masks for others, masks in seen)
+
+
+def test_a_callable_partner_is_asked_only_where_there_are_others() -> None:
+    def mean_of_others(z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
+        return torch.stack(list(others.values())).mean(0)
+
+    def overflowing(z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
+        return z * torch.inf
+
+    alone = {"audio": uniform(B, T, D)}
+    asked, plain = trained(partner=mean_of_others), trained(partner="none")
+    asked.load_state_dict(plain.state_dict())
+    asked(alone)
+    plain(alone)
+    assert same(state(asked), state(plain))
+    unweighted = trained(partner=overflowing, partner_weight=0.0)
+    assert same(state(unweighted), state(trained(partner="none")))
+
+
+def test_a_partner_with_parameters_is_one_part_of_the_module() -> None:
+    class Partner(nn.Linear):
+        def forward(self, z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
+            return super().forward(z)
+
+    quantizer = trained(partner=Partner(D, D))
+    names = [name for name in quantizer.state_dict() if name.endswith("weight")]
+    assert names == ["partner.weight"]

@@ -1,0 +1,33 @@
+"""A small quantizer of three modalities, its batches and its masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from support import bools, uniform
+from torch import Tensor
+
+from mmvq import MultiModalEMAQuantizer
+
+B, T, D, L = 3, 5, 4, 8
+NAMES = ("video", "audio", "text")
+Tensors = dict[str, Tensor]
+
+
+def batch(
+    dtype: torch.dtype = torch.float32, seed: int = 0, names: tuple[str, ...] = NAMES
+) -> Tensors:
+    return {m: uniform(B, T, D, dtype=dtype, seed=seed + 7 * i) for i, m in enumerate(names)}
+
+
+def some_masks(names: tuple[str, ...] = NAMES) -> Tensors:
+    return {m: bools(B, T, seed=i) for i, m in enumerate(names)}
+
+
+def trained(**options: Any) -> MultiModalEMAQuantizer:
+    """A quantizer that has seen two batches."""
+    quantizer = MultiModalEMAQuantizer(D, L, NAMES, **options)
+    for seed in (100, 200):
+        quantizer(batch(seed=seed))
+    return quantizer
