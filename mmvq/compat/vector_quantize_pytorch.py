@@ -44,21 +44,21 @@ def load(
 
     Source: vector-quantize-pytorch 1.31 and 1.32.
     """
+    entries = source.state_dict() if isinstance(source, nn.Module) else source
+    entries = entries if isinstance(entries, Mapping) else {}
+    state = {name.removeprefix("_codebook."): x for name, x in entries.items()}
+    _check_kind(source, state)
     if isinstance(source, nn.Module):
         book = getattr(source, "_codebook", source)
         settings = {name: getattr(book, name) for name in ("decay", "eps")} | settings
-        state = source.state_dict()
-    else:
-        state = dict(source) if isinstance(source, Mapping) else {}
-    state = {name.removeprefix("_codebook."): x for name, x in state.items()}
-    _check_kind(source, state)
     embed, embed_avg, cluster_size = (state[name][0].detach() for name in _BUFFERS)
     size, dim = embed.shape
     quantizer = MultiModalEMAQuantizer(dim, size, modalities, **settings)
     ours = quantizer.ema_codebook
     average = embed_avg / laplace_smoothing(cluster_size, ours.eps)[:, None]
     difference = float((embed - average).abs().max())
-    if difference > 1e-3 * float(embed.abs().max()):  # far above rounding, far below other kinds
+    # far above rounding, far below other kinds; a NaN fails too
+    if not difference <= 1e-3 * float(embed.abs().max()):
         raise ValueError(
             message(
                 _WHERE,
@@ -74,10 +74,13 @@ def load(
 
 def _check_kind(source: nn.Module | Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """One Euclidean codebook without projections, trained."""
-    embed = state.get("embed", torch.empty(0))
+    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
+    embed = tensors.get("embed", torch.empty(0))
+    shapes = [getattr(tensors.get(name), "shape", None) for name in _BUFFERS]
+    fits = embed.ndim == 3 and shapes == [embed.shape, embed.shape, embed.shape[:2]]
     for wrong, rule, hint in (
         (
-            not {*_BUFFERS, "initted"} <= set(state) or embed.ndim != 3,
+            not fits or "initted" not in tensors,
             "the source must hold embed [1, L, D], embed_avg, cluster_size and initted",
             "pass a VectorQuantize, its _codebook, or the state_dict of either",
         ),
@@ -107,7 +110,7 @@ def _check_kind(source: nn.Module | Mapping[str, Tensor], state: Mapping[str, Te
             "train with affine_param=False first",
         ),
         (
-            not state.get("initted", True),
+            not tensors.get("initted", True),
             "the codebook has not been initialized yet",
             "train it first, or build a MultiModalEMAQuantizer, whose default is k-means too",
         ),

@@ -1002,6 +1002,8 @@ FOREIGN = [
         for source, embed in (
             ({}, "None"),
             ({**BUFFERS, "embed": codes}, "float32[8, 4]"),
+            ({**BUFFERS, "embed": 1.0}, "1.0"),
+            ({**BUFFERS, "cluster_size": torch.ones(1, 7)}, "float32[1, 8, 4]"),
         )
     ),
     foreign(
@@ -1012,9 +1014,16 @@ FOREIGN = [
         "None",
     ),
     foreign(
+        "the source must hold embed [1, L, D], embed_avg, cluster_size and initted",
+        "pass a VectorQuantize, its _codebook, or the state_dict of either",
+        nn.Linear(4, 8),
+        "Linear",
+        "None",
+    ),
+    foreign(
         "several codebooks do not fit into one quantizer",
         "load them one by one: {name: buffer[h : h + 1] for each of the four buffers}",
-        {**BUFFERS, "embed": torch.ones(2, 8, 4)},
+        {name: x.expand(2, *x.shape[1:]) if x.ndim else x for name, x in BUFFERS.items()},
         "dict",
         "float32[2, 8, 4]",
     ),
@@ -1053,6 +1062,15 @@ FOREIGN = [
         ValueError,
         "vector_quantize_pytorch.load: embed must be the moving average embed_avg / cluster_size",
         "largest_difference: 0.5",
+        "learnable or cosine codes are not: train a quantizer anew",
+    ),
+    Case(
+        lambda: vector_quantize_pytorch.load(
+            {**BUFFERS, "embed_avg": torch.full((1, 8, 4), torch.nan)}
+        ),
+        ValueError,
+        "vector_quantize_pytorch.load: embed must be the moving average embed_avg / cluster_size",
+        "largest_difference: nan",
         "learnable or cosine codes are not: train a quantizer anew",
     ),
 ]
