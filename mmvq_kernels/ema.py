@@ -34,8 +34,10 @@ def ema_update_(
 
     Smoothing happens in the division only; N and o keep their plain averages. A dead code takes
     `replacement` as its `e`, the mean N of the dead codes as its N, and `o = e smoothed(N)`: the
-    total mass does not change, so that no living code moves. A batch without a single vector
-    (`batch_counts` all zero) leaves everything as it was.
+    total mass does not change, so that no living code moves. Where that mean has faded below
+    1 - decay, N is 1 - decay, as if one vector had chosen the code: with an N near eps it would
+    shrink by the decay at the next step. A batch without a single vector (`batch_counts` all zero)
+    leaves everything as it was.
 
     Args:
         codes: `e`, `[L, D]`, written.
@@ -178,7 +180,9 @@ def _ema_update_torch(
     total = counts.sum()
     if dead is not None and replacement is not None:
         dead = dead & some
-        mass = (counts * dead).sum() / dead.sum().clamp(min=1)
+        mean = (counts * dead).sum() / dead.sum().clamp(min=1)
+        mass = torch.maximum(mean, 1 - keep)
+        total = total + (mass - mean) * dead.sum()
         counts.copy_(torch.where(dead, mass, counts))
     smoothed = (counts + eps) / (total + counts.numel() * eps) * total  # [L]
     if dead is not None and replacement is not None:

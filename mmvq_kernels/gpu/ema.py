@@ -55,9 +55,11 @@ def average_kernel(
             moved_dead += tl.where(is_dead, moved_here, 0.0)
             number_dead += tl.where(is_dead, 1.0, 0.0)
     end = tl.where(tl.sum(batch) > 0, L, 0)  # a batch without a vector moves nothing
-    total = tl.sum(moved)
+    died = tl.sum(number_dead)
+    mean_of_dead = tl.sum(moved_dead) / tl.maximum(died, 1.0)
+    mass_of_dead = tl.maximum(mean_of_dead, gain)
+    total = tl.sum(moved) + (mass_of_dead - mean_of_dead) * died
     scale = total / (total + L * eps)
-    mass_of_dead = tl.sum(moved_dead) / tl.maximum(tl.sum(number_dead), 1.0)
 
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     for start in tl.range(tl.program_id(0) * BLOCK_L, end, tl.num_programs(0) * BLOCK_L):

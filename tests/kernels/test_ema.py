@@ -74,6 +74,34 @@ def test_a_reset_code_survives_the_next_step(dtype: torch.dtype) -> None:
 
 
 @FLOATS
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_a_reset_code_without_mass_survives_the_next_step(dtype: torch.dtype, decay: float) -> None:
+    """N far below eps would let it shrink by the decay; N of one vector, by eps / decay at most.
+
+    It moves the total, so that the living move too: by no more than L eps of their size.
+    """
+    plain, reset = state(dtype), state(dtype)
+    for _, sums, counts in (plain, reset):
+        sums[DEAD] = 0
+        counts[DEAD] = 1e-20
+    replacement = uniform(L, D, dtype=dtype, seed=5)
+    batch_sums, batch_counts = batch(dtype)
+    batch_counts[DEAD] = 0
+    batch_sums[DEAD] = 0
+    ema_update_(*plain, batch_sums, batch_counts, decay=decay)
+    args = batch_sums, batch_counts
+    ema_update_(*reset, *args, decay=decay, dead=DEAD, replacement=replacement)
+    codes, sums, counts = reset
+    atol = rounding(dtype, 12, 20)
+    close(codes[DEAD], replacement[DEAD], atol)
+    close(counts[DEAD], torch.full((3,), 1 - decay, dtype=dtype), atol)
+    close(codes * smoothed(counts, 1e-5)[:, None], sums, atol * 6)
+    close(codes[~DEAD], plain[0][~DEAD], atol + 20 * L * 1e-5)
+    ema_update_(*reset, *args, decay=decay)
+    close(codes[DEAD], replacement[DEAD], atol + 2 * 1e-5 / decay)
+
+
+@FLOATS
 def test_a_batch_without_a_vector_changes_no_bit(dtype: torch.dtype) -> None:
     after = state(dtype)
     nothing = torch.zeros(L, D, dtype=dtype), torch.zeros(L, dtype=dtype)

@@ -82,6 +82,23 @@ def test_a_reset_code_is_its_replacement_and_the_others_do_not_move(device: str)
     assert ((after[2][dead] - mass).abs() < rounding(torch.float32, 12, 20)).all()
 
 
+def test_reset_codes_without_mass_get_that_of_a_vector(device: str) -> None:
+    L, D = 40, 5
+    dead, replacement = reset(L, D, device)
+    mine = state(L, D, device)
+    sums, counts = batch(L, D, device)
+    mine[2][dead] = counts[dead] = 0
+    wanted = tuple(x.double() for x in mine)
+    update_(*mine, sums, counts, 0.9, 1e-3, dead, replacement)
+    kwargs = {"decay": 0.9, "eps": 1e-3, "backend": "torch"}
+    ema_update_(
+        *wanted, sums.double(), counts.double(), **kwargs, dead=dead, replacement=replacement
+    )
+    for a, b in zip(mine, wanted, strict=True):
+        close(a.cpu(), b.cpu(), rounding(torch.float32, 18, 20))
+    assert (mine[2][dead] - 0.1).abs().max() < rounding(torch.float32, 12, 1)
+
+
 @pytest.mark.parametrize("with_reset", [False, True])
 def test_same_bits_for_any_number_of_programs(
     with_reset: bool, device: str, monkeypatch: pytest.MonkeyPatch
