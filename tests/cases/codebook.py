@@ -1,0 +1,131 @@
+"""The quantizer and its codebook."""
+
+from __future__ import annotations
+
+import torch
+from cases.form import Case, both, codes, finite, nan, quantizer, whole, z
+
+import mmvq
+
+CODEBOOK = [
+    *(
+        Case(
+            lambda call=call, x=x: call(x),
+            ValueError,
+            f"{where}: x must be [..., 4], on the device of the codebook",
+            f"x: {came}   codebook: float32[8, 4]",
+            "project its last dimension to 4; move it with .to(device)",
+        )
+        for where, call in (
+            ("MultiModalEMAQuantizer.encode", lambda x: quantizer().encode(x)),
+            ("EMACodebook.search", lambda x: mmvq.EMACodebook(4, 8).search(x)),
+        )
+        for x, came in (
+            (z[..., :3], "float32[2, 5, 3]"),
+            (z.sum(), "float32[]"),
+            (z.to("meta"), "float32[2, 5, 4] on meta"),
+        )
+    ),
+    Case(
+        lambda: quantizer().encode({"audio": z}),
+        TypeError,
+        "MultiModalEMAQuantizer.encode: x must be a floating point tensor",
+        "x: {'audio': float32[2, 5, 4]}",
+        "pass one tensor, as torch.from_numpy(...).float(); leave out a missing one",
+    ),
+    Case(
+        lambda: mmvq.EMACodebook(4, 8).accumulate(z.long(), torch.zeros(2, 5, dtype=torch.long)),
+        TypeError,
+        "EMACodebook.accumulate: values must be a floating point tensor",
+        "values: int64[2, 5, 4]",
+        "convert it with .float()",
+    ),
+    Case(
+        lambda: mmvq.EMACodebook(4, 8).accumulate(z, torch.zeros(10, dtype=torch.long)),
+        ValueError,
+        "EMACodebook.accumulate: values must be [..., 4], indices and groups [...]",
+        "values: float32[2, 5, 4]   indices: int64[10]   groups: int64[10]",
+        "pass the indices that search(x) returned",
+    ),
+    Case(
+        lambda: mmvq.EMACodebook(8, 4, init="kmeans").initialize(z),
+        ValueError,
+        "EMACodebook.initialize: values must be [..., 8], groups and usable [...]",
+        "values: float32[2, 5, 4]   groups: int64[2, 5]   usable: bool[2, 5]",
+        "give each vector one group, and one True or False",
+    ),
+    *(
+        Case(
+            lambda call=call, given=given: call(given),
+            TypeError,
+            f"{where}: {name} must be an int64 tensor",
+            f"{name}: {came}",
+            hint,
+        )
+        for where, name, hint, call in (
+            (
+                "MultiModalEMAQuantizer.decode",
+                "indices",
+                "pass what encode returned, of one modality",
+                lambda given: quantizer().decode(given),
+            ),
+            (
+                "EMACodebook.accumulate",
+                "indices",
+                "pass the indices that search(x) returned",
+                lambda given: mmvq.EMACodebook(4, 8).accumulate(z, given),
+            ),
+        )
+        for given, came in (
+            (torch.zeros(2, 5, dtype=torch.int32), "int32[2, 5]"),
+            ({"audio": whole}, "{'audio': bool[2, 5]}"),
+            ([0, 1], "[0, 1]"),
+        )
+    ),
+    *(
+        Case(call, IndexError, f"{where}: {name} must be below {size}", f"largest: {size}", hint)
+        for where, name, size, hint, call in (
+            (
+                "MultiModalEMAQuantizer.decode",
+                "indices",
+                8,
+                "pass what encode returned, of one modality",
+                lambda: quantizer().decode(torch.tensor([0, 8])),
+            ),
+            (
+                "EMACodebook.accumulate",
+                "indices",
+                8,
+                "pass the indices that search(x) returned",
+                lambda: mmvq.EMACodebook(4, 8).accumulate(codes, torch.arange(1, 9)),
+            ),
+            (
+                "EMACodebook.accumulate",
+                "groups",
+                1,
+                "number the groups from 0",
+                lambda: mmvq.EMACodebook(4, 8).accumulate(
+                    codes, torch.arange(8), torch.ones(8, dtype=torch.long)
+                ),
+            ),
+        )
+    ),
+    Case(
+        lambda: mmvq.update_codebooks({"a": quantizer()}),  # type: ignore[arg-type]
+        TypeError,
+        "update_codebooks: modules must be an nn.Module, or several",
+        "modules: ['a']",
+        "pass the model that holds the quantizers, or a list of them",
+    ),
+    *(
+        Case(
+            lambda r=r: quantizer(partner=lambda z_a, others, masks: r)(both),
+            ValueError,
+            "MultiModalEMAQuantizer: the partner callable must return a tensor shaped as z_a",
+            f"z_a: float32[2, 5, 4]   r: {came}",
+            "return [B, T, D], and z_a itself where there is no partner",
+        )
+        for r, came in ((z[:1], "float32[1, 5, 4]"), (None, "None"))
+    ),
+    finite("MultiModalEMAQuantizer", lambda: quantizer()({"audio": nan})),
+]

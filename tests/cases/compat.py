@@ -1,0 +1,169 @@
+"""`mmvq.compat`: released checkpoints and modules, and codebooks of vector-quantize-pytorch."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from cases.form import Case, both, codes, z
+
+from mmvq.compat import cmg, vector_quantize_pytorch
+
+BUFFERS = {
+    "embed": torch.ones(1, 8, 4),
+    "embed_avg": torch.ones(1, 8, 4),
+    "cluster_size": torch.ones(1, 8),
+    "initted": torch.tensor(True),
+}
+
+
+def foreign(rule: str, hint: str, source: Any, kind: str, embed: str = "float32[1, 8, 4]") -> Case:
+    return Case(
+        lambda: vector_quantize_pytorch.load(source),
+        ValueError,
+        f"vector_quantize_pytorch.load: {rule}",
+        f"source: {kind}   embed: {embed}",
+        hint,
+    )
+
+
+def like_theirs(**attributes: Any) -> torch.nn.Module:
+    """A module with their buffers, and attributes of theirs."""
+    module = torch.nn.Module()
+    for name, x in BUFFERS.items():
+        module.register_buffer(name, x.clone())
+    for name, value in {"decay": 0.8, "eps": 1e-5, **attributes}.items():
+        setattr(module, name, value)
+    return module
+
+
+COMPAT = [
+    Case(
+        lambda: cmg.load_checkpoint(os.devnull),
+        ValueError,
+        "load_checkpoint: the file must be a whole checkpoint of tensors and plain containers",
+        f"path: {os.devnull!r}   error: ''",
+        "pass a DCID-model-{epoch}.pt of the release, untouched",
+    ),
+    *(
+        Case(
+            lambda given=given: cmg.CMGQuantizer(4, 8, given),
+            ValueError,
+            "CMGQuantizer: modalities must be two or three different names",
+            f"modalities: {given!r}",
+            "the release has no other case; mmvq's own modules take any number",
+        )
+        for given in (("audio",), "avt")
+    ),
+    *(
+        Case(
+            lambda given=given: cmg.CMGQuantizer(4, 8)(given),
+            ValueError,
+            "CMGQuantizer: features must hold a tensor [B, T, 4] for each of ('audio', 'video'), "
+            "of one shape",
+            f"features: {came}",
+            "the release takes complete sets only; cut all modalities to the same T",
+        )
+        for given, came in (
+            ({"audio": z}, "{'audio': float32[2, 5, 4]}"),
+            (z, "float32[2, 5, 4]"),
+            (
+                {"audio": z, "video": z[:, :3]},
+                "{'audio': float32[2, 5, 4], 'video': float32[2, 3, 4]}",
+            ),
+        )
+    ),
+    Case(
+        lambda: cmg.CMGCrossCPC(4)(both, start=4),
+        ValueError,
+        "CMGCrossCPC: start must lie in [1, T - K - 1]",
+        "T: 5   K: 1   start: 4",
+        "T must be at least K + 2 = 3; leave start out to have it drawn",
+    ),
+]
+
+FOREIGN = [
+    *(
+        foreign(
+            "the source must hold embed [1, L, D], embed_avg, cluster_size and initted",
+            "pass a VectorQuantize, its _codebook, or the state_dict of either",
+            source,
+            "dict",
+            embed,
+        )
+        for source, embed in (
+            ({}, "None"),
+            ({**BUFFERS, "embed": codes}, "float32[8, 4]"),
+            ({**BUFFERS, "embed": 1.0}, "1.0"),
+            ({**BUFFERS, "cluster_size": torch.ones(1, 7)}, "float32[1, 8, 4]"),
+        )
+    ),
+    foreign(
+        "the source must hold embed [1, L, D], embed_avg, cluster_size and initted",
+        "pass a VectorQuantize, its _codebook, or the state_dict of either",
+        "file.pt",
+        "str",
+        "None",
+    ),
+    foreign(
+        "the source must hold embed [1, L, D], embed_avg, cluster_size and initted",
+        "pass a VectorQuantize, its _codebook, or the state_dict of either",
+        torch.nn.Linear(4, 8),
+        "Linear",
+        "None",
+    ),
+    foreign(
+        "several codebooks do not fit into one quantizer",
+        "load them one by one: {name: buffer[h : h + 1] for each of the four buffers}",
+        {name: x.expand(2, *x.shape[1:]) if x.ndim else x for name, x in BUFFERS.items()},
+        "dict",
+        "float32[2, 8, 4]",
+    ),
+    foreign(
+        "a quantizer has no heads",
+        "pass the _codebook alone, and split the features into heads before the quantizer",
+        like_theirs(heads=2),
+        "Module",
+    ),
+    foreign(
+        "a quantizer has no projections (codebook_dim must equal dim)",
+        "pass the _codebook alone, and keep project_in and project_out around the quantizer",
+        {**BUFFERS, "project_in.0.weight": codes},
+        "dict",
+    ),
+    foreign(
+        "the codes must be for Euclidean distance, not for cosine similarity",
+        "train a quantizer anew, on features of unit length",
+        like_theirs(use_cosine_sim=True),
+        "Module",
+    ),
+    foreign(
+        "affine codes change with every batch, and a quantizer's do not",
+        "train with affine_param=False first",
+        {**BUFFERS, "codebook_mean": torch.zeros(1, 1, 4)},
+        "dict",
+    ),
+    foreign(
+        "the codebook has not been initialized yet",
+        "train it first, or build a MultiModalEMAQuantizer, whose default is k-means too",
+        {**BUFFERS, "initted": torch.tensor(False)},
+        "dict",
+    ),
+    Case(
+        lambda: vector_quantize_pytorch.load({**BUFFERS, "embed": torch.full((1, 8, 4), 1.5)}),
+        ValueError,
+        "vector_quantize_pytorch.load: embed must be the moving average embed_avg / cluster_size",
+        "largest_difference: 0.5",
+        "learnable or cosine codes are not: train a quantizer anew",
+    ),
+    Case(
+        lambda: vector_quantize_pytorch.load(
+            {**BUFFERS, "embed_avg": torch.full((1, 8, 4), torch.nan)}
+        ),
+        ValueError,
+        "vector_quantize_pytorch.load: embed must be the moving average embed_avg / cluster_size",
+        "largest_difference: nan",
+        "learnable or cosine codes are not: train a quantizer anew",
+    ),
+]
