@@ -79,8 +79,8 @@ class Pretrained(nn.Module):
             ImportError: huggingface_hub or safetensors is not installed.
             FileNotFoundError: there is no such folder, and no such repo (offline: in the cache); or
                 the tensors are not in it.
-            ValueError: config.json is missing, of another class or of a newer version; or an
-                argument that it could not hold is not passed again.
+            ValueError: config.json is missing, of another class or of a newer version; a file is
+                damaged; or an argument that config.json could not hold is not passed again.
             RuntimeError: the tensors do not fit the arguments.
         """
         where = f"{cls.__name__}.from_pretrained"
@@ -186,6 +186,7 @@ def _adapter() -> Any:
     try:
         from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
         from huggingface_hub.errors import HFValidationError
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
         rule = "the Hub's methods need huggingface_hub and safetensors"
@@ -210,6 +211,11 @@ def _adapter() -> Any:
                 raise FileNotFoundError(
                     message(where, rule, hint=hint, source=str(source))
                 ) from error
+            except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+                rule = "config.json or model.safetensors in source is damaged"
+                hint = "copy or download it again"
+                came = {"source": str(source), "error": type(error)}
+                raise ValueError(message(where, rule, hint=hint, **came)) from error
 
         @classmethod
         def _from_pretrained(  # type: ignore[override]

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +36,19 @@ def from_config(config: object, **options: Any) -> Callable[[], object]:
             if config is not None:
                 Path(folder, "config.json").write_text(json.dumps(config))
             return mmvq.CLUBEstimator.from_pretrained(folder, **options)
+
+    return run
+
+
+def damaged(file: str) -> Callable[[], object]:
+    """`CLUBEstimator.from_pretrained` of a folder in which half of this file is missing."""
+
+    def run() -> object:
+        with tempfile.TemporaryDirectory() as folder, chdir(folder):
+            mmvq.CLUBEstimator(4, 4).save_pretrained("saved")
+            path = Path("saved", file)
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            return mmvq.CLUBEstimator.from_pretrained("saved")
 
     return run
 
@@ -87,6 +101,19 @@ SAVING = [
             'check the path: the folder, not a file in it; a repo is named "user/name"',
         )
         for source in ("/no/such/folder", "./nor", "or/that", os.devnull)
+    ),
+    *(
+        Case(
+            damaged(file),
+            ValueError,
+            "CLUBEstimator.from_pretrained: config.json or model.safetensors in source is damaged",
+            f"source: 'saved'   error: {error}",
+            "copy or download it again",
+        )
+        for file, error in (
+            ("config.json", "JSONDecodeError"),
+            ("model.safetensors", "SafetensorError"),
+        )
     ),
     Case(
         from_config({**CONFIG, "class": "CrossCPC"}),
