@@ -14,7 +14,6 @@ from .matrix import CLIPS, EXPERIMENTS
 from .paper import PAPER, paper_contrast
 from .report_tasks import task_sections
 from .results import (
-    Estimate,
     Results,
     Score,
     clips,
@@ -50,7 +49,8 @@ def write_report(folder: Path, docs: Path) -> None:
         _longer(results),
         _parts(results, "", "Table 2: audio and video"),
         _parts(results, "avt-", "Table 3: audio, video and text"),
-        _sizes(results, docs),
+        _codebooks(results, docs),
+        _numbers(results, docs),
         _codes(results, docs),
         _questions(results),
         _modalities(results),
@@ -203,16 +203,14 @@ is built here, crossed reconstruction.
 def _longer(results: Results) -> str:
     names = [name for name in EXPERIMENTS if name.startswith("long-")]
     body = _comparison(results, names)
-    return (
-        f"""### Twice as long
+    if not body:
+        return ""
+    return f"""### Twice as long
 
 The better systems again, with the epochs of the demo.
 {_order_kept(results, names)}
 
 {body}"""
-        if body
-        else ""
-    )
 
 
 def _order_kept(results: Results, longer: Sequence[str]) -> str:
@@ -238,39 +236,40 @@ def _parts(results: Results, prefix: str, heading: str) -> str:
     return f"## {heading}\n\n{body}" if body else ""
 
 
-def _line(results: Results, names: Mapping[int, str]) -> dict[str, dict[int, Estimate]]:
-    """Both scores over sizes, the mean of both directions."""
-    present = {size: name for size, name in names.items() if name in results}
-    return {
-        text: {size: estimate(results[name], score, AV) for size, name in present.items()}
+def _codebooks(results: Results, docs: Path) -> str:
+    names = {L: "uni-code" if L == 128 else f"codes-{L}" for L in (32, 64, 128, 256, 512)}
+    body = _sizes(results, names, "codes", docs / "codebook-size.png")
+    return f"## Fig. 3: size of the codebook\n\n{body}" if body else ""
+
+
+def _numbers(results: Results, docs: Path) -> str:
+    names = {CLIPS // 4: "clips-175", CLIPS // 2: "clips-350", CLIPS: "uni-code"}
+    body = _sizes(results, names, "clips", docs / "clips.png")
+    if not body:
+        return ""
+    return f"""## Number of clips for pre-training
+
+As many steps each, so fewer clips are seen more often.
+
+{body}"""
+
+
+def _sizes(results: Results, names: Mapping[int, str], label: str, image: Path) -> str:
+    """Scores over the sizes that there are, as a table and a picture; nothing of one size."""
+    names = {size: name for size, name in names.items() if name in results}
+    if len(names) < 2:
+        return ""
+    lines = {
+        text: {size: estimate(results[name], score, AV) for size, name in names.items()}
         for text, score in (("clips", clips), ("segments (F1)", segments))
     }
-
-
-def _sizes(results: Results, docs: Path) -> str:
-    codebooks = {L: "uni-code" if L == 128 else f"codes-{L}" for L in (32, 64, 128, 256, 512)}
-    numbers = {CLIPS // 4: "clips-175", CLIPS // 2: "clips-350", CLIPS: "uni-code"}
-    parts = []
-    for title, file, label, names, note in (
-        ("Fig. 3: size of the codebook", "codebook-size.png", "codes", codebooks, ""),
-        (
-            "Number of clips for pre-training",
-            "clips.png",
-            "clips",
-            numbers,
-            "As many steps each, so fewer clips are seen more often.\n\n",
-        ),
-    ):
-        lines = _line(results, names)
-        if len(lines["clips"]) < 2:
-            continue
-        figures.plot_sizes(docs / file, label, lines)
-        sizes = list(lines["clips"])
-        shared = [f"{estimate(results[names[size]], shared_codes, ()):.2f}" for size in sizes]
-        rows = [[text, *(f"{line[size]:.2f}" for size in sizes)] for text, line in lines.items()]
-        body = table((label, *map(str, sizes)), [*rows, ["codes shared", *shared]])
-        parts.append(f"## {title}\n\n{note}{body}\n\n![{title}]({file})")
-    return "\n\n".join(parts)
+    figures.plot_sizes(image, label, lines)
+    lines["codes shared"] = {
+        size: estimate(results[name], shared_codes, ()) for size, name in names.items()
+    }
+    rows = [[text, *(f"{x:.2f}" for x in line.values())] for text, line in lines.items()]
+    body = table((label, *map(str, names)), rows)
+    return f"{body}\n\n![Scores over the number of {label}]({image.name})"
 
 
 def _codes(results: Results, docs: Path) -> str:
