@@ -85,6 +85,8 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]
     if part == "gpu" and not torch.cuda.is_available():
         print("gpu: torch sees no GPU here; nothing was run")
         return found
+    unit = "" if part == "memory" else f", medians in ms ({clock} clock)"
+    print(f"\n{part}, {threads} thread{'s' * (threads > 1)}{unit}", flush=True)
     sizes = {"quick": quick, "repeats": options.repeats}
     if part == "search":
         rows = search.run(**sizes, largest=options.largest)
@@ -103,8 +105,6 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]
         rows = search.run(**sizes, largest=options.largest, device="cuda")
         found["summary"] = search.summary(rows, clock)
         rows += step.run(quick=quick, repeats=6 * options.repeats, device="cuda")
-    unit = "" if part == "memory" else f", medians in ms ({clock} clock)"
-    print(f"\n{part}, {threads} thread{'s' * (threads > 1)}{unit}")
     print(table(rows, clock))
     for name, value in found.get("summary", {}).items():
         print(f"{name}: {value}")
@@ -118,7 +118,8 @@ def table(rows: list[dict[str, Any]], clock: str) -> str:
     keys = dict.fromkeys(k for row in rows for k in row if k not in ("ms", "repeats"))
     timed = any("ms" in row for row in rows)
     lines.append([*keys, *(["mmvq, ms"] * timed), *(f"over {name}" for name in peers_seen)])
-    lines.append(["---:"] * len(lines[0]))
+    words = [isinstance(rows[0].get(key), str) for key in keys]
+    lines.append(["---" if n < len(words) and words[n] else "---:" for n in range(len(lines[0]))])
     for row in rows:
         cells = [_cell(row.get(key, "")) for key in keys]
         if timed:

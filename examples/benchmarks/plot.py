@@ -1,4 +1,4 @@
-"""The search's figures as an image: nanoseconds for each pair of vector and code."""
+"""The search's figures as an image: the time of each peer over that of mmvq."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IMAGE = ROOT / "docs" / "images" / "benchmarks.png"
 
 
 def draw(results: dict[str, Any], image: Path) -> None:
-    """One panel for each D of the float32 search: time of a pair over the number of pairs.
+    """A panel for each N and D of the float32 search: each peer's time over mmvq's, by L.
 
     Args:
         results: what the benchmarks wrote as JSON; its first search is drawn.
@@ -22,22 +22,30 @@ def draw(results: dict[str, Any], image: Path) -> None:
     clock = results["clock of the tables"]
     rows = next(run["rows"] for run in results["runs"] if run["part"] == "search")
     rows = [row for row in rows if row["dtype"] == "float32"]
-    names = dict.fromkeys(name for row in rows for name in row["ms"])
-    widths = sorted({row["D"] for row in rows})
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(widths), sharey=True, squeeze=False)[0]
-    for panel, D in zip(panels, widths, strict=True):
-        for name in names:
-            points = sorted(
-                (row["N"] * row["L"], 1e6 * row["ms"][name][clock] / (row["N"] * row["L"]))
-                for row in rows
-                if row["D"] == D and name in row["ms"]
-            )
-            ours = name == "mmvq"
-            width, style = (2.5, "o-") if ours else (1, "--" if name == "product" else ".-")
-            panel.loglog(*zip(*points, strict=True), style, label=name, linewidth=width)
-        panel.set(title=f"D = {D}", xlabel="pairs, N x L")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ns for a pair")
-    panels[-1].legend(fontsize="small")
+    peers = sorted({name for row in rows for name in row["ms"]} - {"mmvq"})
+    sizes, widths = (sorted({row[key] for row in rows}) for key in ("N", "D"))
+    figure = Figure(figsize=(10, 1 + 2 * len(sizes)), layout="constrained")
+    grid = figure.subplots(len(sizes), len(widths), sharex=True, sharey=True, squeeze=False)
+    for N, line in zip(sizes, grid, strict=True):
+        for D, panel in zip(widths, line, strict=True):
+            panel.axhline(1, color="black", linewidth=2, label="mmvq")
+            here = [row for row in rows if (row["N"], row["D"]) == (N, D)]
+            for name in peers:
+                points = [
+                    (row["L"], row["ms"][name][clock] / row["ms"]["mmvq"][clock])
+                    for row in here
+                    if name in row["ms"]
+                ]
+                style = "o--" if name == "product" else "o-"
+                panel.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+            panel.set(xscale="log", yscale="log", title=f"N = {N:,}, D = {D}")
+            panel.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+    for panel in grid[-1]:
+        codes = sorted({row["L"] for row in rows})
+        panel.set_xticks(codes, [f"{L:,}" for L in codes])
+        panel.set_xlabel("codes, L")
+    figure.supylabel("times as long as mmvq: above the line mmvq is faster")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     figure.savefig(image, dpi=120)

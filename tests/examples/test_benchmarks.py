@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_no_speed_when_results_disagree(
     monkeypatch.setattr(peers, "searches", lambda x, codebook: {"wrong": wrong})
     with pytest.raises(SystemExit, match=r"disagree: wrong: 64 of 64 vectors got a farther code"):
         command.main(["search", "--quick"])
-    assert "ms" not in capsys.readouterr().out
+    assert "|" not in capsys.readouterr().out
 
 
 def test_without_a_gpu_one_line_says_so(
@@ -109,7 +110,44 @@ def test_the_plot_shows_every_search(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(plot, "IMAGE", tmp_path / "figures.svg")
     command.main(["plot"])
     text = plot.IMAGE.read_text()
-    assert all(f"<!-- {label} -->" in text for label in ("D = 8", "mmvq", "product"))
+    labels = ("N = 5, D = 8", "N = 50, D = 8", "mmvq", "product")
+    assert all(f"<!-- {label} -->" in text for label in labels)
+
+
+def over(rows: list[dict[str, Any]], name: str, clock: str) -> list[float]:
+    """mmvq's time over that of a peer at each float32 size that has both."""
+    found = [row["ms"] for row in rows if row.get("dtype") == "float32" and name in row["ms"]]
+    return [ms["mmvq"][clock] / ms[name][clock] for ms in found]
+
+
+def test_the_page_shows_the_committed_figures() -> None:
+    page = (plot.ROOT / "docs/benchmarks.md").read_text()
+    one, two, largest = (
+        {run["part"]: run for run in json.loads((plot.FIGURES.parent / file).read_text())["runs"]}
+        for file in ("1-thread.json", "2-threads.json", "largest.json")
+    )
+    for part in ("search", "step", "losses"):
+        assert command.table(one[part]["rows"], "cpu") in page
+    sizes = [(row["N"], row["L"], row["D"]) for row in one["search"]["rows"]]
+    rows = largest["search"]["rows"]
+    assert command.table([x for x in rows if (x["N"], x["L"], x["D"]) not in sizes], "cpu") in page
+    for row in one["memory"]["rows"]:
+        assert f"| {row['MB']} |" in page
+    for D, powers in one["search"]["summary"]["cost grows as, for each D"].items():
+        assert f"$N^{{{powers['N']}}} L^{{{powers['L']}}}$ at D {D}" in page
+    mean = timing.geometric_mean
+    for name in ("cdist", "scikit-learn", "faiss"):
+        found = [
+            over([row for row in one["search"]["rows"] if row["D"] == D], name, "cpu")
+            for D in (8, 64, 256)
+        ]
+        cells = " | ".join(f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in found)
+        (line,) = (x for x in page.splitlines() if x.endswith(f" | {cells} |"))
+        assert name in line
+        assert f"{mean(over(two['search']['rows'], name, 'wall')):.2f} of {name}" in page
+    ms = {name: time["wall"] for name, time in two["step"]["rows"][0]["ms"].items()}
+    ratio = ms["mmvq"] / ms["vector-quantize-pytorch"]
+    assert f"took {ms['mmvq']:.2f} ms, {ratio:.2f} of\nvector-quantize-pytorch" in page
 
 
 def test_powers_and_means() -> None:
