@@ -22,10 +22,12 @@ from mmvq_kernels.backends import (
     through_operator,
     transformed,
 )
+from mmvq_kernels.checks import readable
 from mmvq_kernels.messages import message
+from mmvq_kernels.products import product
 from mmvq_kernels.rounding import lost_share
 
-_BLOCK_BYTES = 1 << 25  # of distances held at a time, of one clip at least
+_BLOCK_BYTES = 1 << 23  # of distances held at a time, of one clip at least
 
 
 def code_log_probabilities_ref(x: Tensor, codebook: Tensor) -> Tensor:
@@ -115,13 +117,13 @@ def _forward_torch(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, T
 
 def _log_probabilities_torch(x: Tensor, codebook: Tensor, used: Tensor) -> Tensor:
     x, codes = _centre(x, codebook)
-    weights = torch.where(used, 0.0, -torch.inf).to(x.dtype)  # [B, T]
+    log_used = _log_used(used, x.dtype)
     log_p, norms = x.new_empty(x.shape[0], codes.shape[0]), codes.square().sum(-1)
     for clips in _blocks(x, codes):
-        distance = _distances(x[clips], codes, norms)  # [b, T, L]
-        log_p_t = distance.neg_().log_softmax(-1).add_(weights[clips, :, None])
+        distance, _ = _distances(x[clips], codes, norms)  # [b, T, L]
+        log_p_t = distance.neg_().log_softmax(-1).add_(log_used[clips])
         log_p[clips] = log_p_t.logsumexp(1)
-    return log_p.sub_(weights.exp().sum(1, keepdim=True).log())
+    return log_p.sub_(log_used.logsumexp(1))
 
 
 def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,17 +132,29 @@ def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype) - mean, codebook.to(dtype) - mean
 
 
-def _distances(x: Tensor, codes: Tensor, norms: Tensor) -> Tensor:
-    """`|x - e|`, `[B, T, L]`, 0 where it is lost to rounding; `norms` are |e|^2."""
+def _log_used(used: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logarithm of what a segment counts, 1 or 0, `[B, T, 1]`."""
+    return torch.where(used[..., None], 0.0, -torch.inf).to(dtype)
+
+
+def _distances(x: Tensor, codes: Tensor, norms: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`|x - e|`, `[B, T, L]`, and where it is lost to rounding and 0, if so anywhere.
+
+    `norms` are |e|^2.
+    """
     own = x.square().sum(-1, keepdim=True)
-    squares = _product(x, codes.T).mul_(-2).add_(own).add_(norms)
-    return squares.masked_fill_(squares < lost_share(x.dtype, x.shape[-1]) * own, 0).sqrt_()
+    squares = _product(x, codes).mul_(-2).add_(own).add_(norms)
+    floor = lost_share(x.dtype, x.shape[-1]) * own
+    if readable(squares) and not (squares.amin(-1, keepdim=True) <= floor).any():
+        return squares.sqrt_(), None  # as a rule: two passes less
+    lost = squares <= floor
+    return squares.masked_fill_(lost, 0).sqrt_(), lost
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`, as exact under autocast as elsewhere."""
+    """`a @ b.T`, as exact under autocast as elsewhere."""
     with torch.autocast(a.device.type, enabled=False):
-        return a @ b
+        return product(a, b)
 
 
 def _blocks(x: Tensor, codes: Tensor) -> Iterator[slice]:
@@ -231,21 +245,21 @@ def _backward_torch(
     of_codes: bool,
 ) -> tuple[Tensor, Tensor]:
     x_dtype, (x, codes) = x.dtype, _centre(x, codebook)
-    norms = codes.square().sum(-1)
-    shift = used.sum(1, keepdim=True).to(x.dtype).log()[..., None] + log_p[:, None]  # [B, 1, L]
+    log_used, norms = _log_used(used, x.dtype), codes.square().sum(-1)
+    shift = log_used.logsumexp(1, keepdim=True) + log_p[:, None]  # [B, 1, L]
     of_x = x.new_empty(x.shape)
     of_codebook = codes.new_zeros(codes.shape if of_codes else 0)
     for clips in _blocks(x, codes):
-        distance = _distances(x[clips], codes, norms)
-        log_p_t = (-distance).log_softmax(-1)  # [b, T, L]
+        distance, lost = _distances(x[clips], codes, norms)
+        log_p_t = (-distance).log_softmax(-1).add_(log_used[clips])  # [b, T, L]
         pull = (log_p_t - shift[clips]).exp_().mul_(grad[clips, None])
-        pull = pull.masked_fill_(~used[clips, :, None], 0)
         q = log_p_t.exp_().mul_(pull.sum(-1, keepdim=True)).sub_(pull).div_(distance)
-        q = q.masked_fill_(distance == 0, 0)
-        of_x[clips] = x[clips] * q.sum(-1, keepdim=True) - _product(q, codes)
+        if lost is not None:
+            q = q.masked_fill_(lost, 0)
+        of_x[clips] = x[clips] * q.sum(-1, keepdim=True) - _product(q, codes.T)
         if of_codes:
             q, rows = q.flatten(0, 1), x[clips].flatten(0, 1)
-            of_codebook.addcmul_(codes, q.sum(0)[:, None]).sub_(_product(q.T, rows))
+            of_codebook.addcmul_(codes, q.sum(0)[:, None]).sub_(_product(q.T, rows.T))
     return of_x.to(x_dtype), of_codebook.to(codebook.dtype)
 
 
@@ -270,12 +284,12 @@ def _check(x: Tensor, codebook: Tensor, mask: Tensor | None) -> None:
                 codebook=codebook,
             )
         )
-    if codebook.shape[0] == 0:
+    if codebook.numel() == 0:
         raise ValueError(
             message(
                 "code_log_probabilities",
-                "codebook must hold at least one code",
-                hint="build the codebook with size >= 1",
+                "codebook must not be empty",
+                hint="build the codebook with size >= 1 and dim >= 1",
                 codebook=codebook,
             )
         )

@@ -14,13 +14,13 @@ from torch.nn.functional import max_pool2d
 from mmvq_kernels.backends import Backend, one_after_another, require, runs_triton, through_operator
 from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
+from mmvq_kernels.products import product
 from mmvq_kernels.rounding import rounded_mean
 
 _TILE = 1024  # codes in a block of scores
 _WINDOW = 128  # codes that one thread looks through at a time
 _ROWS = 48  # vectors in a block are a multiple: a product rounds at its edges in another way
 _BLOCK_BYTES = 1 << 22  # of scores at a time: large for a matrix product, small for a cache
-_ONEDNN = torch.backends.mkldnn.is_available()
 
 Precision = Literal["exact", "fast"]
 _PRECISIONS = get_args(Precision)  # dynamo of older torch cannot trace the call
@@ -125,7 +125,7 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
         rows, best, index = (t[start : start + length] for t in (x, greatest, indices))
         block[: len(rows), :D] = rows
         for i, codes in enumerate(tiles):
-            score, code = _best(_product(codes, block[: len(best)]))
+            score, code = _best(product(codes, block[: len(best)]))
             torch.where(score > best, code + i * _TILE, index, out=index)
             torch.maximum(score, best, out=best)  # keeps a NaN
     return torch.where(greatest.isfinite(), indices, 0)[:N]
@@ -133,11 +133,13 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
 
 def _scorers(codebook: Tensor) -> Tensor:
     """Rows `(e', -h)`, whose product with `(x, 1)` is the score: `[L, D + 1]`."""
-    mean = rounded_mean(codebook)
-    centred = codebook - mean
-    half_norm = (codebook + mean).mul_(centred).sum(1) / 2  # |e'|^2 / 2 + mean . e'
-    half_norm.masked_fill_(repeats_an_earlier_row(codebook), torch.inf)  # the lowest index wins
-    return torch.cat([centred, -half_norm[:, None]], 1)
+    scorers = codebook.new_empty(codebook.shape[0], codebook.shape[1] + 1)
+    mean, half_norm = rounded_mean(codebook), scorers[:, -1]
+    for codes, rows in zip(codebook.split(_TILE), scorers.split(_TILE), strict=True):
+        rows[:, :-1] = centred = codes - mean
+        rows[:, -1] = (codes + mean).mul_(centred).sum(1)  # |e'|^2 + 2 mean . e'
+    half_norm.mul_(-0.5).masked_fill_(repeats_an_earlier_row(codebook), -torch.inf)
+    return scorers  # of equal rows the lowest index wins
 
 
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,14 +159,6 @@ def _pool(scores: Tensor, window: int) -> tuple[Tensor, Tensor]:
     image = scores[None, :, None].permute(0, 3, 1, 2)  # [1, R, C, 1]
     best, codes = max_pool2d(image, (window, 1), ceil_mode=True, return_indices=True)
     return best[0, :, :, 0].T, codes[0, :, :, 0].T
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b.T`; on a CPU by oneDNN, up to twice as fast as the library behind `torch.mm`."""
-    if _ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        return product
-    return a @ b.T
 
 
 def _check(x: Tensor, codebook: Tensor, precision: str) -> None:
@@ -188,12 +182,12 @@ def _check(x: Tensor, codebook: Tensor, precision: str) -> None:
                 codebook=codebook,
             )
         )
-    if codebook.shape[0] == 0:
+    if codebook.numel() == 0:
         raise ValueError(
             message(
                 "nearest_code",
-                "codebook must hold at least one code",
-                hint="build the codebook with size >= 1",
+                "codebook must not be empty",
+                hint="build the codebook with size >= 1 and dim >= 1",
                 codebook=codebook,
             )
         )

@@ -14,7 +14,7 @@ def rounded_mean(codebook: Tensor) -> Tensor:
     The step is a power of two, so that codes on a lattice stay on one, and equal scores equal.
     """
     mean = codebook.mean(0)
-    spread = (codebook - mean).abs().amax()
+    spread = (codebook - mean).abs_().amax()
     step = torch.exp2(torch.floor(torch.log2(spread)) - 3)
     return torch.where(step > 0, (mean / step).round() * step, mean)
 

@@ -40,9 +40,9 @@ KERNELS = [
     Case(
         lambda: kernels.code_log_probabilities(z, codes[:0]),
         ValueError,
-        "code_log_probabilities: codebook must hold at least one code",
+        "code_log_probabilities: codebook must not be empty",
         "codebook: float32[0, 4]",
-        "build the codebook with size >= 1",
+        "build the codebook with size >= 1 and dim >= 1",
     ),
     *(
         Case(
@@ -74,9 +74,9 @@ KERNELS = [
     Case(
         lambda: kernels.nearest_code(codes, codes[:0]),
         ValueError,
-        "nearest_code: codebook must hold at least one code",
+        "nearest_code: codebook must not be empty",
         "codebook: float32[0, 4]",
-        "build the codebook with size >= 1",
+        "build the codebook with size >= 1 and dim >= 1",
     ),
     Case(
         lambda: kernels.nearest_code(codes, codes, precision=anything or "half"),

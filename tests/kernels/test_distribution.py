@@ -149,4 +149,4 @@ def test_memory_holds_a_few_clips() -> None:
         "    log_p.square().sum().backward()\n"
         "step(2, 3, 5)\n"
     )
-    assert peak_growth(setup, "step(64, 64, 16384)") < 400  # a block is 32 MiB, the result 4
+    assert peak_growth(setup, "step(64, 64, 16384)") < 400  # a block is 8 MiB, the result 4

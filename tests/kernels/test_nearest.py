@@ -151,7 +151,7 @@ def test_ties_across_windows_and_tiles_go_to_the_lowest_index(
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr("mmvq_kernels.nearest._TILE", tile)
     monkeypatch.setattr("mmvq_kernels.nearest._WINDOW", window)
-    monkeypatch.setattr("mmvq_kernels.nearest._ONEDNN", onednn)
+    monkeypatch.setattr("mmvq_kernels.products.ONEDNN", onednn)
     assert torch.equal(nearest_code(x, codebook), lowest_nearest(x, codebook))
     ties = distances(x, codebook)
     assert half < 32 or ((ties == ties.amin(1, keepdim=True)).sum(1) > 1).any()

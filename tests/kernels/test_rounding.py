@@ -33,7 +33,10 @@ def test_a_vector_on_a_code_is_at_distance_0_and_one_beside_it_is_not(
 ) -> None:
     codes = (scale * uniform(128, D)).to(dtype)
     norms = codes.square().sum(-1)
-    on = _distances(codes[None], codes, norms)[0].diagonal()
-    assert (on == 0).all()
+    on, lost = _distances(codes[None], codes, norms)
+    assert (on[0].diagonal() == 0).all()
+    assert lost is not None
+    assert torch.equal(lost, on == 0)
     beside = codes * (1 + 2 * lost_share(dtype, D) ** 0.5)  # four times the share
-    assert (_distances(beside[None], codes, norms)[0].diagonal() > 0).all()
+    off, _ = _distances(beside[None], codes, norms)
+    assert (off[0].diagonal() > 0).all()
