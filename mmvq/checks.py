@@ -77,7 +77,7 @@ def check_choice(
 
 
 def check_modalities(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
-    """One or more names, each once, that can be keys of an `nn.ModuleDict`."""
+    """One or more names, each once, that can be keys of an `nn.ModuleDict` or `ParameterDict`."""
     several = isinstance(modalities, Iterable) and not isinstance(modalities, str)
     names = tuple(modalities) if several else ()
     strings = all(isinstance(name, str) and name for name in names)
@@ -90,11 +90,13 @@ def check_modalities(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
                 modalities=modalities,
             )
         )
-    if any("." in name or hasattr(nn.ModuleDict, name) for name in names):
+    taken = nn.ModuleDict(), nn.ParameterDict()
+    if any("." in name or any(hasattr(each, name) for each in taken) for name in names):
         raise ValueError(
             message(
                 where,
-                "modalities name submodules: no dot, and no attribute of nn.ModuleDict",
+                "modalities name submodules: no dot, and no attribute of nn.ModuleDict or "
+                "nn.ParameterDict",
                 hint='rename it, "left.arm" to "left_arm" or "type" to "kind"',
                 modalities=modalities,
             )
@@ -242,7 +244,7 @@ def check_mask(where: str, name: str, mask: Tensor, x: Tensor) -> None:
         )
 
 
-def check_finite(where: str, **tensors: Tensor) -> None:
+def check_finite(where: str, /, **tensors: Tensor) -> None:
     """Values are finite; looked at only under MMVQ_CHECK=1, since it waits for the device."""
     if os.environ.get("MMVQ_CHECK") != "1":
         return

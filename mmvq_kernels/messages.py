@@ -31,7 +31,7 @@ def describe(value: object) -> object:
     return _Bare((value if isinstance(value, type) else type(value)).__name__)
 
 
-def message(where: str, rule: str, *, hint: str, **came: object) -> str:
+def message(where: str, rule: str, /, *, hint: str, **came: object) -> str:
     """Compose `where: rule.`, the values that came, and the hint, one line each."""
     values = "   ".join(f"{name}: {describe(value)!r}" for name, value in came.items())
     return f"{where}: {rule}.\n  {values}\n  Hint: {hint}."

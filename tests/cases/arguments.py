@@ -123,11 +123,12 @@ ARGUMENTS = [
         Case(
             lambda given=given: mmvq.CrossCPC(4, given),
             ValueError,
-            "CrossCPC: modalities name submodules: no dot, and no attribute of nn.ModuleDict",
+            "CrossCPC: modalities name submodules: no dot, and no attribute of nn.ModuleDict or "
+            "nn.ParameterDict",
             f"modalities: {given!r}",
             'rename it, "left.arm" to "left_arm" or "type" to "kind"',
         )
-        for given in (("left.arm", "audio"), ("audio", "type"))
+        for given in (("left.arm", "audio"), ("audio", "type"), ("copy",), ("training",))
     ),
     *(
         Case(

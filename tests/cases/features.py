@@ -140,4 +140,14 @@ FEATURES = [
             ("CrossCPC", lambda: mmvq.CrossCPC(4)({"audio": z, "video": z[:, :3]}), ""),
         )
     ),
+    *(
+        Case(
+            lambda name=name: mmvq.CrossCPC(4, (name, "z"))({name: z, "z": z[:, :3]}),
+            ValueError,
+            "CrossCPC: all modalities must have the same number of segments T",
+            f"{name}: 5   z: 3",
+            "resample them to one time grid, or pad and mask the shorter",
+        )
+        for name in ("where", "rule")  # arguments of what checks and composes
+    ),
 ]

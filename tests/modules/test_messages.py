@@ -44,6 +44,7 @@ def test_values_are_looked_at_only_when_asked() -> None:
     assert loss.isnan()
     with patch.dict(os.environ, MMVQ_CHECK="1"):
         quantizer()(both)  # finite: nothing to say
+        quantizer(modalities=("where",))({"where": z})
         masked = torch.zeros(2, 5, dtype=torch.bool)
         quantizer()({"audio": nan}, {"audio": masked})  # padding is never read
     with patch.dict(os.environ, MMVQ_CHECK="0"):
