@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -257,23 +256,12 @@ class EMACodebook(CodebookState):
         """Move the state by reduced statistics: ages, reset, moving average (Eq. 7)."""
         G, L, D = self.groups, self.size, self.dim
         counts, sums = statistics.split([G * L, L * D])
-        counts = rearrange(counts, "(g l) -> g l", g=G)
-        sums = rearrange(sums, "(l d) -> l d", d=D)
+        counts, sums = counts.view(G, L), sums.view(L, D)
         batch_counts = (counts * self.voters[:, None]).sum(0)  # [L]
 
         self.usage.add_(counts.long())
         self.ages.copy_(F.advance_ages(self.ages, counts))
-        dead = replacement = None
-        if self.reset_after is not None:
-            votes = torch.where(self.voters[:, None], self.ages, F.UNSEEN)
-            idle = F.inactive_codes(votes, self.reset_after, self.reset_rule)
-            dead = idle & (batch_counts.sum() > 0)
-            if readable(dead) and not dead.numpy().any():  # a GPU would have to be waited for
-                dead = None
-            else:
-                args = self.codes, dead, sums, batch_counts, self.steps
-                replacement = F.replacement_codes(*args)
-                self.ages.masked_fill_(dead & (self.ages >= 0), 0)
+        dead, replacement = self._find_resets(sums, batch_counts)
         F.ema_update_(
             self.codes,
             self.sums,
@@ -286,6 +274,20 @@ class EMACodebook(CodebookState):
             replacement=replacement,
         )
         self.steps.add_(1)
+
+    def _find_resets(
+        self, sums: Tensor, batch_counts: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The idle codes, whose ages start anew, and what takes their place (Sec. 4.3)."""
+        if self.reset_after is None:
+            return None, None
+        votes = torch.where(self.voters[:, None], self.ages, F.UNSEEN)
+        idle = F.inactive_codes(votes, self.reset_after, self.reset_rule)
+        dead = idle & (batch_counts.sum() > 0)
+        if readable(dead) and not dead.numpy().any():  # a GPU would have to be waited for
+            return None, None
+        self.ages.masked_fill_(dead & (self.ages >= 0), 0)
+        return dead, F.replacement_codes(self.codes, dead, sums, batch_counts, self.steps)
 
     def reset_usage(self) -> None:
         """Start counting `usage` anew."""

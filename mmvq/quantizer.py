@@ -201,8 +201,8 @@ class MultiModalEMAQuantizer(Pretrained):
             freeze: leave the codebook as it is.
 
         Returns:
-            `QuantizerOutput(quantized, indices, loss)`. A vector that is not finite gets index 0
-            and shows as NaN in `quantized` and in the loss.
+            `QuantizerOutput(quantized, indices, loss)`. A vector that is not finite gets index 0,
+            and shows: as NaN in `quantized`, as NaN or infinity in the loss.
 
         Raises:
             ValueError: shapes or names that do not fit.

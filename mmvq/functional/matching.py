@@ -80,10 +80,10 @@ def code_matching(
     log_p: dict[str, Tensor] = {}
     some: dict[str, Tensor] = {}
     for name in names:
-        mask = torch.ones_like(features[name][..., 0], dtype=torch.bool)
-        mask = mask if masks is None else masks[name]
+        x = features[name]
         codes = codebook if isinstance(codebook, Tensor) else codebook[name]
-        log_p[name] = code_log_probabilities(features[name], codes, mask)  # [B, L]
+        mask = torch.ones_like(x[..., 0], dtype=torch.bool) if masks is None else masks[name]
+        log_p[name] = code_log_probabilities(x, codes, mask)  # [B, L]
         some[name] = mask.any(1)  # [B]
     every = {name: batch.gather(p) for name, p in log_p.items()}
     total = pairs = log_p[names[0]].new_zeros(())
