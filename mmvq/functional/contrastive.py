@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmvq.functional.batch import WHOLE, Batch
+from mmvq_kernels.messages import message
 
 
 def similarities(
@@ -85,6 +86,9 @@ def info_nce(
     Returns:
         A scalar in nats (0 when nothing is valid), or `[..., N]`; ln N when all keys look alike.
 
+    Raises:
+        ValueError: query and key differ in N or D.
+
     Source: van den Oord et al. 2018; Eq. 6.
 
     Examples:
@@ -94,6 +98,10 @@ def info_nce(
         >>> info_nce(100 * torch.eye(8), torch.eye(8))
         tensor(0.)
     """
+    if query.shape[-2:] != key.shape[-2:]:
+        rule = "query and key must be [..., N, D], of one N and one D"
+        hint = "row i of key belongs to row i of query; project both to one width"
+        raise ValueError(message("info_nce", rule, hint=hint, query=query, key=key))
     if mask is not None:  # a NaN under a False must not reach the gradient of the others
         query, key = (torch.where(mask[..., None], x, 0) for x in (query, key))
     candidates = None if mask is None else batch.gather(mask, -1)

@@ -27,6 +27,16 @@ def split(call: Callable[[], object]) -> Callable[[], object]:
 
 
 LOSSES = [
+    *(
+        Case(
+            lambda key=key: mmvq.functional.info_nce(z[:, 0], key),
+            ValueError,
+            "info_nce: query and key must be [..., N, D], of one N and one D",
+            f"query: float32[2, 4]   key: float32{list(key.shape)}",
+            "row i of key belongs to row i of query; project both to one width",
+        )
+        for key in (z[:1, 0], z[:, 0, :3])
+    ),
     Case(
         split(lambda: mmvq.CrossCPC(4, gather=True)(both)),
         ValueError,
