@@ -172,7 +172,9 @@ def _device(name: str) -> torch.device:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.empty(0, device=name).device
+        number = torch.zeros((), device=name)
+        number.item()  # "meta" has none
+        return number.device
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"--device {name}: torch cannot use it here ({error}).") from error
 

@@ -131,6 +131,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(
         (["--modalities", "audio"], "two modalities or more; came audio. Hint: each is a"),
         (["--modalities", "audio", "smell"], "no modality 'smell'"),
         (["--device", "abacus"], "--device abacus: torch cannot use it here"),
+        (["--device", "meta"], "--device meta: torch cannot use it here"),
         (["--resume"], "no such file"),
     ],
 )
