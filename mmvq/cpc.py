@@ -184,23 +184,18 @@ class CrossCPC(Pretrained):
         )
         check_same_length("CrossCPC", z)
         check_finite("CrossCPC", **z)
-        names = list(z)
         z = {m: x.to(self.predictors[m].dtype) for m, x in z.items()}
-        K, T = self.num_steps, z[names[0]].shape[1]
+        names, x = list(z), next(iter(z.values()))
+        K, T, device = self.num_steps, x.shape[1], x.device
         first, last = self._starts(T, start, generator)
         batch = F.WHOLE
         if self.gather:
-            x = z[names[0]]
             batch = meet("CrossCPC", x, self.process_group, names=names, T=T)
-            first, last = exchange((first, last), x.device, self.process_group)[0]
-        seen = slice(first - 1, last)  # the last observed segment of each start
-        with torch.autocast(z[names[0]].device.type, enabled=False):  # many CPUs lack such an LSTM
-            context = torch.stack([self.contexts[m](z[m][:, :last])[0][:, seen] for m in names])
-        weight = torch.stack([self.predictors[m] for m in names])
-        prediction = einsum(weight, context, "m k d c, m b s c -> m k s b d")  # W_k c
-        steps = self.first_step + torch.arange(K, device=context.device)
-        starts = torch.arange(first, last + 1, device=context.device)
-        ahead = starts - 1 + steps[:, None]  # [K, S], the segments to predict
+            first, last = exchange((first, last), device, self.process_group)[0]
+
+        prediction = self._predict(z, first, last)  # [M, K, S, B, D]
+        seen = torch.arange(first - 1, last, device=device)  # [S], the last observed segments
+        ahead = seen + self.first_step + torch.arange(K, device=device)[:, None]  # [K, S]
         future = torch.stack([z[m][:, ahead].permute(1, 2, 0, 3) for m in names])
         observed = torch.stack([valid[m][:, seen].T for m in names])[:, None]  # [M, 1, S, B]
         arrived = torch.stack([valid[m][:, ahead].permute(1, 2, 0) for m in names])
@@ -209,37 +204,36 @@ class CrossCPC(Pretrained):
         if self.self_weight == 0:
             pairs = [(a, b) for a, b in pairs if a != b]
         if not pairs:
-            return CPCOutput(context.sum() * 0, {})
-        source, target = torch.tensor(pairs, device=context.device).T
+            return CPCOutput(prediction.sum() * 0, {})
+        source, target = torch.tensor(pairs, device=device).T
         query, key = prediction[source], future[target]  # [P, K, S, B, D]
         mask = observed[source] & arrived[target]  # [P, K, S, B]
         if self.normalize_over == "contexts":
             query, key = key, query
         score: dict[str, Any] = {
+            "mask": mask,
             "temperature": self.temperature,
             "normalize": self.normalize,
             "batch": batch,
         }
-        nce = F.info_nce(
-            query,
-            key,
-            mask=mask,
-            symmetric=self.normalize_over == "both",
-            reduction="none",
-            **score,
-        )
-        own = source == target
+        symmetric = self.normalize_over == "both"
+        nce = F.info_nce(query, key, symmetric=symmetric, reduction="none", **score)
         summed, count = batch.sum(_sum(nce, mask), _sum(mask, mask))  # [P]
-        losses, some = summed / count.clamp(min=1), count > 0
-        loss = (losses * ~own).sum() / (some & ~own).sum().clamp(min=1)
-        if self.self_weight:
-            loss = loss + self.self_weight * (losses * own).sum() / (some & own).sum().clamp(min=1)
+        losses, some, own = summed / count.clamp(min=1), count > 0, source == target
+        loss = _mean(losses, some & ~own) + self.self_weight * _mean(losses, some & own)
         with torch.no_grad():
-            hits = F.matched(query, key, mask=mask, **score)
-            (summed,) = batch.sum(_sum(hits, mask).to(losses))
+            (summed,) = batch.sum(_sum(F.matched(query, key, **score), mask).to(losses))
             hits = summed / count.clamp(min=1)
         accuracy = {(names[a], names[b]): hit for (a, b), hit in zip(pairs, hits, strict=True)}
         return CPCOutput(loss, accuracy)
+
+    def _predict(self, z: Mapping[str, Tensor], first: int, last: int) -> Tensor:
+        """W_k c_t of each modality, step, start and clip: `[M, K, S, B, D]`."""
+        device = next(iter(z.values())).device.type
+        with torch.autocast(device, enabled=False):  # many CPUs lack such an LSTM
+            context = [self.contexts[m](x[:, :last])[0][:, first - 1 :] for m, x in z.items()]
+        weight = torch.stack([self.predictors[m] for m in z])
+        return einsum(weight, torch.stack(context), "m k d c, m b s c -> m k s b d")
 
     def _starts(
         self, T: int, start: int | Literal["all"] | None, generator: torch.Generator | None
@@ -276,3 +270,8 @@ class CrossCPC(Pretrained):
 def _sum(values: Tensor, mask: Tensor) -> Tensor:
     """Over the valid entries of all but the first dimension."""
     return (values * mask).flatten(1).sum(1)
+
+
+def _mean(values: Tensor, keep: Tensor) -> Tensor:
+    """Over the entries to keep; 0 if there are none."""
+    return torch.where(keep, values, 0).sum() / keep.sum().clamp(min=1)
