@@ -187,11 +187,12 @@ class CrossCPC(Pretrained):
         z = {m: x.to(self.predictors[m].dtype) for m, x in z.items()}
         names, x = list(z), next(iter(z.values()))
         K, T, device = self.num_steps, x.shape[1], x.device
-        first, last = self._starts(T, start, generator)
-        batch = F.WHOLE
+        group, batch = self.process_group, F.WHOLE
         if self.gather:
-            batch = meet("CrossCPC", x, self.process_group, names=names, T=T)
-            first, last = exchange((first, last), device, self.process_group)[0]
+            batch = meet("CrossCPC", x, group, names=names, T=T)
+        first, last = self._starts(T, start, generator)
+        if self.gather:
+            first, last = exchange((first, last), device, group)[0]
 
         prediction = self._predict(z, first, last)  # [M, K, S, B, D]
         seen = torch.arange(first - 1, last, device=device)  # [S], the last observed segments

@@ -37,12 +37,15 @@ LOSSES = [
         )
         for key in (z[:1, 0], z[:, 0, :3])
     ),
-    Case(
-        split(lambda: mmvq.CrossCPC(4, gather=True)(both)),
-        ValueError,
-        "CrossCPC: T must be the same on all ranks",
-        "T of this rank: 5   ranks_unlike_rank_0: [1]",
-        "pass zeros with a mask of False for what a rank lacks",
+    *(
+        Case(
+            split(lambda T=T: mmvq.CrossCPC(4, gather=True)({"audio": z[:, :T]})),
+            ValueError,
+            "CrossCPC: T must be the same on all ranks",
+            f"T of this rank: {T}   ranks_unlike_rank_0: [1]",
+            "pass zeros with a mask of False for what a rank lacks",
+        )
+        for T in (5, 1)  # 1 is too short, but where only one rank knows, the others wait
     ),
     Case(
         lambda: mmvq.CLUBEstimator(4, 4, negatives="shuffled", gather=True),
