@@ -139,13 +139,17 @@ class CrossCPC(Pretrained):
                 for name in self.modalities
             }
         )
-        bound = context_dim**-0.5
         self.predictors = nn.ParameterDict(  # W_k
-            {
-                name: nn.Parameter(torch.empty(num_steps, dim, context_dim).uniform_(-bound, bound))
-                for name in self.modalities
-            }
+            {name: torch.empty(num_steps, dim, context_dim) for name in self.modalities}
         )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the W_k anew; the LSTMs have a method of their own."""
+        bound = self.context_dim**-0.5
+        for weight in self.predictors.values():
+            weight.uniform_(-bound, bound)
 
     def forward(
         self,

@@ -45,17 +45,29 @@ class CodebookState(Pretrained):
     ) -> None:
         super().__init__()
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        codes = torch.empty(size, dim, dtype=dtype).uniform_(-1 / size, 1 / size)
         self.init, self._sources = init, sources
-        self._pending, self._ready = None, init == "uniform"
-        self.register_buffer("codes", codes)
-        self.register_buffer("sums", codes.clone())
-        self.register_buffer("counts", torch.ones(size, dtype=dtype))
-        self.register_buffer("ages", torch.full((groups, size), UNSEEN))
-        self.register_buffer("usage", torch.zeros(groups, size, dtype=torch.long))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.register_buffer("initialized", torch.tensor(self._ready))
-        self.register_buffer("voters", self._find_voters(), persistent=False)
+        self.register_buffer("codes", torch.empty(size, dim, dtype=dtype))
+        self.register_buffer("sums", torch.empty(size, dim, dtype=dtype))
+        self.register_buffer("counts", torch.empty(size, dtype=dtype))
+        self.register_buffer("ages", torch.empty(groups, size, dtype=torch.long))
+        self.register_buffer("usage", torch.empty(groups, size, dtype=torch.long))
+        self.register_buffer("steps", torch.empty((), dtype=torch.long))
+        self.register_buffer("initialized", torch.empty((), dtype=torch.bool))
+        self.register_buffer("voters", torch.empty(groups, dtype=torch.bool), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew, as built; a module built on `meta` starts so after `to_empty`."""
+        bound = 1 / len(self.codes)
+        self.sums.copy_(self.codes.uniform_(-bound, bound))
+        self.counts.fill_(1)
+        self.ages.fill_(UNSEEN)
+        self.usage.zero_()
+        self.steps.zero_()
+        self.initialized.fill_(self.init == "uniform")
+        self.voters = self._find_voters()
+        self._pending, self._ready = None, self.init == "uniform"
 
     def match_dtype(self, dtype: torch.dtype) -> None:
         """Make the state float64 if `dtype` is; the state never gets narrower by itself."""

@@ -12,7 +12,7 @@ from quantizers import NAMES, B, D, L, T, batch, some_masks, trained
 from support import same, state, uniform, wide
 from torch import Tensor, nn
 
-from mmvq import EMACodebook, MultiModalEMAQuantizer, functional
+from mmvq import CLUBEstimator, CrossCPC, EMACodebook, MultiModalEMAQuantizer, functional
 
 N = 40
 
@@ -181,6 +181,45 @@ def test_a_codebook_built_without_data_is_that_of_the_state_it_loads(assign: boo
     for each in (book, saved):
         step(each, x, torch.arange(N) % 3)
     assert same(state(book), state(saved))
+
+
+def codebook() -> EMACodebook:
+    return EMACodebook(D, L, groups=3, update_from=(2,), init="samples")
+
+
+def test_started_anew_it_is_as_built() -> None:
+    book = codebook()
+    torch.manual_seed(0)
+    expected = state(codebook())
+    x = uniform(N, D, dtype=torch.float32)
+    book.initialize(x, torch.full((N,), 2))
+    step(book, x)
+    book.accumulate(x, book.search(x))
+    torch.manual_seed(0)
+    book.reset_parameters()
+    assert same(state(book), expected)
+    book.apply()  # nothing waits
+    assert same(state(book), expected)
+    book.initialize(x, torch.full((N,), 2))
+    assert book.initialized
+
+
+@pytest.mark.parametrize(
+    "make", [codebook, lambda: CrossCPC(D, NAMES), lambda: CLUBEstimator(D, D)]
+)
+def test_a_module_built_without_memory_starts_as_any_other(make: Any) -> None:
+    """As large models are built for FSDP: on `meta`, then `to_empty`, then `reset_parameters`."""
+    with torch.device("meta"):
+        module = make()
+    module.to_empty(device="cpu")
+    for x in (*module.parameters(), *module.buffers()):
+        x.detach().fill_(7)  # whatever lay there
+    torch.manual_seed(0)
+    module.apply(lambda part: getattr(part, "reset_parameters", int)())
+    torch.manual_seed(0)
+    expected = make()
+    assert same(dict(module.named_buffers()), dict(expected.named_buffers()))
+    assert same(state(module), state(expected))
 
 
 def test_loading_a_state_forgets_what_was_accumulated_for_another() -> None:
