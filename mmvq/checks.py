@@ -157,40 +157,19 @@ def check_features(
             valid[name] = mask[:, None] if flat else mask
     devices = {name: x.device for name, x in z.items()}
     devices |= {} if device is None else {"the module": device}
-    if _differ(devices):
-        raise ValueError(
-            message(
-                where,
-                "all features must be on one device, and the module too",
-                hint="move them with .to(device)",
-                **{name: str(place) for name, place in devices.items()},
-            )
-        )
-    batches = {name: x.shape[0] for name, x in z.items()}
-    if _differ(batches):
-        raise ValueError(
-            message(
-                where,
-                "all modalities must have the same batch size",
-                hint="pass clips of one batch; leave out a modality that is missing, or mask it",
-                **batches,
-            )
-        )
+    rule = "all features must be on one device, and the module too"
+    _check_equal(where, rule, "move them with .to(device)", devices)
+    rule = "all modalities must have the same batch size"
+    hint = "pass clips of one batch; leave out a modality that is missing, or mask it"
+    _check_equal(where, rule, hint, {name: x.shape[0] for name, x in z.items()})
     return z, valid
 
 
 def check_same_length(where: str, features: Mapping[str, Tensor], otherwise: str = "") -> None:
     """All modalities have the same T."""
-    lengths = {name: x.shape[1] for name, x in features.items()}
-    if _differ(lengths):
-        raise ValueError(
-            message(
-                where,
-                "all modalities must have the same number of segments T",
-                hint="resample them to one time grid, or pad and mask the shorter" + otherwise,
-                **lengths,
-            )
-        )
+    rule = "all modalities must have the same number of segments T"
+    hint = "resample them to one time grid, or pad and mask the shorter" + otherwise
+    _check_equal(where, rule, hint, {name: x.shape[1] for name, x in features.items()})
 
 
 def check_floating(where: str, **tensors: Tensor) -> None:
@@ -260,9 +239,10 @@ def check_finite(where: str, /, **tensors: Tensor) -> None:
             )
 
 
-def _differ(values: Mapping[str, object]) -> bool:
+def _check_equal(where: str, rule: str, hint: str, values: Mapping[str, object]) -> None:
     first, *rest = values.values()  # a set would hash them, which compiles a graph for each size
-    return any(value != first for value in rest)
+    if any(value != first for value in rest):
+        raise ValueError(message(where, rule, hint=hint, **values))
 
 
 def _check_names(

@@ -66,7 +66,7 @@ def plot_codes(codebook: Tensor, counts: Mapping[str, Tensor]) -> Figure:
     x, y = _principal_plane(codebook.detach().cpu().double(), used).T
     area = 30 + 220 * (total / total.max().clamp(min=1))
     groups = [(name, colours[name]) for name in names] + [("shared", SHARED)]
-    atlas.scatter(x[~used], y[~used], s=14, c=UNUSED, marker="x", linewidths=1, label=None)
+    atlas.scatter(x[~used], y[~used], s=14, c=UNUSED, marker="x", linewidths=1)
     for group, (label, colour) in enumerate(groups):
         mine = owner == group
         text = f"{label}: {int(mine.sum())}"

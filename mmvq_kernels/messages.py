@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from numbers import Number
 
+import torch
 from torch import Tensor
 
 
@@ -22,6 +23,8 @@ def describe(value: object) -> object:
             return _Bare(f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{place}")
         case None | str() | Number():
             return value
+        case torch.device():
+            return str(value)
         case Mapping():
             return {key: describe(each) for key, each in value.items()}
         case list():

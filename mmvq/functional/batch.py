@@ -28,7 +28,7 @@ class Batch:
         return x
 
     def sum(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """Each tensor summed over all, in the dtype of the first."""
+        """Each tensor summed over all."""
         return tensors
 
 
