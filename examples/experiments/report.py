@@ -129,7 +129,8 @@ def _method(results: Results) -> str:
 
 Names: CLUB, Cross-CPC, reset and code matching are the paper's parts; MM-EMA is its moving average
 over the modalities, DCID its CLUB and Cross-CPC, put into another system; S-MiT, MST, CODIS, TURN
-and CMCM are systems before it."""
+and CMCM are systems before it. V→A: labels of video, tests on audio. "Codes shared" is the part of
+the codes in use that no modality holds by more than 80%, as in Fig. 4."""
 
 
 def _claims(results: Results) -> str:
@@ -157,8 +158,7 @@ directions; 40K clips unless the claim is about their number).
 
 {table(head, rows)}
 
-More codes are shared (Fig. 4): the part of the codes in use that no modality holds by more
-than 80%.
+More codes are shared (Fig. 4):
 
 {sharing}"""
 
@@ -192,10 +192,9 @@ def _systems(results: Results) -> str:
     names = ["baseline", *SYSTEMS, *(f"dcid-{name}" for name in SYSTEMS), "uni-code"]
     return f"""## Table 1: systems
 
-Pre-trained on audio and video. V→A: labels of video, tests on audio. The paper's DCID+CMCM is its
-Uni-Code without MM-EMA (Tables 1 and 2 print the same numbers); here it is CMCM as its own paper
-has it, with its contrastive term and without the reset. Of TURN only the idea that the paper names
-is built here, crossed reconstruction.
+Pre-trained on audio and video. The paper's DCID+CMCM is its Uni-Code without MM-EMA (Tables 1 and 2
+print the same numbers); here it is CMCM as its own paper has it, with its contrastive term and
+without the reset. Of TURN only the idea that the paper names is built here, crossed reconstruction.
 
 {_comparison(results, names)}"""
 
