@@ -13,6 +13,8 @@ from torch import Tensor
 from mmvq_kernels.backends import Backend, require, runs_triton, through_operator
 from mmvq_kernels.messages import message
 
+FADED = 1000  # times eps: with an N above it, a code that nothing chooses keeps its place for long
+
 
 def ema_update_(
     codes: Tensor,
@@ -34,10 +36,10 @@ def ema_update_(
 
     Smoothing happens in the division only; N and o keep their plain averages. A dead code takes
     `replacement` as its `e`, the mean N of the dead codes as its N, and `o = e smoothed(N)`: the
-    total mass does not change, so that no living code moves. Where that mean has faded below
-    1 - decay, N is 1 - decay, as if one vector had chosen the code: with an N near eps it would
-    shrink by the decay at the next step. A batch without a single vector (`batch_counts` all zero)
-    leaves everything as it was.
+    total mass does not change, so that no living code moves. Where that mean has faded to 1000 eps
+    or less, N is 1 - decay at least, as if one vector had chosen the code: it would shrink by the
+    decay at the next step else. A batch without a single vector (`batch_counts` all zero) leaves
+    everything as it was.
 
     Args:
         codes: `e`, `[L, D]`, written.
@@ -181,7 +183,7 @@ def _ema_update_torch(
     if dead is not None and replacement is not None:
         dead = dead & some
         mean = (counts * dead).sum() / dead.sum().clamp(min=1)
-        mass = torch.maximum(mean, 1 - keep)
+        mass = torch.where(mean > FADED * eps, mean, torch.maximum(mean, 1 - keep))
         total = total + (mass - mean) * dead.sum()
         counts.copy_(torch.where(dead, mass, counts))
     smoothed = (counts + eps) / (total + counts.numel() * eps) * total  # [L]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvq_kernels.ema import FADED
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
 
@@ -34,6 +35,7 @@ def average_kernel(
     decay,
     gain,  # 1 - decay
     eps,
+    FADED: tl.constexpr,  # times eps: a mean N that is too small for a reset code
     RESET: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -57,7 +59,7 @@ def average_kernel(
     end = tl.where(tl.sum(batch) > 0, L, 0)  # a batch without a vector moves nothing
     died = tl.sum(number_dead)
     mean_of_dead = tl.sum(moved_dead) / tl.maximum(died, 1.0)
-    mass_of_dead = tl.maximum(mean_of_dead, gain)
+    mass_of_dead = tl.maximum(mean_of_dead, tl.where(mean_of_dead > FADED * eps, 0.0, gain))
     total = tl.sum(moved) + (mass_of_dead - mean_of_dead) * died
     scale = total / (total + L * eps)
 
@@ -122,6 +124,7 @@ def update_(
         decay,
         1 - decay,
         eps,
+        FADED=FADED,
         RESET=reset,
         BLOCK=min(4096, triton.next_power_of_2(L)),
         BLOCK_L=block_l,
