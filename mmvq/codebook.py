@@ -52,7 +52,8 @@ class EMACodebook(CodebookState):
         reset_after: batches after which an unchosen code is reset; None never resets.
         reset_rule: `"all"`: a code survives only if every group chose it within `reset_after`
             batches; `"any"`: if any group did.
-        init: `"uniform"` in (-1/L, 1/L), or `"kmeans"` or `"samples"` of the first data.
+        init: `"uniform"` in (-1/L, 1/L), or `"kmeans"` or `"samples"` of the first data that
+            `initialize` is given.
         process_group: the ranks that share the codebook; None is the default group, looked up at
             each step: the module may be built before it.
 
@@ -187,7 +188,7 @@ class EMACodebook(CodebookState):
 
         Args:
             values: the vectors to average, `[..., D]`; float64 makes the state float64. A row that
-                is not finite is left out.
+                is not finite, or too large to square, is left out.
             indices: int64 `[...]`, the code each goes to; -1 leaves the row out.
             groups: int64 `[...]`, the group of each row; None: all of group 0.
 

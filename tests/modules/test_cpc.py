@@ -128,8 +128,6 @@ def test_chance_is_ln_b_and_a_perfect_prediction_costs_nothing() -> None:
     cpc = module(("a", "b"), normalize=True, temperature=0.01)
     sign = torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None]
     x = sign * torch.ones(2, T, D, dtype=torch.float64)
-    context = cpc.contexts["a"](x[:, :3])[0][:, -1]
-    direction = context[0] - context[1]
     with torch.no_grad():
         for name in ("a", "b"):
             context = cpc.contexts[name](x[:, :3])[0][:, -1]
