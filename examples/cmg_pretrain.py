@@ -114,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
     }
     if scored:
         write_atomic(folder / "downstream.json", json.dumps(scored, indent=2).encode())
+    else:  # one of an earlier run would be taken for this model's
+        (folder / "downstream.json").unlink(missing_ok=True)
     reference = cca_reference(clips, args.seed) if args.reference else None
     print(_summary(metrics, folder))
     print(table(metrics, reference))

@@ -42,6 +42,8 @@ def test_a_run_from_file_to_figures(
 ) -> None:
     """Three events shown linearly by three modalities: labels must carry over."""
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "downstream.json").write_text("{}")  # an earlier run's
     arguments = ["--data", str(clips_path), "--epochs", "40", "--seed", "3", "--reference", "cca"]
     assert cmg_pretrain.main([*arguments, "--output", str(out)]) == 0
     assert {path.name for path in out.iterdir() if path.is_file()} == RESULTS
