@@ -145,7 +145,7 @@ def _distances(x: Tensor, codes: Tensor, norms: Tensor) -> tuple[Tensor, Tensor 
     own = x.square().sum(-1, keepdim=True)
     squares = _product(x, codes).mul_(-2).add_(own).add_(norms)
     floor = lost_share(x.dtype, x.shape[-1]) * own
-    if readable(squares) and not (squares.amin(-1, keepdim=True) <= floor).any():
+    if readable(squares) and not (squares.amin(-1, keepdim=True) <= floor).numpy().any():
         return squares.sqrt_(), None  # as a rule: two passes less
     lost = squares <= floor
     return squares.masked_fill_(lost, 0).sqrt_(), lost
