@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmg.checkpoint import load_model
 from cmg.data import Clips
+from cmg.errors import DataError
 from cmg.model import Config, UniCode
 from cmg.standardize import Standardizer
 
@@ -41,15 +42,23 @@ class TrainedRun:
         """Read a model folder.
 
         Raises:
-            DataError: There is no model in the folder.
+            DataError: There is no model in the folder, or the clips are not of its modalities.
         """
         tensors, content = load_model(folder)
         shapes = {name: (cells, channels) for name, (cells, channels) in content["shapes"].items()}
         config = Config(**content | {"shapes": shapes, "without": tuple(content["without"])})
+        standardizer = Standardizer.from_tensors(tensors)
+        for name, mean in standardizer.mean.items():
+            T, C = config.segments, len(mean)
+            x = clips.features.get(name)
+            if x is None or (x.shape[1], x.shape[-1]) != (T, C):
+                came = "none" if x is None else list(x.shape)
+                raise DataError(
+                    f"{folder}: its model takes {name} [N, {T}, ..., {C}]; came {came}."
+                )
         model = UniCode(config)
         model.semantic.load_state_dict(_part(tensors, "semantic."))
         model.quantizer.load_state_dict(_part(tensors, "quantizer."))
-        standardizer = Standardizer.from_tensors(tensors)
         return cls(clips, config, seed, model.eval().requires_grad_(False), standardizer)
 
     def quantize(self, features: Mapping[str, Tensor]) -> Codes:

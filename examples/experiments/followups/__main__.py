@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from cmg_pretrain import open_data
+
+from cmg.errors import DataError
 
 from ..run import TrainedRun
 from . import all_followups
@@ -16,6 +19,9 @@ parser.add_argument("--data", default="digits", help="as in cmg_pretrain.py")
 parser.add_argument("--modalities", nargs="+", metavar="NAME", help="as in cmg_pretrain.py")
 parser.add_argument("--seed", type=int, default=0, help="of the heads")
 args = parser.parse_args()
-_, clips = open_data(args.data, args.modalities)
-run = TrainedRun.load(args.folder, clips, args.seed)
+try:
+    _, clips = open_data(args.data, args.modalities)
+    run = TrainedRun.load(args.folder, clips, args.seed)
+except DataError as error:
+    sys.exit(f"followups: {error}")
 print(json.dumps({name: task(run) for name, task in all_followups.items()}, indent=2))

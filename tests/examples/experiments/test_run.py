@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import cmg_pretrain
@@ -39,4 +40,23 @@ def test_a_loaded_run_quantizes_as_the_trained_one_did(clips_path: Path, tmp_pat
 def test_a_folder_without_a_model_is_refused(clips_path: Path, tmp_path: Path) -> None:
     clips = load_clips(clips_path)
     with pytest.raises(DataError, match="no such file"):
+        TrainedRun.load(tmp_path, clips, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "came"),
+    [
+        (lambda x: x.pop("audio"), "none"),
+        (lambda x: x.update(audio=x["audio"][:, :3]), r"\[120, 3, 12\]"),
+        (lambda x: x.update(audio=x["audio"][..., :7]), r"\[120, 4, 7\]"),
+    ],
+)
+def test_clips_of_another_kind_are_refused(
+    clips_path: Path, tmp_path: Path, spoil: Callable[[dict[str, torch.Tensor]], object], came: str
+) -> None:
+    arguments = ["--data", str(clips_path), "--epochs", "1", "--output", str(tmp_path)]
+    assert cmg_pretrain.main([*arguments, "--modalities", "audio", "text"]) == 0
+    clips = load_clips(clips_path)
+    spoil(clips.features)
+    with pytest.raises(DataError, match=rf"model takes audio \[N, 4, \.\.\., 12\]; came {came}\."):
         TrainedRun.load(tmp_path, clips, seed=0)
