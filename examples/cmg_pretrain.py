@@ -23,6 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,14 +79,16 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     config = Config.of(features, without=tuple(sorted(set(args.without))), **settings)
     model = UniCode(config).to(device)
-    recipe = Recipe(**training | ({"epochs": args.epochs} if args.epochs else {}))
+    rows = clips.rows(PRETRAIN)
+    recipe = Recipe(**training)
+    recipe = replace(recipe, epochs=args.epochs) if args.epochs else recipe.lasting(len(rows))
     identity = {
         "data": f"{name} {standardizer.fingerprint():08x}",
         "seed": args.seed,
         **config.json(),
     }
     with joined(device):
-        trainer = Trainer(model, features, clips.rows(PRETRAIN), recipe, folder, identity)
+        trainer = Trainer(model, features, rows, recipe, folder, identity)
         history = trainer.fit(resume=args.resume)
     if not is_first():
         return
@@ -218,7 +221,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=PRESETS,
         help="of model and recipe, see cmg/presets.py",
     )
-    parser.add_argument("--epochs", type=positive, help="default: that of the preset")
+    parser.add_argument(
+        "--epochs",
+        type=positive,
+        help="default: those of the preset, or more where clips are few, for 420 steps in all",
+    )
     parser.add_argument("--seed", type=natural, default=0, help="of weights, batches and heads")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/NAME-OF-DATA")
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +58,11 @@ class Recipe:
     matching: float = 0.6
     spread: float = 0.25
     ramp: float = 0.15
+
+    def lasting(self, clips: int, steps: int = 420) -> Recipe:
+        """With epochs for so many steps or more: the fewer the clips, the more often each."""
+        epoch = max(1, clips // self.batch_size)  # in steps
+        return replace(self, epochs=max(self.epochs, math.ceil(steps / epoch)))
 
 
 class Trainer:

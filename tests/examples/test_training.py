@@ -122,6 +122,14 @@ def test_a_run_of_one_epoch_has_a_codebook(tmp_path: Path) -> None:
     assert t.model.quantizer.ema_codebook.initialized
 
 
+@pytest.mark.parametrize(
+    ("clips", "epochs"), [(1, 420), (64, 420), (200, 140), (699, 42), (700, 42), (40_000, 42)]
+)
+def test_few_clips_are_seen_more_often(clips: int, epochs: int) -> None:
+    """The digits have 700, and 42 epochs of 10 batches."""
+    assert Recipe().lasting(clips) == Recipe(epochs=epochs)
+
+
 def test_clips_must_be_long_enough_to_predict() -> None:
     short = replace(CONFIG, segments=2, cpc={"min_context": 2})
     with pytest.raises(DataError, match=r"takes 3 or more; came 2\. Hint: --without cpc"):
