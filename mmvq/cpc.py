@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from einops import einsum
 from torch import Tensor, nn
 
 from mmvq import functional as F
@@ -189,30 +188,30 @@ class CrossCPC(Pretrained):
         check_same_length("CrossCPC", z)
         check_finite("CrossCPC", **z)
         z = {m: x.to(self.predictors[m].dtype) for m, x in z.items()}
-        names, x = list(z), next(iter(z.values()))
+        x = next(iter(z.values()))
         K, T, device = self.num_steps, x.shape[1], x.device
         group, batch = self.process_group, F.WHOLE
         if self.gather:
-            batch = meet("CrossCPC", x, group, names=names, T=T)
+            batch = meet("CrossCPC", x, group, names=z, T=T)
         first, last = self._starts(T, start, generator)
         if self.gather:
             first, last = exchange((first, last), device, group)[0]
 
-        prediction = self._predict(z, first, last)  # [M, K, S, B, D]
         seen = torch.arange(first - 1, last, device=device)  # [S], the last observed segments
         ahead = seen + self.first_step + torch.arange(K, device=device)[:, None]  # [K, S]
-        future = torch.stack([z[m][:, ahead].permute(1, 2, 0, 3) for m in names])
-        observed = torch.stack([valid[m][:, seen].T for m in names])[:, None]  # [M, 1, S, B]
-        arrived = torch.stack([valid[m][:, ahead].permute(1, 2, 0) for m in names])
+        prediction = {m: self._predict(m, x, first, last) for m, x in z.items()}  # [K, S, B, D]
+        future = {m: x[:, ahead].permute(1, 2, 0, 3) for m, x in z.items()}
+        observed = {m: mask[:, seen].T for m, mask in valid.items()}  # [S, B]
+        arrived = {m: mask[:, ahead].permute(1, 2, 0) for m, mask in valid.items()}  # [K, S, B]
 
-        pairs = [(a, b) for a in range(len(names)) for b in range(len(names))]
-        if self.self_weight == 0:
-            pairs = [(a, b) for a, b in pairs if a != b]
+        across = [(a, b) for a in z for b in z if a != b]
+        pairs = across + [(m, m) for m in z if self.self_weight]
         if not pairs:
-            return CPCOutput(prediction.sum() * 0, {})
-        source, target = torch.tensor(pairs, device=device).T
-        query, key = prediction[source], future[target]  # [P, K, S, B, D]
-        mask = observed[source] & arrived[target]  # [P, K, S, B]
+            (alone,) = prediction.values()
+            return CPCOutput(alone.sum() * 0, {})
+        query = torch.stack([prediction[a] for a, _ in pairs])  # [P, K, S, B, D]
+        key = torch.stack([future[b] for _, b in pairs])
+        mask = torch.stack([observed[a] & arrived[b] for a, b in pairs])  # [P, K, S, B]
         if self.normalize_over == "contexts":
             query, key = key, query
         score: dict[str, Any] = {
@@ -224,21 +223,18 @@ class CrossCPC(Pretrained):
         symmetric = self.normalize_over == "both"
         nce = F.info_nce(query, key, symmetric=symmetric, reduction="none", **score)
         summed, count = batch.sum(_sum(nce, mask), _sum(mask, mask))  # [P]
-        losses, some, own = summed / count.clamp(min=1), count > 0, source == target
-        loss = _mean(losses, some & ~own) + self.self_weight * _mean(losses, some & own)
+        losses, some, n = summed / count.clamp(min=1), count > 0, len(across)
+        loss = _mean(losses[:n], some[:n]) + self.self_weight * _mean(losses[n:], some[n:])
         with torch.no_grad():
             (summed,) = batch.sum(_sum(F.matched(query, key, **score), mask).to(losses))
-            hits = summed / count.clamp(min=1)
-        accuracy = {(names[a], names[b]): hit for (a, b), hit in zip(pairs, hits, strict=True)}
+            accuracy = dict(zip(pairs, summed / count.clamp(min=1), strict=True))
         return CPCOutput(loss, accuracy)
 
-    def _predict(self, z: Mapping[str, Tensor], first: int, last: int) -> Tensor:
-        """W_k c_t of each modality, step, start and clip: `[M, K, S, B, D]`."""
-        device = next(iter(z.values())).device.type
-        with torch.autocast(device, enabled=False):  # many CPUs lack such an LSTM
-            context = [self.contexts[m](x[:, :last])[0][:, first - 1 :] for m, x in z.items()]
-        weight = torch.stack([self.predictors[m] for m in z])
-        return einsum(weight, torch.stack(context), "m k d c, m b s c -> m k s b d")
+    def _predict(self, name: str, x: Tensor, first: int, last: int) -> Tensor:
+        """W_k c_t of a modality, for each step, start and clip: `[K, S, B, D]`."""
+        with torch.autocast(x.device.type, enabled=False):  # many CPUs lack such an LSTM
+            context = self.contexts[name](x[:, :last])[0][:, first - 1 :]  # [B, S, C]
+        return torch.einsum("kdc,bsc->ksbd", self.predictors[name], context)
 
     def _starts(
         self, T: int, start: int | Literal["all"] | None, generator: torch.Generator | None
