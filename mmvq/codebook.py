@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -76,7 +76,7 @@ class EMACodebook(CodebookState):
     decay: float
     eps: float
     reset_after: int | None
-    update_from: Sequence[int] | None
+    update_from: tuple[int, ...] | None
     process_group: dist.ProcessGroup | None
 
     def __init__(
@@ -87,7 +87,7 @@ class EMACodebook(CodebookState):
         decay: float = 0.99,
         eps: float = 1e-5,
         groups: int = 1,
-        update_from: Sequence[int] | None = None,
+        update_from: Collection[int] | None = None,
         reset_after: int | None = None,
         reset_rule: ResetRule = "all",
         init: Init = "uniform",
@@ -115,7 +115,8 @@ class EMACodebook(CodebookState):
         self.dim, self.size, self.groups = dim, size, groups
         self.decay, self.eps = decay, eps
         self.reset_after, self.reset_rule = reset_after, reset_rule
-        self.update_from, self.process_group = update_from, process_group
+        self.update_from = None if update_from is None else tuple(update_from)
+        self.process_group = process_group
 
     @property
     def weight(self) -> Tensor:

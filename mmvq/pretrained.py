@@ -93,9 +93,8 @@ class Pretrained(nn.Module):
 
     def _config(self) -> dict[str, Any]:
         """The content of config.json."""
-        parameters = list(inspect.signature(type(self).__init__).parameters)[1:]
         arguments, again = {}, {}
-        for name in parameters:
+        for name in _parameters(type(self)):
             value = self._argument(name)
             try:
                 arguments[name] = json.loads(json.dumps(value))
@@ -169,6 +168,19 @@ class Pretrained(nn.Module):
                 unexpected_keys,
                 error_msgs,
             )
+
+
+def _parameters(kind: type) -> list[str]:
+    """The arguments of `__init__`; those in `*args` and `**kwargs` are of its base."""
+    names: dict[str, None] = {}
+    for each in kind.__mro__:
+        if "__init__" in vars(each):
+            _, *found = inspect.signature(vars(each)["__init__"]).parameters.values()
+            named = [p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            names |= dict.fromkeys(named)
+            if len(named) == len(found):
+                break
+    return list(names)
 
 
 def _kind(x: Tensor) -> tuple[object, ...]:

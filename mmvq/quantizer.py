@@ -117,7 +117,7 @@ class MultiModalEMAQuantizer(Pretrained):
 
     modalities: tuple[str, ...]
     partner_weight: float
-    update_from: Sequence[str] | None
+    update_from: tuple[str, ...] | None
     commitment: Commitment | None
     ema_codebook: EMACodebook
 
@@ -131,7 +131,7 @@ class MultiModalEMAQuantizer(Pretrained):
         eps: float = 1e-5,
         partner: Literal["attention", "aligned", "none"] | Partner = "attention",
         partner_weight: float = 0.5,
-        update_from: Sequence[str] | None = None,
+        update_from: Collection[str] | None = None,
         reset_after: int | None = 100,
         reset_rule: ResetRule = "all",
         init: Init = "kmeans",
@@ -168,7 +168,8 @@ class MultiModalEMAQuantizer(Pretrained):
         check_choice(where, ("auto", "manual"), update=update)
         check_number(where, 0, 1, partner_weight=partner_weight)
         self.partner, self.partner_weight = partner, partner_weight
-        self.gradient, self.update, self.update_from = gradient, update, update_from
+        self.gradient, self.update = gradient, update
+        self.update_from = None if update_from is None else tuple(update_from)
         self.commitment = CrossModalCommitmentLoss() if commitment == "default" else commitment
         self.ema_codebook = EMACodebook(
             dim,

@@ -22,8 +22,8 @@ RATIOS = {("audio", "video"): 0.3, ("text", "audio"): 0.0}
 LOSS = mmvq.CrossModalCommitmentLoss(0.5, RATIOS, "sum")
 MODULES: dict[str, Pretrained] = {
     "quantizer": mmvq.MultiModalEMAQuantizer(4, 8, NAMES, decay=0.9, commitment=LOSS),
-    "without a loss": mmvq.MultiModalEMAQuantizer(4, 8, commitment=None, update_from=("audio",)),
-    "codebook": mmvq.EMACodebook(4, 8, groups=2, update_from=[1], init="samples"),
+    "without a loss": mmvq.MultiModalEMAQuantizer(4, 8, commitment=None, update_from={"audio"}),
+    "codebook": mmvq.EMACodebook(4, 8, groups=3, update_from=range(2), init="samples"),
     "cpc": mmvq.CrossCPC(4, NAMES, context_dim=3, num_layers=2, num_steps=2, first_step=0),
     "club": mmvq.CLUBEstimator(4, 3, 5, negatives="shuffled", logvar_bound=None),
 }
@@ -125,6 +125,15 @@ def test_a_subclass_saves_its_arguments_and_takes_the_folder_of_its_base(tmp_pat
     assert Tuned.from_pretrained(tmp_path / "tuned").scale == 2.0
     with pytest.raises(ValueError, match="call from_pretrained of Tuned"):
         mmvq.CLUBEstimator.from_pretrained(tmp_path / "tuned")
+
+    class Scaled(mmvq.CLUBEstimator):
+        def __init__(self, *sizes: int, scale: float = 1.0, **options: Any) -> None:
+            super().__init__(*sizes, **options)
+            self.scale = scale
+
+    Scaled(4, 3, 5, scale=2.0, logvar_bound=None).save_pretrained(tmp_path / "scaled")
+    loaded = Scaled.from_pretrained(tmp_path / "scaled")
+    assert (loaded.scale, loaded.hidden_dim, loaded.logvar_bound) == (2.0, 5, None)
 
     class Named(mmvq.CrossCPC):
         """Nothing new."""
