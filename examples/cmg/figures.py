@@ -67,6 +67,8 @@ def plot_training(path: str | Path, history: Mapping[str, Sequence[float]]) -> N
         figures.tidy(panel)
     for panel in panels[len(history) :]:
         panel.remove()
+    for panel in panels[len(history) - columns : len(history)]:  # nothing below them now
+        panel.tick_params(labelbottom=True)
     figure.supxlabel("epoch", fontsize=10, color=figures.INK)
     write_figure(figure, path)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from cmg.errors import DataError
@@ -26,6 +27,19 @@ def test_training_has_a_panel_per_quantity(tmp_path: Path, terms: int) -> None:
     plot_training(tmp_path / "training.png", history)
     rows = max(1, -(-terms // 4))
     assert imread(tmp_path / "training.png").shape[0] == pytest.approx(rows * 2.1 * 150, abs=1)
+
+
+@pytest.mark.parametrize("terms", [1, 4, 7])
+def test_the_lowest_panel_of_every_column_has_its_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terms: int
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("cmg.figures.write_figure", lambda figure, path: drawn.append(figure))
+    plot_training(tmp_path / "training.png", {f"term {i}": [1.0, 2.0] for i in range(terms)})
+    numbered = [
+        panel.get_title() for panel in drawn[0].axes if panel.xaxis.get_tick_params()["labelbottom"]
+    ]
+    assert numbered == [f"term {i}" for i in range(terms)][-4:]
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
