@@ -147,6 +147,7 @@ def test_a_graph_of_a_training_step_replays_on_new_data() -> None:
             assert torch.equal(quantizer.get_buffer(name), buffer), name
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # of itself
 def test_a_training_step_does_not_wait() -> None:
     quantizer = mmvq.MultiModalEMAQuantizer(D, L, init="uniform", reset_after=1).cuda()
     z = {m: rows(70).view(7, 10, D).requires_grad_() for m in quantizer.modalities}
