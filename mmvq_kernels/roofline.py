@@ -50,9 +50,8 @@ class Calls(TorchDispatchMode):
         moved = sum(
             x.nbytes for x in tree_leaves(out if makes else (args, out)) if isinstance(x, Tensor)
         )
-        left = next((x for x in args if isinstance(x, Tensor) and name == "mm"), None)
-        left = args[1] if name == "addmm" else left
-        work = 0 if left is None else 2 * left.shape[1] * out.numel()
+        left = {"mm": 0, "addmm": 1}.get(name)  # which argument is the left factor of a product
+        work = 0 if left is None else 2 * args[left].shape[1] * out.numel()
         self.number += 1
         self.bytes += moved
         self.seconds += max(moved / HBM, work / FP32)

@@ -35,7 +35,10 @@ def _distances(
     still, moving, still_norms, moving_norms, i, j, NI, NJ, D, lost,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Distances `[BLOCK_I, BLOCK_J]` between rows i of `still` and j of `moving`, 0 where lost."""
+    """Distances `[BLOCK_I, BLOCK_J]` between rows i of `still` and j of `moving`, 0 where lost.
+
+    Lost is measured by the norm of the row of `still`; there, the other's is the same within 1%.
+    """
     products = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for column in tl.range(0, D, BLOCK_D):
         columns = column + tl.arange(0, BLOCK_D)
@@ -206,7 +209,7 @@ def forward(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     """
     (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms = _centre(x, codebook)
-    (N, D), flags, lengths = rows.shape, *_lengths(used)
+    (N, D), flags, log_lengths = rows.shape, *_lengths(used)
     sizes, tiles = (N, L, D, lost_share(torch.float32, width)), _tiles(D)
     parts, share = _split(rows, cdiv(N, 64), L)
     partial = norms.new_empty(parts, N)
@@ -214,7 +217,7 @@ def forward(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     launching.launch(normalizer_kernel, (cdiv(N, 64), parts), *args, BLOCK_J=64, **tiles)
     normalizers = partial.logsumexp(0)
     log_p = norms.new_empty(B, L)
-    args = codes, rows, code_norms, norms, normalizers, flags, lengths, log_p, T, *sizes
+    args = codes, rows, code_norms, norms, normalizers, flags, log_lengths, log_p, T, *sizes
     launching.launch(clip_kernel, (B, cdiv(L, 64)), *args, BLOCK_J=16, **tiles)
     return log_p, normalizers.view(B, T)
 
@@ -231,9 +234,9 @@ def backward(
     """The gradients of x fp32 `[B, T, D]` and, if `of_codes`, of the codebook fp32 `[L, D]`."""
     (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms = _centre(x, codebook)
-    (N, D), flags, lengths = rows.shape, *_lengths(used)
+    (N, D), flags, log_lengths = rows.shape, *_lengths(used)
     sizes, tiles = (T, N, L, D, lost_share(torch.float32, width)), _tiles(D)
-    known = (normalizers.contiguous(), flags, lengths, log_p.contiguous(), grad.contiguous())
+    known = normalizers.contiguous(), flags, log_lengths, log_p.contiguous(), grad.contiguous()
     parts, share = _split(rows, cdiv(N, 64), L)
     partial = norms.new_empty(parts, N)
     args: tuple[Any, ...] = rows, codes, norms, code_norms, *known, partial, *sizes, share
@@ -243,20 +246,22 @@ def backward(
     block_out = min(64, triton.next_power_of_2(D))
     columns = cdiv(D, block_out)
 
-    def gradient(still: Tensor, moving: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def gradient(
+        still: Tensor, moving: Tensor, still_norms: Tensor, moving_norms: Tensor, of_codes: bool
+    ) -> Tensor:
         NI, NJ = still.shape[0], moving.shape[0]
         parts, share = _split(rows, cdiv(NI, 64) * columns, NJ)
         out = norms.new_empty(parts, NI, D)
         grid = (cdiv(NI, 64), columns, parts)
-        args = still, moving, a, b, *known, pulls, out, *sizes, NI, NJ, share
-        blocks = {"BLOCK_J": 16, "BLOCK_OUT": block_out, "OF_CODES": still is codes}
-        launching.launch(gradient_kernel, grid, *args, **(tiles | blocks | {"num_stages": 3}))
+        args = still, moving, still_norms, moving_norms, *known, pulls, out, *sizes, NI, NJ, share
+        blocks = {"BLOCK_J": 16, "BLOCK_OUT": block_out, "OF_CODES": of_codes}
+        launching.launch(gradient_kernel, grid, *args, **tiles, **blocks)
         return out.narrow(2, 0, width).sum(0)
 
-    of_x = gradient(rows, codes, norms, code_norms).unflatten(0, (B, T))
+    of_x = gradient(rows, codes, norms, code_norms, False).unflatten(0, (B, T))
     if not of_codes:
         return of_x, of_x.new_empty(0)
-    return of_x, gradient(codes, rows, code_norms, norms)
+    return of_x, gradient(codes, rows, code_norms, norms, True)
 
 
 def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -270,16 +275,18 @@ def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _lengths(used: Tensor) -> tuple[Tensor, Tensor]:
+    """The flags as bytes, which triton can load, and ln n of each clip."""
     return used.contiguous().view(torch.uint8), used.sum(1).float().log()
 
 
 def _tiles(D: int) -> dict[str, Any]:
+    """What all launches have in common."""
     return {
         "BLOCK_I": 64,
         "BLOCK_D": 16 if D == 16 else 32,
         "PRECISION": "tf32x3",
         "num_warps": 8,
-        "num_stages": 2,
+        "num_stages": 3,
     }
 
 

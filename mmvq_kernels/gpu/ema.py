@@ -131,6 +131,6 @@ def update_(
         BLOCK_D=block_d,
         num_warps=8,
     )
-    for mine, theirs in zip((codes, sums, counts), written, strict=True):
+    for mine, theirs in zip((codes, sums, counts), written, strict=True):  # strided: a copy moved
         if mine is not theirs:
             theirs.copy_(mine)

@@ -126,6 +126,10 @@ def test_what_counts_as_a_violation() -> None:
     assert violations(good) == []
     assert violations(replace(good, spills=8)) == ["spills 8"]
     assert violations(replace(good, shared=1 << 18)) == ["262144 bytes of shared memory"]
+    assert violations(replace(good, shared=100 << 10)) == []
+    assert violations(replace(good, shared=100 << 10, target="sm_80")) == [
+        "102400 bytes of shared memory"
+    ]
     assert violations(replace(good, tensor=64)) == ["64 columns of tensor memory"]
     assert violations(replace(good, tensor=512, target="sm_100")) == []
     assert violations(replace(good, narrow=True)) == ["a 32-bit product in an address"]
