@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -171,6 +172,12 @@ class MultiModalEMAQuantizer(Pretrained):
         self.gradient, self.update = gradient, update
         self.update_from = None if update_from is None else tuple(update_from)
         self.commitment = CrossModalCommitmentLoss() if commitment == "default" else commitment
+        loss = self.commitment
+        ratio = loss.cross_ratio if isinstance(loss, CrossModalCommitmentLoss) else 0
+        if isinstance(ratio, Mapping) and not {*chain(*ratio)} <= {*self.modalities}:
+            rule = "cross_ratio must pair the quantizer's modalities"
+            hint, came = "name only these; a pair that is left out is 0", self.modalities
+            raise ValueError(message(where, rule, hint=hint, cross_ratio=ratio, modalities=came))
         self.ema_codebook = EMACodebook(
             dim,
             codebook_size,

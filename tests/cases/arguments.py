@@ -145,6 +145,13 @@ ARGUMENTS = [
             (mmvq.CrossModalCommitmentLoss, "CrossModalCommitmentLoss"),
         )
     ),
+    Case(
+        lambda: quantizer(commitment=mmvq.CrossModalCommitmentLoss(1, {("audio", "text"): 0.5})),
+        ValueError,
+        "MultiModalEMAQuantizer: cross_ratio must pair the quantizer's modalities",
+        "cross_ratio: {('audio', 'text'): 0.5}   modalities: ('audio', 'video')",
+        "name only these; a pair that is left out is 0",
+    ),
     *(
         Case(
             lambda given=given: quantizer(update_from=given),
