@@ -1,4 +1,4 @@
-"""What is done about rounding: where to centre the codes, and when a distance is lost to it."""
+"""What rounding and smoothing take: where to centre the codes, which distances and N are lost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor
+
+FADED = 1000  # times eps: an N above it keeps its code, when nothing chooses it, for long
 
 
 def rounded_mean(codebook: Tensor) -> Tensor:

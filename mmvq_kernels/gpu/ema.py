@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvq_kernels.ema import FADED
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
+from mmvq_kernels.rounding import FADED
 
 _PROGRAMS_PER_PROCESSOR = 2  # each reads all counts: as few as keep the memory busy
 
