@@ -21,8 +21,8 @@ def batch(
     return {m: uniform(B, T, D, dtype=dtype, seed=seed + 7 * i) for i, m in enumerate(names)}
 
 
-def some_masks(names: tuple[str, ...] = NAMES) -> Tensors:
-    return {m: bools(B, T, seed=i) for i, m in enumerate(names)}
+def some_masks() -> Tensors:
+    return {m: bools(B, T, seed=i) for i, m in enumerate(NAMES)}
 
 
 def trained(**options: Any) -> MultiModalEMAQuantizer:
