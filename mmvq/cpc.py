@@ -147,8 +147,8 @@ class CrossCPC(Pretrained):
     def reset_parameters(self) -> None:
         """Draw the W_k anew; the LSTMs have a method of their own."""
         bound = self.context_dim**-0.5
-        for weight in self.predictors.values():
-            weight.uniform_(-bound, bound)
+        for name in self.modalities:  # a ParameterDict sorts its names
+            self.predictors[name].uniform_(-bound, bound)
 
     def forward(
         self,
