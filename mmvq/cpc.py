@@ -209,8 +209,9 @@ class CrossCPC(Pretrained):
         if not pairs:
             (alone,) = prediction.values()
             return CPCOutput(alone.sum() * 0, {})
-        query = torch.stack([prediction[a] for a, _ in pairs])  # [P, K, S, B, D]
-        key = torch.stack([future[b] for _, b in pairs])
+        with torch.autocast(device.type, enabled=False):  # its `stack` does not take every dtype
+            query = torch.stack([prediction[a] for a, _ in pairs])  # [P, K, S, B, D]
+            key = torch.stack([future[b] for _, b in pairs])
         mask = torch.stack([observed[a] & arrived[b] for a, b in pairs])  # [P, K, S, B]
         if self.normalize_over == "contexts":
             query, key = key, query
@@ -234,7 +235,7 @@ class CrossCPC(Pretrained):
         """W_k c_t of a modality, for each step, start and clip: `[K, S, B, D]`."""
         with torch.autocast(x.device.type, enabled=False):  # many CPUs lack such an LSTM
             context = self.contexts[name](x[:, :last])[0][:, first - 1 :]  # [B, S, C]
-        return torch.einsum("kdc,bsc->ksbd", self.predictors[name], context)
+            return torch.einsum("kdc,bsc->ksbd", self.predictors[name], context)
 
     def _starts(
         self, T: int, start: int | Literal["all"] | None, generator: torch.Generator | None

@@ -227,7 +227,8 @@ class MultiModalEMAQuantizer(Pretrained):
             check_same_length(where, z, '; or build it with partner="attention"')
         updating = self.training and not freeze and not recomputing()
 
-        rows = _flat(z)  # [N, D], of all modalities
+        with torch.autocast(device.type, enabled=False):  # its `cat` does not take every dtype
+            rows = _flat(z)  # [N, D], of all modalities
         if updating:
             values, groups, usable = self._contributions(rows, z, valid)  # Sec. 4.3
             book.initialize(values, groups, usable)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from einops import pack, unpack
 from torch import Tensor
 
 import mmvq_kernels
@@ -32,6 +31,5 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
         >>> functional.nearest_code(torch.tensor([[[0.9, 0.8], [0.1, 0.2]]]), codebook)
         tensor([[1, 0]])
     """
-    rows, shape = pack([x], "* d")
-    (indices,) = unpack(mmvq_kernels.nearest_code(rows, codebook), shape, "*")
-    return indices
+    rows = x.reshape(-1, x.shape[-1])
+    return mmvq_kernels.nearest_code(rows, codebook).view(x.shape[:-1])

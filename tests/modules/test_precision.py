@@ -261,6 +261,28 @@ def test_a_thousand_steps_in_half_precision_stay_beside_float64(dtype: torch.dty
     assert moved > 3 * v * largest / (1 - DECAY)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cast", DTYPES, ids=str)
+def test_autocast_to_a_third_dtype(dtype: torch.dtype, cast: torch.dtype) -> None:
+    """The dtype of the features, that of the parameters and autocast's may all differ."""
+    z, given = batch(dtype), masks()
+    cpc, club = CrossCPC(D, NAMES).to(cast), CLUBEstimator(D, D, 8).to(cast)
+    quantizer = MultiModalEMAQuantizer(D, L, NAMES).to(cast)
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized, _, loss = quantizer(z, given)
+        terms = [
+            loss,
+            cpc(z, given, start="all").loss,
+            club(z["audio"], z["text"], given["audio"]),
+            CrossModalCodeMatchingLoss()(z, quantizer.codebook, given),
+            CrossModalCommitmentLoss()(z, quantized, given),
+        ]
+    torch.stack([term.double() for term in terms]).sum().backward()
+    for x in z.values():
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_mixed_precision_training_of_encoders(dtype: torch.dtype) -> None:
     """Autocast, and for float16 a GradScaler: the state is to the bit that of float32 training on
