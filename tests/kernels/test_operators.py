@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_a_step_compiles_to_one_graph_of_three_operators() -> None:
 
 
 def test_the_torch_backend_is_traced_as_it_is() -> None:
-    """By its own name there is no operator: its blocks, tiles and oneDNN go into the graph."""
+    """By its own name there is no operator: its blocks and tiles go into the graph."""
     x, codebook = uniform(3000, 8).float(), uniform(1100, 8, seed=1).float()
 
     def search(x: Tensor) -> Tensor:
@@ -132,6 +133,20 @@ def test_the_torch_backend_is_traced_as_it_is() -> None:
     with FakeTensorMode() as mode:
         fake = mmvq_kernels.nearest_code(mode.from_tensor(x), mode.from_tensor(codebook))
     assert fake.shape == (3000,)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles")  # torch 2.6's own
+def test_inductor_compiles_the_torch_backend() -> None:
+    """It has no code for oneDNN's product of two tensors that may both change."""
+    x, codebook = uniform(30, 8).float(), uniform(20, 8, seed=1).float()
+
+    def search(x: Tensor, codebook: Tensor) -> Tensor:
+        return mmvq_kernels.nearest_code(x, codebook, backend="torch")
+
+    compiled = torch.compile(search, fullgraph=True, backend="inductor")
+    assert torch.equal(compiled(x, codebook), search(x, codebook))
 
 
 def test_a_step_exports_for_a_gpu_that_is_not_here() -> None:
