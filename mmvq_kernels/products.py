@@ -9,7 +9,7 @@ ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b.T` of `[..., K]` and `[N, K]`; for use where autocast is off and no gradient wanted."""
+    """`a @ b.T` of `[..., K]` and `[N, K]`; for use without autocast and without a gradient."""
     traced = torch.compiler.is_compiling()  # inductor takes the operator for constant `b` alone
     if ONEDNN and not traced and a.device.type == "cpu" and a.dtype == torch.float32:
         by_onednn: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
