@@ -25,6 +25,7 @@ from .errors import DataError
 
 PRETRAIN, TRAIN, TEST = 0, 1, 2
 BACKGROUND = -1
+_CLASSES = 1 << 16  # a head has an output for each number up to the highest
 _SEGMENTS = "seg_labels_"
 _RESERVED = ("labels", "split", "video_box")
 _Array = np.ndarray[Any, np.dtype[Any]]
@@ -204,11 +205,10 @@ class _Reader:
         """The classes of the labelled clips; the others are not looked at and become -1."""
         labelled = split != PRETRAIN
         known = self.integers(name, shape)[labelled]
-        highest = len(known) - 1
-        odd = known[(known < lowest) | (known > highest)]
+        odd = known[(known < lowest) | (known >= _CLASSES)]
         if odd.size:
-            rule = f"must be {lowest} to {highest} (fewer classes than labelled clips)"
-            raise self.error(name, f"{rule} in splits 1 and 2", f"{odd[0]}")
+            rule = f"must be {lowest} to {_CLASSES - 1} in splits 1 and 2"
+            raise self.error(name, rule, f"{odd[0]}. Hint: number the classes from 0")
         classes = np.full(shape, -1)
         classes[labelled] = known
         if len(shown := np.unique(classes[split == TRAIN])) < 2:

@@ -179,11 +179,12 @@ def _ridge_transfer(x: Views, y: Mapping[str, Array], train: Array, ridge: float
             rows = rows - mean
             C = rows.T @ rows / len(rows)
             C += ridge * max(C.trace() / len(C), 1e-12) * np.eye(len(C))
-            classes = np.eye(y[a][seen].max() + 1)[y[a][seen].ravel()]
+            shown, columns = np.unique(y[a][seen], return_inverse=True)
+            classes = np.eye(len(shown))[columns.ravel()]
             W = np.linalg.solve(C, rows.T @ (classes - classes.mean(0)) / len(rows))
             for b in y:
                 if a != b:
-                    guess = ((x[b][held] - mean) @ W + classes.mean(0)).argmax(-1)
+                    guess = shown[((x[b][held] - mean) @ W + classes.mean(0)).argmax(-1)]
                     scores.append(float((guess == y[b][held]).mean()))
     return float(np.mean(scores)) if scores else 0.0
 

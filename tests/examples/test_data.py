@@ -55,6 +55,12 @@ def test_labels_of_split_0_are_never_read(clips_path: Path, arrays: Arrays) -> N
     np.testing.assert_array_equal(clips.labels[rest], arrays["labels"][rest])
 
 
+def test_few_clips_may_show_few_of_many_classes(tmp_path: Path, arrays: Arrays) -> None:
+    arrays["labels"] = arrays["labels"] + 500
+    clips = load_clips(write(tmp_path, arrays))
+    assert clips.num_classes == 500 + CLASSES
+
+
 def test_optional_arrays_may_be_absent(tmp_path: Path, arrays: Arrays) -> None:
     for name in ("video_box", "seg_labels_audio", "seg_labels_video", "seg_labels_text"):
         del arrays[name]
@@ -163,16 +169,17 @@ BAD = {
     ),
     "label below": (
         label("labels", -1),
-        "labels: must be 0 to 59 (fewer classes than labelled clips) in splits 1 and 2; came -1.",
+        "labels: must be 0 to 65535 in splits 1 and 2; came -1. Hint: number the classes from 0.",
     ),
     "label above": (
-        label("labels", 60),
-        "labels: must be 0 to 59 (fewer classes than labelled clips) in splits 1 and 2; came 60.",
+        label("labels", 65536),
+        "labels: must be 0 to 65535 in splits 1 and 2; came 65536. "
+        "Hint: number the classes from 0.",
     ),
     "segment label": (
         label("seg_labels_video", -2),
-        "seg_labels_video: must be -1 to 59 (fewer classes than labelled clips) "
-        "in splits 1 and 2; came -2.",
+        "seg_labels_video: must be -1 to 65535 in splits 1 and 2; came -2. "
+        "Hint: number the classes from 0.",
     ),
     "segment label shape": (
         put("seg_labels_text", lambda x: x[:, 1:]),
