@@ -22,6 +22,7 @@ from torch import Tensor
 from .data import PRETRAIN, TRAIN, Clips
 
 _CLIPS_AT_ONCE = 32
+_WIDE = 2048  # channels; beyond, an exact decomposition takes minutes and more
 _CONSTANT = 1e-6  # of a channel's mean: a deviation up to this is float32's rounding
 
 
@@ -58,9 +59,7 @@ class Standardizer:
             deviation, mean[name] = torch.std_mean(x, dim=0, correction=0)
             deviation[deviation <= _CONSTANT * mean[name].abs()] = torch.inf  # drop it
             x = (x - mean[name]) / deviation
-            values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
-            values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
-            values = values.clamp(min=0)
+            values, vectors = _principal_axes(x, width)
             axes[name] = vectors / deviation[:, None] / (values + shrink).sqrt()
         return cls(mean, axes)
 
@@ -105,6 +104,20 @@ class Standardizer:
                 case ["standardizer", part, name]:
                     parts[part][name] = x
         return cls(**parts)
+
+
+def _principal_axes(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The leading eigenvalues and eigenvectors of x^T x / n for x [n, C]: [width], [C, width].
+
+    Of more than `_WIDE` channels by random projections (Halko et al. 2011), always the same.
+    """
+    if x.shape[1] <= _WIDE:
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
+        return values.flip(0)[:width].clamp(min=0), vectors.flip(1)[:, :width]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, lengths, vectors = torch.svd_lowrank(x, q=min(width + 32, *x.shape), niter=4)
+    return lengths[:width].square() / len(x), vectors[:, :width]
 
 
 def _sample(features: Tensor, rows: Tensor, samples: int) -> Tensor:
