@@ -81,7 +81,10 @@ def run(args: argparse.Namespace) -> None:
     model = UniCode(config).to(device)
     rows = clips.rows(PRETRAIN)
     recipe = Recipe(**training)
-    recipe = replace(recipe, epochs=args.epochs) if args.epochs else recipe.lasting(len(rows))
+    if args.epochs:
+        recipe = replace(recipe, epochs=args.epochs)
+    elif "epochs" not in training:
+        recipe = recipe.lasting(len(rows))
     identity = {
         "data": f"{name} {standardizer.fingerprint():08x}",
         "seed": args.seed,
@@ -224,7 +227,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--epochs",
         type=positive,
-        help="default: those of the preset, or more where clips are few, for 420 steps in all",
+        help="default: those of the preset; of digits, more where clips are few, for 420 steps",
     )
     parser.add_argument("--seed", type=natural, default=0, help="of weights, batches and heads")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/NAME-OF-DATA")

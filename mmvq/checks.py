@@ -95,8 +95,8 @@ def check_modalities(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(
             message(
                 where,
-                "modalities name submodules: no dot, and no attribute of nn.ModuleDict or "
-                "nn.ParameterDict",
+                "modalities name submodules and parameters: no dot, and no attribute of "
+                "nn.ModuleDict or nn.ParameterDict",
                 hint='rename it, "left.arm" to "left_arm" or "type" to "kind"',
                 modalities=modalities,
             )
@@ -199,13 +199,15 @@ def check_vectors(where: str, x: Tensor, codebook: Tensor) -> None:
         )
 
 
-def check_indices(where: str, size: int, hint: str, **indices: Tensor) -> None:
-    """Each value is an int64 tensor of numbers below `size`."""
+def check_indices(
+    where: str, size: int, hint: str, *, signed: bool = True, **indices: Tensor
+) -> None:
+    """Each value is an int64 tensor of numbers below `size`, and none below 0 unless `signed`."""
     for name, x in indices.items():
         if not isinstance(x, Tensor) or x.dtype != torch.long:
             rule = f"{name} must be an int64 tensor"
             raise TypeError(message(where, rule, hint=hint, **{name: x}))
-    check_below(where, size, hint, **indices)
+    check_below(where, size, hint, signed=signed, **indices)
 
 
 def check_mask(where: str, name: str, mask: Tensor, x: Tensor) -> None:

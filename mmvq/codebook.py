@@ -16,6 +16,7 @@ from mmvq.checks import (
     check_floating,
     check_indices,
     check_int,
+    check_mask,
     check_number,
     check_vectors,
     message,
@@ -149,9 +150,9 @@ class EMACodebook(CodebookState):
             usable: bool `[...]`; False leaves a row out.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit; a `usable` that is not bool.
             TypeError: values that are not floating point, groups that are not int64.
-            IndexError: a group of G or more (looked at on a CPU only).
+            IndexError: a group below 0, or of G or more (looked at on a CPU only).
         """
         if self._ready:
             return
@@ -161,8 +162,9 @@ class EMACodebook(CodebookState):
             groups = torch.zeros(values.shape[:-1], dtype=torch.long, device=values.device)
         if usable is None:
             usable = torch.ones_like(groups, dtype=torch.bool)
-        check_indices(where, self.groups, "number the groups from 0", groups=groups)
+        check_indices(where, self.groups, "number the groups from 0", signed=False, groups=groups)
         self._check_rows(where, hint, values, groups=groups, usable=usable)
+        check_mask(where, "usable", usable, values)
         if not _without_data(values) and bool(self.initialized):
             self._ready = True  # the state came without load_state_dict: DDP's broadcast, say
             return
@@ -199,13 +201,14 @@ class EMACodebook(CodebookState):
         Raises:
             ValueError: shapes that do not fit.
             TypeError: values that are not floating point, indices or groups that are not int64.
-            IndexError: an index of L or more, a group of G or more (looked at on a CPU only).
+            IndexError: an index of L or more, a group below 0 or of G or more (looked at on a CPU
+                only).
         """
         where, searched = "EMACodebook.accumulate", "pass the indices that search(x) returned"
         check_floating(where, values=values)
         check_indices(where, self.size, searched, indices=indices)
         groups = torch.zeros_like(indices) if groups is None else groups
-        check_indices(where, self.groups, "number the groups from 0", groups=groups)
+        check_indices(where, self.groups, "number the groups from 0", signed=False, groups=groups)
         self._check_rows(where, searched, values, indices=indices, groups=groups)
         if recomputing():
             return

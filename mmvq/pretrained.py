@@ -171,7 +171,10 @@ class Pretrained(nn.Module):
 
 
 def _parameters(kind: type) -> list[str]:
-    """The arguments of `__init__`; those in `*args` and `**kwargs` are of its base."""
+    """The arguments of `__init__`; those in `*args` and `**kwargs` are of its base.
+
+    A subclass that fixes one of these itself, and passes `**kwargs` on, cannot be built from them.
+    """
     names: dict[str, None] = {}
     for each in kind.__mro__:
         if "__init__" in vars(each):

@@ -100,6 +100,8 @@ class CodebookState(Pretrained):
         if self.codes.dtype.itemsize < 4:  # `assign=True` takes the tensors as the file has them
             self.float()
         self.voters = self._find_voters()  # no file holds them
+        if self.init == "uniform":  # whatever it was where the codes come from
+            self.initialized = torch.ones_like(self.initialized)
         if not self.initialized.is_meta:
-            self._ready = self.init == "uniform" or bool(self.initialized)
+            self._ready = bool(self.initialized)
         self._pending = None  # it belongs to the state that was here before

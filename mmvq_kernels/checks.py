@@ -15,13 +15,21 @@ def readable(x: Tensor) -> bool:
     return plain and not (torch.compiler.is_compiling() or transformed())
 
 
-def check_below(where: str, size: int, hint: str, **indices: Tensor) -> None:
-    """Each tensor of int64 holds numbers below `size`; looked at only if `readable`.
+def check_below(
+    where: str, size: int, hint: str, *, signed: bool = True, **indices: Tensor
+) -> None:
+    """Each tensor of int64 holds numbers below `size`, and none below 0 unless `signed`.
+
+    They are looked at only if `readable`.
 
     Raises:
         IndexError: one does not.
     """
     for name, x in indices.items():
-        if readable(x) and x.numel() and (largest := int(x.numpy().max())) >= size:
+        if not readable(x) or x.numel() == 0:
+            continue
+        if (largest := int(x.numpy().max())) >= size:
             rule = f"{name} must be below {size}"
             raise IndexError(message(where, rule, hint=hint, largest=largest))
+        if not signed and (least := int(x.numpy().min())) < 0:
+            raise IndexError(message(where, f"{name} must be 0 or more", hint=hint, least=least))

@@ -71,7 +71,7 @@ def code_statistics(
     _check(values, indices, groups)
     check_below("code_statistics", num_codes, "pass num_codes=L of the codebook", indices=indices)
     if groups is not None:
-        check_below("code_statistics", num_groups, "pass num_groups=G", groups=groups)
+        check_below("code_statistics", num_groups, "pass num_groups=G", signed=False, groups=groups)
     require("code_statistics", backend, values, indices, groups)
     args = values.detach(), indices, num_codes, groups, 1 if groups is None else num_groups
     if through_operator(backend, values):

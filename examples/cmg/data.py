@@ -25,7 +25,7 @@ from .errors import DataError
 
 PRETRAIN, TRAIN, TEST = 0, 1, 2
 BACKGROUND = -1
-_CLASSES = 1 << 16  # a head has an output for each number up to the highest
+_CLASSES = 1 << 12  # a head has an output for each number up to the highest
 _SEGMENTS = "seg_labels_"
 _RESERVED = ("labels", "split", "video_box")
 _Array = np.ndarray[Any, np.dtype[Any]]

@@ -46,7 +46,8 @@ class Standardizer:
 
         Args:
             clips: The data.
-            width: The most components to keep; never more than the C channels there are.
+            width: The most components to keep; never more than there are channels, or,
+                of many channels, vectors.
             shrink: Added to each eigenvalue, in units of one standardised channel's variance.
             samples: The most vectors of a modality to measure on, drawn at random with a fixed
                 seed. At most this many rows are held in float32 at once.
@@ -115,7 +116,7 @@ def _principal_axes(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
         return values.flip(0)[:width].clamp(min=0), vectors.flip(1)[:, :width]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.random.default_generator.manual_seed(0)
         _, lengths, vectors = torch.svd_lowrank(x, q=min(width + 32, *x.shape), niter=4)
     return lengths[:width].square() / len(x), vectors[:, :width]
 

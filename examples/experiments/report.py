@@ -124,8 +124,8 @@ def _method(results: Results) -> str:
 - **Uncertainty.** "±" is half of the 95% interval (Student's t) of the mean over seeds ({seeds})
   of weights, batches and heads. There is one rendering, and its 300 test clips add an error of
   their own, about 0.03 for a direction, which differences between systems share in part.
-- **Cost.** {len(runs)} runs, {minutes:.0f} minutes of training and tests on a busy machine, a core
-  each.
+- **Cost.** {len(runs)} runs, {minutes:.0f} minutes of training and tests, each on one core of a
+  busy machine.
 
 Names: CLUB, Cross-CPC, reset and code matching are the paper's parts; MM-EMA is its moving average
 over the modalities, DCID its CLUB and Cross-CPC, put into another system; S-MiT, MST, CODIS, TURN

@@ -123,8 +123,8 @@ ARGUMENTS = [
         Case(
             lambda given=given: mmvq.CrossCPC(4, given),
             ValueError,
-            "CrossCPC: modalities name submodules: no dot, and no attribute of nn.ModuleDict or "
-            "nn.ParameterDict",
+            "CrossCPC: modalities name submodules and parameters: no dot, and no attribute of "
+            "nn.ModuleDict or nn.ParameterDict",
             f"modalities: {given!r}",
             'rename it, "left.arm" to "left_arm" or "type" to "kind"',
         )

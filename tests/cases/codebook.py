@@ -110,6 +110,33 @@ CODEBOOK = [
             ),
         )
     ),
+    *(
+        Case(
+            lambda call=call: call(torch.full((8,), -1)),
+            IndexError,
+            f"EMACodebook.{name}: groups must be 0 or more",
+            "least: -1",
+            "number the groups from 0",
+        )
+        for name, call in (
+            (
+                "initialize",
+                lambda groups: mmvq.EMACodebook(4, 8, init="kmeans").initialize(codes, groups),
+            ),
+            (
+                "accumulate",
+                lambda groups: mmvq.EMACodebook(4, 8).accumulate(codes, torch.arange(8), groups),
+            ),
+        )
+    ),
+    Case(
+        lambda: mmvq.EMACodebook(4, 8, init="kmeans").initialize(z, usable=whole.float()),
+        ValueError,
+        "EMACodebook.initialize: usable must be a bool tensor shaped as its features without D, "
+        "on their device",
+        "mask: float32[2, 5]   features: float32[2, 5, 4]",
+        "pass True where a segment is valid, False where it is padding",
+    ),
     Case(
         lambda: mmvq.update_codebooks({"a": quantizer()}),  # type: ignore[arg-type]
         TypeError,

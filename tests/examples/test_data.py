@@ -169,16 +169,15 @@ BAD = {
     ),
     "label below": (
         label("labels", -1),
-        "labels: must be 0 to 65535 in splits 1 and 2; came -1. Hint: number the classes from 0.",
+        "labels: must be 0 to 4095 in splits 1 and 2; came -1. Hint: number the classes from 0.",
     ),
     "label above": (
-        label("labels", 65536),
-        "labels: must be 0 to 65535 in splits 1 and 2; came 65536. "
-        "Hint: number the classes from 0.",
+        label("labels", 4096),
+        "labels: must be 0 to 4095 in splits 1 and 2; came 4096. Hint: number the classes from 0.",
     ),
     "segment label": (
         label("seg_labels_video", -2),
-        "seg_labels_video: must be -1 to 65535 in splits 1 and 2; came -2. "
+        "seg_labels_video: must be -1 to 4095 in splits 1 and 2; came -2. "
         "Hint: number the classes from 0.",
     ),
     "segment label shape": (

@@ -163,6 +163,7 @@ def test_uniform_codes_are_never_replaced() -> None:
         before = state(book)
         book.initialize(x)
         assert same(state(book), before)
+        assert book.initialized  # or a k-means codebook that loads these would replace them
 
 
 def test_one_all_reduce_for_many_codebooks(monkeypatch: pytest.MonkeyPatch) -> None:
