@@ -152,7 +152,7 @@ class EMACodebook(CodebookState):
         Raises:
             ValueError: shapes that do not fit; a `usable` that is not bool.
             TypeError: values that are not floating point, groups that are not int64.
-            IndexError: a group below 0, or of G or more (looked at on a CPU only).
+            IndexError: a group outside [0, G) (looked at on a CPU only).
         """
         if self._ready:
             return
@@ -201,8 +201,7 @@ class EMACodebook(CodebookState):
         Raises:
             ValueError: shapes that do not fit.
             TypeError: values that are not floating point, indices or groups that are not int64.
-            IndexError: an index of L or more, a group below 0 or of G or more (looked at on a CPU
-                only).
+            IndexError: an index of L or more, a group outside [0, G) (looked at on a CPU only).
         """
         where, searched = "EMACodebook.accumulate", "pass the indices that search(x) returned"
         check_floating(where, values=values)

@@ -60,7 +60,7 @@ def code_statistics(
     Raises:
         ValueError: shapes that do not fit.
         TypeError: values that are not floating point, indices or groups that are not int64.
-        IndexError: an index of L or more, a group of G or more (looked at on a CPU only).
+        IndexError: an index of L or more, a group outside [0, G) (looked at on a CPU only).
         RuntimeError: the backend cannot run here.
 
     Examples:
