@@ -81,6 +81,7 @@ class Ranks(Batch):
         """The clips of all ranks along `dim`, in the order of the ranks."""
         rows = x.movedim(dim, 0)
         padding = rows.new_zeros(max(self.sizes) - len(rows), *rows.shape[1:])
+        # `apply` has no types in torch, here and in `sum`
         parts: Tensor = _Gather.apply(torch.cat([rows, padding]), self.group)  # type: ignore[no-untyped-call]
         whole = torch.cat([part[:n] for part, n in zip(parts, self.sizes, strict=True)])
         return whole.movedim(0, dim)

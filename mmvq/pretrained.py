@@ -233,7 +233,7 @@ def _adapter() -> Any:
                 raise ValueError(message(where, rule, hint=hint, **came)) from error
 
         @classmethod
-        def _from_pretrained(  # type: ignore[override]
+        def _from_pretrained(  # type: ignore[override]  # what `load` passes, not all of it
             cls, *, model_id: str, build: Any, config: Any = None, **rest: Any
         ) -> Any:
             options = {name: rest.pop(name) for name in (*_DOWNLOAD, *_DOWNLOAD_0) if name in rest}

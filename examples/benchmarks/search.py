@@ -61,7 +61,7 @@ def run(
             x, codebook, {name: torch.as_tensor(f(x, codebook)) for name, f in searches.items()}
         )
         calls: dict[str, Call] = {
-            name: lambda f=f, x=x, e=codebook: f(x, e)  # type: ignore[misc]
+            name: lambda f=f, x=x, e=codebook: f(x, e)  # type: ignore[misc]  # mypy infers none
             for name, f in {**searches, "product": peers.product}.items()
         }
         few = min(repeats, max(2, (1 << 34) // (N * L * D)))

@@ -18,7 +18,9 @@ TEMPERATURE = 0.1
 
 
 class Alignment(nn.Module):
-    """An objective beside those of Uni-Code, and the parameters that it needs.
+    """An objective beside those of Uni-Code, and the parameters that it needs; a base class.
+
+    Each system gives its own `forward`.
 
     Args:
         model: The model that it will train with; an alignment may change it before training, and

@@ -4,7 +4,7 @@ The stock one multiplies the bit patterns of bfloat16, truncates where the hardw
 nearest even, and takes any input_precision for full float32. `test_mend.py` fails once it does not.
 
 For tf32x3 the compiled code rounds to tf32 (cvt.rna.tf32.f32); for tf32 it hands the float32 to the
-matrix instruction as it is, which leaves the last 13 bits out.
+matrix instruction as it is, which is taken to ignore the last 13 bits.
 """
 
 from __future__ import annotations
