@@ -100,11 +100,22 @@ def _nearest_code(x: Any, codebook: Any, fast: bool = False) -> Any:
     wide = ir.DataType.DOUBLE in (x.dtype, codebook.dtype)
     dtype = ir.DataType.DOUBLE if wide else ir.DataType.FLOAT
     x, codes = op.Cast(x, to=dtype), op.Cast(codebook, to=dtype)
+    last, zero = op.Constant(value_ints=[-1]), op.Constant(value_int=0)
 
     def number(value: float) -> Any:
         return op.CastLike(op.Constant(value_float=value), codes)
 
-    last = op.Constant(value_ints=[-1])
+    def holds(cells: Any) -> Any:
+        """Whether a row of bools holds True."""
+        ones = op.ReduceMax(op.Cast(cells, to=ir.DataType.INT32), last, keepdims=0)
+        return op.Cast(ones, to=ir.DataType.BOOL)
+
+    # A code that is not finite becomes a copy of the first finite one, which a lower index hides.
+    finite = op.Not(holds(op.Or(op.IsNaN(codes), op.IsInf(codes))))  # [L]
+    first = op.ArgMax(op.Cast(finite, to=ir.DataType.INT32), axis=0, keepdims=0)
+    size = op.Squeeze(op.Shape(finite))
+    own = op.Where(finite, op.Range(zero, size, op.Constant(value_int=1)), first)
+    codes = op.Gather(codes, own)
     mean = op.ReduceMean(codes, op.Constant(value_ints=[0]), keepdims=1)
     spread = op.ReduceMax(op.Abs(op.Sub(codes, mean)), keepdims=0)
     exponent = op.Floor(op.Div(op.Log(spread), number(math.log(2))))
@@ -116,9 +127,8 @@ def _nearest_code(x: Any, codebook: Any, fast: bool = False) -> Any:
     product = op.MatMul(x, op.Transpose(centred, perm=[1, 0]))
     scores = op.Sub(op.Div(norms, number(2.0)), product)  # [N, L]
     best = op.ReduceMin(scores, last, keepdims=0)
-    unfit = op.ReduceMax(op.Cast(op.IsNaN(scores), to=ir.DataType.INT32), last, keepdims=0)
-    fit = op.Not(op.Or(op.Cast(unfit, to=ir.DataType.BOOL), op.IsInf(best)))
+    fit = op.Not(op.Or(holds(op.IsNaN(scores)), op.IsInf(best)))
     chosen = op.ArgMin(scores, axis=1, keepdims=0)
     _, rows, copies, _ = op.Unique(codes, axis=0)  # the scores of equal codes may differ in a bit
     lowest = op.Gather(op.Gather(rows, copies), chosen)
-    return op.Where(fit, lowest, op.Constant(value_int=0))
+    return op.Where(fit, op.Gather(own, lowest), zero)

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from mmvq_kernels.backends import Backend, one_after_another, require, runs_triton, through_operator
+from mmvq_kernels.checks import readable
 from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
 from mmvq_kernels.products import product
 from mmvq_kernels.rounding import rounded_mean
 
+_FEW = 8  # vectors on a CPU for which to prepare the codes would be most of the work
 _TILE = 1024  # codes in a block of scores
 _WINDOW = 128  # codes that one thread looks through at a time
 _ROWS = 48  # vectors in a block are a multiple: a product rounds at its edges in another way
@@ -29,13 +31,15 @@ _PRECISIONS = get_args(Precision)  # dynamo of older torch cannot trace the call
 def nearest_code_ref(x: Tensor, codebook: Tensor) -> Tensor:
     """`argmin_l |x - e_l|^2` in float64, every difference written out; the lowest index on ties.
 
+    A code that is not finite is as if it were not there.
+
     Examples:
         >>> x, codebook = torch.randn(9, 4), torch.randn(5, 4)
         >>> torch.equal(nearest_code(x, codebook), nearest_code_ref(x, codebook))
         True
     """
     x, codebook = x.double(), codebook.double()
-    return (x[:, None] - codebook).square().sum(-1).argmin(-1)
+    return (x[:, None] - codebook).square().sum(-1).nan_to_num(torch.inf, torch.inf).argmin(-1)
 
 
 def nearest_code(
@@ -50,7 +54,9 @@ def nearest_code(
     The search maximises `x . e'_l - h_l` over centred codes `e' = e - mean(e)`, with
     `h = |e'|^2 / 2 + mean(e) . e'`: the same order as the distance, no `|x|^2`, no clamp, and
     little rounding where the codes lie close together, away from the origin. Scores are made in
-    blocks; no `[N, L]` tensor exists.
+    blocks; no `[N, L]` tensor exists. On a CPU, up to 8 rows are compared with the codes by
+    differences instead. So of two codes whose scores differ by rounding alone, a row may get the
+    one here and the other in a larger batch.
 
     Args:
         x: vectors, `[N, D]`, any float dtype. Computed in the wider of its dtype, the codebook's
@@ -62,13 +68,14 @@ def nearest_code(
             GPU as far as `torch.set_float32_matmul_precision` leaves it at its default.
 
     Returns:
-        int64 `[N]`. Ties go to the lowest index. A row whose scores are not finite (NaN, Inf or
-        overflow) gets index 0.
+        int64 `[N]`. Ties go to the lowest index. A row that is not finite gets index 0, as may one
+        whose scores overflow. A code that is not finite is as if it were not there.
 
     Raises:
         ValueError: shapes that do not fit, an empty codebook, an unknown backend or precision.
         TypeError: tensors that are not floating point.
-        RuntimeError: the backend cannot run here.
+        RuntimeError: the backend cannot run here; under `torch.jit.trace`, and the ONNX exporter
+            that traces.
 
     Examples:
         >>> codebook = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
@@ -107,20 +114,45 @@ one_after_another(_nearest_code)
 
 
 def _search_torch(x: Tensor, codebook: Tensor) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if readable(x) and len(x) <= _FEW:
+            return _search_few(x, codebook)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
         return _nearest_code_torch(x, codebook.to(dtype))
+
+
+def _search_few(x: Tensor, codebook: Tensor) -> Tensor:
+    """All distances from differences: in float32, and in float64 if that leaves a row in doubt.
+
+    A distance that is a root of a sum of D squares of differences is off by at most D / 2 + 3 unit
+    roundoffs. So no other code is the nearest where each row has one within twice that.
+    """
+    exact = "donot_use_mm_for_euclid_dist"
+    if torch.float64 not in (x.dtype, codebook.dtype):
+        distances = torch.cdist(x.float(), codebook.float(), compute_mode=exact)
+        least, index = distances.min(1, keepdim=True)
+        doubt = 1 + (x.shape[1] + 8) * torch.finfo(torch.float32).eps
+        if (distances <= least * doubt).sum(1).eq(1).numpy().all():
+            return index.squeeze(1)
+    blocks = codebook.split(max(1, _BLOCK_BYTES // (8 * codebook.shape[1])))
+    parts = [torch.cdist(x.double(), codes.double(), compute_mode=exact) for codes in blocks]
+    return torch.cat(parts, 1).nan_to_num_(torch.inf, torch.inf).argmin(1)
 
 
 def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
     """Blocks of rows against tiles of codes; one block of scores exists at a time."""
+    mean, substitutes = rounded_mean(codebook), None
+    if not (readable(mean) and mean.isfinite().numpy().all()):
+        substitutes = _substitutes(codebook)
+        codebook = codebook[substitutes]
+        mean = rounded_mean(codebook)
     (N, D), L = x.shape, codebook.shape[0]
     room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32) // codebook.element_size()
     length = max(_ROWS, min(N + -N % _ROWS, room // min(L, _TILE) // _ROWS * _ROWS))
     block = codebook.new_ones(length, D + 1)
     greatest = codebook.new_full((N + -N % _ROWS,), -torch.inf)
     indices = torch.zeros_like(greatest, dtype=torch.long)
-    tiles = _scorers(codebook).split(_TILE)
+    tiles = _scorers(codebook, mean).split(_TILE)
     for start in range(0, N, length):
         rows, best, index = (t[start : start + length] for t in (x, greatest, indices))
         block[: len(rows), :D] = rows
@@ -128,13 +160,22 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
             score, code = _best(product(codes, block[: len(best)]))
             torch.where(score > best, code + i * _TILE, index, out=index)
             torch.maximum(score, best, out=best)  # keeps a NaN
+    if substitutes is not None:
+        indices = substitutes[indices]
     return torch.where(greatest.isfinite(), indices, 0)[:N]
 
 
-def _scorers(codebook: Tensor) -> Tensor:
+def _substitutes(codebook: Tensor) -> Tensor:
+    """Of each code its own index, of one that is not finite that of the first finite one: `[L]`."""
+    finite = codebook.isfinite().all(1)
+    own = torch.arange(len(codebook), device=codebook.device)
+    return torch.where(finite, own, finite.int().argmax())
+
+
+def _scorers(codebook: Tensor, mean: Tensor) -> Tensor:
     """Rows `(e', -h)`, whose product with `(x, 1)` is the score: `[L, D + 1]`."""
     scorers = codebook.new_empty(codebook.shape[0], codebook.shape[1] + 1)
-    mean, half_norm = rounded_mean(codebook), scorers[:, -1]
+    half_norm = scorers[:, -1]
     for codes, rows in zip(codebook.split(_TILE), scorers.split(_TILE), strict=True):
         rows[:, :-1] = centred = codes - mean
         rows[:, -1] = (codes + mean).mul_(centred).sum(1)  # |e'|^2 + 2 mean . e'
@@ -162,6 +203,17 @@ def _pool(scores: Tensor, window: int) -> tuple[Tensor, Tensor]:
 
 
 def _check(x: Tensor, codebook: Tensor, precision: str) -> None:
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            message(
+                "nearest_code",
+                "torch.jit.trace, and torch.onnx.export(dynamo=False), cannot record the search",
+                hint="use torch.export.export; for ONNX mmvq.onnx.export(quantizer, path), or "
+                "torch.onnx.export(..., dynamo=True) with custom_translation_table="
+                "mmvq.onnx.translation_table()",
+                tracing=True,
+            )
+        )
     if not (x.is_floating_point() and codebook.is_floating_point()):
         raise TypeError(
             message(

@@ -14,11 +14,12 @@ def rounded_mean(codebook: Tensor) -> Tensor:
     """The mean of the codes, rounded to a sixteenth of their spread: `[D]`.
 
     The step is a power of two, so that codes on a lattice stay on one, and equal scores equal.
+    NaN in every place if a code is not finite.
     """
     mean = codebook.mean(0)
     spread = (codebook - mean).abs_().amax()
     step = torch.exp2(torch.floor(torch.log2(spread)) - 3)
-    return torch.where(step > 0, (mean / step).round() * step, mean)
+    return torch.where(step == 0, mean, (mean / step).round() * step)
 
 
 def lost_share(dtype: torch.dtype, D: int) -> float:

@@ -36,32 +36,44 @@ def _mix(z):
 @triton.jit
 def centre_kernel(
     codebook,  # [L, D]
-    mean,  # fp32 [D]
-    codes,  # fp32 [L, D], out: e - mean
-    half_norm,  # fp32 [L], out: |e - mean|^2 / 2 + mean . (e - mean)
+    mean,  # fp32 [D], NaN if a code is not finite
+    codes,  # fp32 [L, D], out: e - mean, 0 where e is not finite
+    half_norm,  # fp32 [L], out: |e - mean|^2 / 2 + mean . (e - mean), inf if e is not finite
     keys,  # int64 [L], out: equal for equal rows
     L,
     D,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Per program, BLOCK_L rows of the codebook."""
+    """Per program, BLOCK_L rows of the codebook.
+
+    Without a mean, the codes are centred about the first finite value of each column.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     products = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     key = tl.zeros([BLOCK_L], tl.uint64)
+    unfit = tl.zeros([BLOCK_L], tl.int32)
     for start in tl.range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         inside = (rows < L)[:, None] & (columns < D)[None, :]
         cells = rows[:, None] * D + columns[None, :]
         e = tl.load(codebook + cells, mask=inside, other=0.0).to(tl.float32)
-        m = tl.load(mean + columns, mask=columns < D, other=0.0)[None, :]
-        centred = tl.where(inside, e - m, 0.0)
+        m = tl.load(mean + columns, mask=columns < D, other=0.0)
+        row = 0
+        while (row < L) & (tl.max((m - m != 0).to(tl.int32), axis=0) > 0):
+            other = tl.load(codebook + row * D + columns, mask=columns < D, other=0.0)
+            m = tl.where(m - m != 0, other.to(tl.float32), m)
+            row += 1
+        finite = e - e == 0
+        unfit += tl.sum((~finite).to(tl.int32), axis=1)
+        centred = tl.where(inside & finite, e - m[None, :], 0.0)
         tl.store(codes + cells, centred, mask=inside)
-        products += centred * (centred * 0.5 + m)
+        products += centred * (centred * 0.5 + m[None, :])
         bits = tl.where(e == 0, 0.0, e).to(tl.uint32, bitcast=True).to(tl.uint64)  # one zero
         mixed = _mix(bits + _mix((columns + 1).to(tl.uint64))[None, :])
         key += tl.sum(tl.where(inside, mixed, 0), axis=1)
-    tl.store(half_norm + rows, tl.sum(products, axis=1), mask=rows < L)
+    norms = tl.where(unfit == 0, tl.sum(products, axis=1), float("inf"))
+    tl.store(half_norm + rows, norms, mask=rows < L)
     tl.store(keys + rows, key.to(tl.int64, bitcast=True), mask=rows < L)
 
 

@@ -10,7 +10,7 @@ from support import DTYPES, peak_growth, rounding, strided, uniform, wide
 from torch import Tensor
 
 from mmvq_kernels import nearest_code
-from mmvq_kernels.nearest import nearest_code_ref
+from mmvq_kernels.nearest import _FEW, nearest_code_ref
 
 SIZES = [(1, 1, 1), (63, 1, 8), (2, 7, 1), (97, 101, 13), (257, 400, 32), (0, 5, 3), (5, 2, 257)]
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -110,6 +110,46 @@ def test_rows_that_are_not_finite_get_0_and_disturb_nobody(dtype: torch.dtype) -
 
 
 @FLOATS
+@pytest.mark.parametrize("N", [1, _FEW, _FEW + 1, 70])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_code_that_is_not_finite_is_as_if_it_were_not_there(
+    dtype: torch.dtype, N: int, traced: bool
+) -> None:
+    """Also far from the origin, where the codes must still be centred."""
+    x, codebook = (uniform(n, 16, seed=n).to(dtype) + 1000 for n in (N, 30))
+    sound = torch.ones(30, dtype=torch.bool)
+    sound[[0, 7, 29]] = False
+    expected = sound.nonzero()[:, 0][nearest_code_ref(x, codebook[sound])]
+    x[1:2], expected[1:2] = torch.nan, 0
+    search = torch.compile(nearest_code, backend="eager") if traced else nearest_code
+    for value in (torch.nan, torch.inf, -torch.inf):
+        spoilt = codebook.clone()
+        spoilt[0], spoilt[7, 3], spoilt[29, ::2] = value, value, -value
+        assert torch.equal(search(x, spoilt, backend="torch"), expected)
+        assert torch.equal(nearest_code_ref(x, spoilt), expected)
+        assert (nearest_code(x, torch.full_like(codebook, value)) == 0).all()
+
+
+@pytest.mark.parametrize("L", [64, 5000])
+def test_few_rows_are_as_exact_as_many(L: int) -> None:
+    """Far from the origin, and with codes so close together that float32 differences fail."""
+    for offset, spread in ((0.0, 1.0), (1e4, 1.0), (1.0, 1e-4)):
+        codebook = (spread * uniform(L, 64, seed=1) + offset).float()
+        x = (uniform(200, 64) + offset).float()
+        expected = nearest_code_ref(x, codebook)
+        found = torch.cat([nearest_code(rows, codebook) for rows in x.split(_FEW)])
+        assert torch.equal(found, expected)
+        assert all(nearest_code(x[i : i + 1], codebook) == expected[i] for i in range(20))
+
+
+def test_codes_written_through_data_are_searched_at_once() -> None:
+    x, codebook = uniform(1, 4), uniform(9, 4, seed=1)
+    nearest_code(x, codebook)
+    codebook.data[6] = x[0]
+    assert nearest_code(x, codebook).tolist() == [6]
+
+
+@FLOATS
 @pytest.mark.parametrize("offset", [1e3, -1e4])
 def test_a_codebook_far_from_the_origin(dtype: torch.dtype, offset: float) -> None:
     """|e|^2 - 2 x.e alone would lose every digit in float32 here: (1e4)^2 * D * 6e-8 = 100."""
@@ -166,7 +206,7 @@ def test_a_row_that_overflows_in_one_tile_gets_0(
     codebook = uniform(48, 2, dtype=dtype)
     codebook[0] = torch.tensor([-100.0, 0.0])
     codebook[place] = torch.tensor([100.0, 0.0])
-    x = uniform(9, 2, dtype=dtype, seed=1)
+    x = uniform(_FEW + 1, 2, dtype=dtype, seed=1)
     good = nearest_code(x, codebook)
     assert (good > 0).all()
     x[4] = torch.tensor([torch.finfo(dtype).max / 4, 0.0])  # -inf for one code, finite for many
@@ -196,15 +236,18 @@ def test_same_bits_for_strides_repetition_autocast_and_precision(dtype: torch.dt
 
 @FLOATS
 def test_an_index_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
-    """Codes one rounding apart: their order rests on the last bit of a score."""
+    """Codes one rounding apart: their order rests on the last bit of a score, or of a distance."""
     codebook = uniform(20, 13, dtype=dtype)
     codebook = torch.cat([codebook, codebook * (1 + torch.finfo(dtype).eps)])
     x = uniform(600, 13, dtype=dtype, seed=1)
     expected = nearest_code(x, codebook)
     assert {0, 1} <= set((expected >= 20).int().tolist())
-    for n in (1, 2, 5, 16, 23, 48, 49, 100, 528, 599):
-        assert torch.equal(nearest_code(x[:n], codebook), expected[:n]), n
-        assert torch.equal(nearest_code(x[-n:], codebook), expected[-n:]), n
+    few = torch.cat([nearest_code(rows, codebook) for rows in x.split(_FEW)])
+    assert torch.equal(few % 20, expected % 20)
+    for n in (1, 2, 5, _FEW, _FEW + 1, 23, 48, 49, 100, 528, 599):
+        wanted = few if n <= _FEW else expected
+        assert torch.equal(nearest_code(x[:n], codebook), wanted[:n]), n
+        assert torch.equal(nearest_code(x[-n:], codebook), wanted[-n:]), n
 
 
 def test_inputs_stay_as_they_are_and_no_graph_is_built() -> None:

@@ -67,6 +67,21 @@ def test_onnxruntime_finds_the_same_codes(dtype: torch.dtype, tmp_path: Path) ->
     assert ((distances == best).sum(1) > 1).sum() > 20  # ties that are no copies
 
 
+def test_a_code_that_is_not_finite_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    module = quantizer()
+    module.ema_codebook.codes[[0, 3, 22]] = torch.tensor([[torch.nan], [torch.inf], [-torch.inf]])
+    x = rows(300, quantizer())
+    export(module, tmp_path / "encode.onnx")
+    found = run(tmp_path / "encode.onnx", "x", x)
+    assert torch.equal(found, module.encode(x))
+    finite = x.isfinite().all(1)
+    assert not torch.isin(found[finite], torch.tensor([0, 3, 22])).any()
+    assert (found[~finite] == 0).all()
+    module.ema_codebook.codes.fill_(torch.nan)
+    export(module, tmp_path / "encode.onnx")
+    assert (run(tmp_path / "encode.onnx", "x", x) == 0).all()
+
+
 class Model(nn.Module):
     """An encoder whose features are quantized."""
 
@@ -78,6 +93,18 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         quantized, indices, _ = self.quantizer({"audio": self.encoder(x)})
         return quantized["audio"], indices["audio"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_cannot_record_the_search_says_what_can(tmp_path: Path) -> None:
+    model, x = Model(quantizer()).eval(), torch.zeros(2, 2, 3)
+    for record in (
+        lambda: torch.jit.trace(model, x),
+        lambda: torch.jit.trace(lambda x: model.quantizer.encode(x), torch.zeros(2, D)),
+        lambda: torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=False),
+    ):
+        with pytest.raises(RuntimeError, match=r"nearest_code: torch\.jit\.trace.*\n.*\n.*export"):
+            record()
 
 
 def test_a_model_around_a_quantizer_becomes_onnx(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from support import rounding, strided, uniform
 from torch import Tensor
 
-from mmvq_kernels.gpu import launching
+from mmvq_kernels.gpu import launching, nearest
 from mmvq_kernels.gpu.nearest import centre, search
 from mmvq_kernels.nearest import nearest_code, nearest_code_ref
 from mmvq_kernels.rounding import rounded_mean
@@ -155,6 +155,20 @@ def test_zero_and_minus_zero_are_one_value(device: str) -> None:
 
 
 @PROCESSORS
+def test_a_score_of_minus_zero_ties_with_zero(
+    processors: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half-norm below the smallest float is -0 where a GPU rounds a product and a sum at once."""
+    set_processors(monkeypatch, processors)
+    codebook = uniform(200, 16, dtype=torch.float32, seed=1).to(device)
+    codes, half_norm = centre(codebook)
+    half_norm = half_norm.abs() + 1
+    half_norm[[5, 70, 150]] = torch.tensor([0.0, -0.0, -0.0], device=device)
+    monkeypatch.setattr(nearest, "centre", lambda codebook: (codes, half_norm))
+    assert search(torch.zeros(3, 16, device=device), codebook).tolist() == [5, 5, 5]
+
+
+@PROCESSORS
 @pytest.mark.parametrize("fast", [False, True])
 def test_rows_that_are_not_finite_get_0_and_disturb_nobody(
     processors: int, fast: bool, device: str, monkeypatch: pytest.MonkeyPatch
@@ -178,8 +192,26 @@ def test_rows_that_are_not_finite_get_0_and_disturb_nobody(
             assert torch.equal(out[keep], good[keep])
     overflow = torch.full((1, 4), torch.finfo(torch.float32).max, device=device)
     assert search(overflow, codebook, fast=fast).tolist() == [0]
-    codebook[5, 1] = torch.nan
-    assert (search(x, codebook, fast=fast) == 0).all()
+
+
+@PROCESSORS
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("D", [4, 70])
+def test_a_code_that_is_not_finite_is_as_if_it_were_not_there(
+    processors: int, fast: bool, D: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a lattice far from the origin: exact only if the other codes are centred, in tf32 too."""
+    set_processors(monkeypatch, processors)
+    x, codebook = ((4 * uniform(n, D, seed=n)).round().to(device) + 512 for n in (140, 70))
+    sound = torch.ones(70, dtype=torch.bool, device=device)
+    sound[[0, 8, 69]] = False
+    expected = sound.nonzero()[:, 0][nearest_code_ref(x, codebook[sound])]
+    x, codebook = x.float(), codebook.float()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        spoilt = codebook.clone()
+        spoilt[0], spoilt[8, 3], spoilt[69, ::2] = value, value, -value
+        assert torch.equal(search(x, spoilt, fast=fast), expected)
+        assert (search(x, torch.full_like(codebook, value), fast=fast) == 0).all()
 
 
 def test_a_codebook_far_from_the_origin(device: str) -> None:
