@@ -12,6 +12,9 @@ from mmvq_kernels.backends import Backend, one_after_another, require, runs_trit
 from mmvq_kernels.checks import check_below
 from mmvq_kernels.messages import message
 
+_MANY = 1 << 14  # rows; more are added up in float64
+_BLOCK = 1 << 12  # of these at a time, for the cache
+
 
 def code_statistics_ref(values: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """One row at a time, in float64.
@@ -44,7 +47,8 @@ def code_statistics(
     Deterministic by default: the same rows in the same order give the same bits.
 
     Args:
-        values: the vectors to add up, `[N, D]`, any float dtype; summed in at least float32.
+        values: the vectors to add up, `[N, D]`, any float dtype; summed in at least float32, many
+            of them in float64.
         indices: int64 `[N]`, the code of each row; a row with -1 is left out, whatever it holds.
         num_codes: L.
         groups: int64 `[N]` in `[0, num_groups)`, the group (modality) of each row, to count each
@@ -55,7 +59,8 @@ def code_statistics(
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
-        counts, float `[L]` (`[G, L]` when `groups` is given), and sums `[L, D]` over all groups.
+        counts, float `[L]` (`[G, L]` when `groups` is given), counted as integers and rounded once,
+        and sums `[L, D]` over all groups.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -135,13 +140,21 @@ def _code_statistics_torch(
     rows = torch.where(left_out, num_codes, indices)  # the last bin is thrown away
     sums = _add_rows(values, rows, num_codes + 1)[:num_codes]
     bins = rows if groups is None else groups * (num_codes + 1) + rows
-    ones = values.new_ones(values.shape[0], 1)
-    counts = _add_rows(ones, bins, num_groups * (num_codes + 1))
-    return counts.view(num_groups, num_codes + 1)[:, :num_codes].contiguous(), sums
+    counts = bins.new_zeros(num_groups * (num_codes + 1))
+    counts = counts.index_add_(0, bins, torch.ones_like(bins)).view(num_groups, num_codes + 1)
+    return counts[:, :num_codes].to(values.dtype, memory_format=torch.contiguous_format), sums
 
 
 def _add_rows(values: Tensor, bins: Tensor, num_bins: int) -> Tensor:
-    out = values.new_zeros(num_bins, values.shape[1])
+    if values.shape[0] > _MANY:  # the error of a sum in one dtype grows with its length
+        total = values.new_zeros(num_bins, values.shape[1], dtype=torch.float64)
+        for rows, places in zip(values.split(_BLOCK), bins.split(_BLOCK), strict=True):
+            _add_rows_(total, rows.double(), places)
+        return total.to(values.dtype)
+    return _add_rows_(values.new_zeros(num_bins, values.shape[1]), values, bins)
+
+
+def _add_rows_(out: Tensor, values: Tensor, bins: Tensor) -> Tensor:
     if values.device.type == "cpu":
         return out.index_add_(0, bins, values)
     return out.index_put_((bins,), values, accumulate=True)  # sorts: no float atomics

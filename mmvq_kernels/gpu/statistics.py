@@ -66,20 +66,20 @@ def combine_kernel(
     code = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     end = tl.load(first + code + 1)
-    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float64)  # there may be very many chunks
     for chunk in tl.range(tl.load(first + code), end, BLOCK_P):
         chunks = chunk + tl.arange(0, BLOCK_P)
         inside = (chunks < end)[:, None] & (columns < D)[None, :]
         cells = chunks[:, None] * D + columns[None, :]
-        total += tl.load(partials + cells, mask=inside, other=0.0)
-    tl.store(sums + code * D + columns, tl.sum(total, axis=0), mask=columns < D)
+        total += tl.load(partials + cells, mask=inside, other=0.0).to(tl.float64)
+    tl.store(sums + code * D + columns, tl.sum(total, axis=0).to(tl.float32), mask=columns < D)
 
 
 @triton.jit
 def scatter_atomic_kernel(
     values,  # [N, D]
     bins,  # int64 [N]: code G + group, `end` for a row that is left out
-    counts,  # fp32 [G, L], added to
+    counts,  # int64 [G, L], added to: float32 would stop at 2^24
     sums,  # fp32 [L, D], added to
     N,
     L,
@@ -98,7 +98,7 @@ def scatter_atomic_kernel(
     value = tl.load(values + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
     into = sums + (place // G)[:, None] * D + columns[None, :]
     tl.atomic_add(into, value.to(tl.float32), mask=inside, sem="relaxed")
-    one = tl.full([BLOCK_N], 1.0, tl.float32)
+    one = tl.full([BLOCK_N], 1, tl.int64)
     cells = place % G * L + place // G
     tl.atomic_add(counts + cells, one, mask=kept & (tl.program_id(1) == 0), sem="relaxed")
 
@@ -122,12 +122,12 @@ def accumulate(
     block_d = min(128, max(16, triton.next_power_of_2(D)))
     tiles = cdiv(D, block_d)
     if not deterministic:
-        counts, sums = sums.new_zeros(G, L), sums.zero_()
+        counts, sums = bins.new_zeros(G, L), sums.zero_()
         sizes = {"BLOCK_N": 16, "BLOCK_D": block_d, "num_warps": 4}
         grid = (cdiv(N, 16), tiles)
         args = (values, bins, counts, sums, N, L, G, D, L * G)
         launching.launch(scatter_atomic_kernel, grid, *args, **sizes)
-        return counts, sums
+        return counts.to(torch.float32), sums
 
     narrow = torch.int32 if L * G < 2**31 else torch.int64  # half the passes of a radix sort
     ranked, order = bins.to(narrow).sort(stable=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmvq_kernels import code_statistics
 from mmvq_kernels.statistics import code_statistics_ref
 
-SIZES = [(1, 1, 1), (63, 1, 8), (97, 101, 13), (257, 40, 3), (0, 5, 3)]
+SIZES = [(1, 1, 1), (63, 1, 8), (97, 101, 13), (257, 40, 3), (0, 5, 3), (16_385, 7, 2)]
 G = 3
 
 
@@ -67,6 +67,29 @@ def test_same_bits_for_repetition_and_strides() -> None:
     ):
         assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
         assert not any(x.requires_grad for x in again)
+
+
+def test_counts_beyond_what_float32_can_count() -> None:
+    """2^24 + 3 ones added in float32 stay at 2^24; the nearest float32 is 2^24 + 4."""
+    N = 2**24 + 3
+    values, indices = torch.zeros(N, 0), torch.zeros(N, dtype=torch.long)
+    indices[0] = -1
+    assert code_statistics(values, indices, 2)[0].tolist() == [2**24 + 2, 0]
+    indices[0] = 0
+    groups = torch.zeros_like(indices)
+    by_group, _ = code_statistics(values, indices, 2, groups=groups, num_groups=2)
+    assert by_group.tolist() == [[2**24 + 4, 0], [0, 0]]
+
+
+def test_the_error_of_a_sum_does_not_grow_with_its_length() -> None:
+    """One by one in float32, a million of 0.1 is off by 0.9%; here by the last rounding."""
+    N = 10**6
+    values = torch.full((N, 1), 0.1)
+    _, sums = code_statistics(values, torch.ones(N, dtype=torch.long), 3)
+    exact = N * values[0].double()
+    # N roundings in float64 and one in float32
+    limit = rounding(torch.float64, N, float(exact)) + rounding(torch.float32, 1, float(exact))
+    close(sums[:, 0], torch.tensor([0.0, float(exact), 0.0]), limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
