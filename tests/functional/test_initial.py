@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import close, rounding, strided, uniform
+from support import bools, close, rounding, strided, uniform
 from torch import Tensor
 
 from mmvq import functional as F
@@ -53,7 +53,7 @@ def test_more_codes_than_rows_repeat_with_a_jitter(dtype: torch.dtype) -> None:
 @DTYPES
 def test_kmeans_is_lloyd(dtype: torch.dtype) -> None:
     x = uniform(60, 2, dtype=dtype)
-    centres = F.sample_rows(x, 6)
+    centres = F.kmeans(x, 6, iterations=0)
     for _ in range(4):
         owner = F.nearest_code_ref(x, centres)
         means = [x[owner == i].mean(0) if (owner == i).any() else centres[i] for i in range(6)]
@@ -61,14 +61,106 @@ def test_kmeans_is_lloyd(dtype: torch.dtype) -> None:
         centres = torch.stack(means)
     # four rounds, each a mean of up to 60 values below 1
     close(F.kmeans(x, 6, iterations=4), centres, rounding(dtype, 4 * 62))
-    assert torch.equal(F.kmeans(x, 6, iterations=0), F.sample_rows(x, 6))
+
+
+@DTYPES
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e14])
+def test_every_tight_cluster_gets_a_centre(dtype: torch.dtype, scale: float) -> None:
+    """Where one stays without, the error is that of a whole cluster, 1e4 times as large, for ever.
+
+    Clusters of 2^-10 at corners of a cube, 2 or more apart, some of one row and some of hundreds.
+    """
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 6)
+    sizes = 1 + torch.arange(64) ** 2 // 8
+    which = torch.arange(64).repeat_interleave(sizes)[uniform(int(sizes.sum())).argsort()]
+    x = (scale * (corners[which] + uniform(len(which), 6, seed=1) / 1024)).to(dtype)
+    for iterations in (0, 10):
+        centres = F.kmeans(x, 64, iterations=iterations)
+        found = (centres / scale).sign().double() @ corners.T == 6
+        assert found.any(0).all()
+
+
+@pytest.mark.parametrize("draw", ["Gaussian", "unequal"])
+def test_as_good_as_the_kmeans_of_scikit_learn(draw: str) -> None:
+    """Mean of four draws each; its own is 3% (Gaussian) or more apart from draw to draw."""
+    cluster = pytest.importorskip("sklearn.cluster")
+    ours, theirs = [], []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(800, 8, generator=generator)
+        if draw == "unequal":
+            which = torch.multinomial(1 / torch.arange(1.0, 41), 800, True, generator=generator)
+            x += 5 * torch.randn(40, 8, generator=generator)[which]
+        ours.append(inertia(x, F.kmeans(x, 40)).item())
+        theirs.append(cluster.KMeans(40, n_init=1, random_state=seed).fit(x.numpy()).inertia_)
+    assert sum(ours) < 1.05 * sum(theirs)
+
+
+def test_first_centres_are_distinct_rows_then_jittered_ones() -> None:
+    distinct = uniform(9, 3)
+    x = distinct.repeat(4, 1)
+    centres = F.kmeans(x, 23, iterations=0)
+    assert ((centres[:9, None] == distinct).all(-1).sum(0) == 1).all()
+    gaps = torch.cdist(centres[9:], distinct).amin(1)
+    spread = (x.amax(0) - x.amin(0)).norm()
+    assert ((gaps > 0) & (gaps <= 0.01 * spread)).all()
+    assert centres.unique(dim=0).shape[0] == 23
+
+
+def test_many_centres_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 codes, 7 at a time: distinct rows, and nearly as good as one at a time."""
+    x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    one_at_a_time = F.kmeans(x, 64, iterations=0)
+    monkeypatch.setattr("mmvq.functional.initial._STEPS", 10)
+    centres = F.kmeans(x, 64, iterations=0)
+    assert not torch.equal(centres, one_at_a_time)
+    for drawn in (centres, one_at_a_time):
+        assert ((drawn[:, None] == x).all(-1).sum(1) == 1).all()
+        assert drawn.unique(dim=0).shape[0] == 64
+    assert inertia(x, centres) < 1.1 * inertia(x, one_at_a_time)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("steps", [1024, 3])
+def test_rows_that_are_not_usable_change_no_bit(
+    dtype: torch.dtype, rows: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever they are and whatever they hold; nor do rows that are not finite."""
+    monkeypatch.setattr("mmvq.functional.initial._STEPS", steps)
+    x = uniform(rows, 5, dtype=dtype)
+    expected = F.kmeans(x, 12)
+    for seed, value in enumerate((torch.nan, torch.inf, 0.25, torch.finfo(dtype).max)):
+        usable = torch.arange(rows + 30) < rows
+        usable = usable[uniform(rows + 30, seed=seed).argsort()]
+        mixed = x.new_full((rows + 30, 5), value)
+        mixed[usable] = x
+        assert torch.equal(F.kmeans(mixed, 12, usable), expected)
+        if value != 0.25:
+            assert torch.equal(F.kmeans(mixed, 12), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+def test_a_graph_holds_the_draw_as_one_operator() -> None:
+    x, usable = uniform(50, 4), bools(50)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, example: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(F.kmeans, fullgraph=True, backend=keep)
+    assert torch.equal(compiled(x, 30, usable), F.kmeans(x, 30, usable))
+    (graph,) = graphs
+    assert [str(node.target) for node in graph.graph.nodes].count("mmvq.spread_rows.default") == 1
+    torch.library.opcheck(torch.ops.mmvq.spread_rows.default, (x, usable, 30))
+    each = torch.stack([F.kmeans(rows, 5) for rows in x.view(2, 25, 4)])
+    assert torch.equal(torch.vmap(lambda rows: F.kmeans(rows, 5))(x.view(2, 25, 4)), each)
 
 
 def test_kmeans_finds_far_clusters_and_keeps_centres_without_rows() -> None:
     corners = 100 * torch.eye(3, dtype=torch.float64)
     x = corners.repeat_interleave(8, 0) + 0.1 * uniform(24, 3)
-    start = F.sample_rows(x, 3)
-    assert len({row.argmax().item() for row in start}) > 1
     found = F.kmeans(x, 12)
     assert inertia(x, found) < 24 * 3 * 0.1**2  # every row has a centre in its own corner
     same = torch.ones(4, 3, dtype=torch.float64)  # no spread, no jitter: one code takes all rows
