@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mmvq import functional as F
+from mmvq import functional
 from mmvq.checks import message
 
 Tensors = Mapping[str, Tensor]
 Partner = Callable[[Tensor, Tensors, Tensors], Tensor]
 
-PARTNERS: dict[str, Partner] = {"attention": F.cross_attend, "aligned": F.aligned_partner}
+PARTNERS: dict[str, Partner] = {
+    "attention": functional.cross_attend,
+    "aligned": functional.aligned_partner,
+}
 
 
-def mix_partners(z: Tensors, masks: Tensors, partner: str | Partner, weight: float) -> Tensors:
+def mix_partners(
+    z: Tensors,
+    masks: Tensors,
+    partner: str | Partner,
+    weight: float,
+    temperature: float | None = None,
+) -> Tensors:
     r"""$(1 - w) z^a + w r^a$ for each modality a; where there are no others, $r^a = z^a$.
 
     Args:
@@ -24,7 +34,8 @@ def mix_partners(z: Tensors, masks: Tensors, partner: str | Partner, weight: flo
         masks: name -> bool `[B, T]`, True = fit to be a partner.
         partner: a name in `PARTNERS`, `"none"`, or a callable `(z_a, others, masks) -> r`, which
             gets zeros for what is unfit.
-        weight: w.
+        weight: w, the share of the partner.
+        temperature: of `"attention"` (`functional.cross_attend`); other partners ignore it.
 
     Raises:
         ValueError: the callable returns something else than r, `[B, T, D]`.
@@ -33,7 +44,11 @@ def mix_partners(z: Tensors, masks: Tensors, partner: str | Partner, weight: flo
         return z
     if callable(partner):  # those of `PARTNERS` read no other where its mask is False
         z = {name: torch.where(masks[name][..., None], x, 0) for name, x in z.items()}
-    find = partner if callable(partner) else PARTNERS[partner]
+        find = partner
+    elif partner == "attention":
+        find = partial(functional.cross_attend, temperature=temperature)
+    else:
+        find = PARTNERS[partner]
     mixed = dict(z)
     for name, x in z.items():
         others = {other: z[other] for other in z if other != name}

@@ -6,28 +6,46 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from mmvq.functional.contrastive import unit_length
+from mmvq_kernels.backends import transformed
 
 
-def cross_attend(z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
+def cross_attend(
+    z: Tensor,
+    others: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    *,
+    temperature: float | None = None,
+) -> Tensor:
     r"""Partner by parameter-free cross-attention within a clip.
 
     $$r_{t} = \frac{1}{|O|} \sum_{b \in O}
-      \mathrm{softmax}_s\!\left(z_t \cdot z^b_s / \sqrt{D}\right) z^b_s$$
+      \mathrm{softmax}_s\!\left(\sqrt{D} \cos(z_t, z^b_s)\right) z^b_s$$
 
-    O are the other modalities with at least one valid segment in the clip; where there is none,
-    `r = z`.
+    O are the other modalities with at least one valid segment in the clip. Where there is none,
+    `r = z`. With a `temperature` $\tau$ the scores are $z_t \cdot z^b_s / \tau$. The cosine with a
+    zero vector is 0.
 
     Args:
-        z: the queries, `[B, T, D]`.
+        z: queries, `[B, T, D]`.
         others: name -> keys and values, `[B, S, D]`; S may differ between modalities.
         masks: name -> bool `[B, S]`, True = valid.
+        temperature: positive divisor of the dot products. `D ** 0.5` is the paper's formula. None
+            uses the cosine, which does not depend on the scale of the features.
 
     Returns:
-        `[B, T, D]`.
+        `[B, T, D]`, in memory O(B (T + S) D) where torch has a fused kernel for the dtype. It is
+        differentiable once; within a transform of `torch.func` any number of times, in O(B T S).
 
-    Source: Sec. 4.3, "cross-att". The paper does not say what is projected; as the inputs of the
-    moving average carry no gradient, learned projections would never train, so there are none. The
-    released code uses `aligned_partner` instead.
+    Source: Sec. 4.3, "cross-att", $\mathrm{softmax}(z_a z_b^T / \sqrt{D}) z_b$. Departs from the
+    paper in the cosine. The two are equal for vectors of length $\sqrt{D}$. For unit-length
+    features the paper's weights are nearly uniform, so that r is nearly the mean of the clip. By
+    measurement cos / 0.1 and cos / 0.05 are better only where all features share a large offset.
+    The paper does not say what is projected. The inputs of the moving average carry no gradient, so
+    learned projections would never train, and there are none. The released code uses
+    `aligned_partner`.
 
     Examples:
         >>> z, video = torch.randn(2, 5, 8), torch.randn(2, 7, 8)
@@ -37,21 +55,42 @@ def cross_attend(z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str, Te
     """
     if not others:
         return z.clone()
-    seen = torch.stack([masks[name].any(1) for name in others]).to(z.dtype)  # [|O|, B]
+    scale = z.shape[-1] ** 0.5 if temperature is None else 1.0
+    # a graph would take each temperature that is an argument of the attention for a constant
+    queries = unit_length(z) if temperature is None else z / temperature
+    seen = torch.stack([masks[name].any(1) for name in others])  # [|O|, B]
     present = seen.sum(0)  # [B]
-    shares = (seen / present.clamp(min=1))[..., None, None]  # [|O|, B, 1, 1]
+    shares = (seen / present.clamp(min=1)).to(z.dtype)[..., None, None]  # [|O|, B, 1, 1]
     r = z * (present == 0)[:, None, None]
-    for (name, other), share in zip(others.items(), shares, strict=True):
-        valid = masks[name]  # [B, S]
-        logits = z @ other.mT / z.shape[-1] ** 0.5  # [B, T, S]
-        lowest = torch.finfo(logits.dtype).min
-        weights = logits.masked_fill(~valid[:, None], lowest).softmax(-1)
-        r = torch.baddbmm(r, share * weights, torch.where(valid[..., None], other, 0))
+    for (name, other), some, share in zip(others.items(), seen, shares, strict=True):
+        values = other.masked_fill(~masks[name][..., None], 0)
+        keys = unit_length(values) if temperature is None else values
+        # a softmax over nothing may be NaN: then it is over all keys, and its share is 0
+        valid = masks[name] | ~some[:, None]  # [B, S]
+        r = torch.addcmul(r, share, _attend(queries, keys, values, valid, scale))
     return r
 
 
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v over the valid keys, bool `[B, S]`.
+
+    The kernels that never hold all scores need a dimension of heads, and have no `torch.vmap` rule.
+    """
+    if transformed():
+        return scaled_dot_product_attention(
+            queries, keys, values, attn_mask=valid[:, None], scale=scale
+        )
+    q, k, v = queries[:, None], keys[:, None], values[:, None]
+    mask = valid[:, None, None]  # [B, 1, 1, S]: expanded to T x S it would be copied
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).squeeze(1)
+
+
 def cross_attend_ref(
-    z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    z: Tensor,
+    others: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    *,
+    temperature: float | None = None,
 ) -> Tensor:
     """`cross_attend`, one vector at a time.
 
@@ -64,12 +103,19 @@ def cross_attend_ref(
     r = z.clone()
     for b in range(z.shape[0]):
         for t in range(z.shape[1]):
-            partners = [
-                torch.softmax(other[b][masks[name][b]] @ z[b, t] / z.shape[-1] ** 0.5, 0)
-                @ other[b][masks[name][b]]
-                for name, other in others.items()
-                if masks[name][b].any()
-            ]
+            partners = []
+            for name, other in others.items():
+                keys = other[b][masks[name][b]]  # [valid, D]
+                if len(keys) == 0:
+                    continue
+                scores = keys @ z[b, t]
+                if temperature is None:
+                    lengths = keys.norm(dim=1) * z[b, t].norm()
+                    cosines = torch.where(lengths > 0, scores / lengths, 0)
+                    weights = torch.softmax(z.shape[-1] ** 0.5 * cosines, 0)
+                else:
+                    weights = torch.softmax(scores / temperature, 0)
+                partners.append(weights @ keys)
             if partners:
                 r[b, t] = torch.stack(partners).mean(0)
     return r

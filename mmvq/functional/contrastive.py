@@ -25,14 +25,14 @@ def similarities(
     query, key = query.to(dtype), key.to(dtype)
     with torch.autocast(query.device.type, enabled=False):  # a score may exceed float16
         if normalize:
-            query, key = _unit_length(query), _unit_length(key)
+            query, key = unit_length(query), unit_length(key)
         return query @ key.mT / temperature
 
 
-def _unit_length(x: Tensor) -> Tensor:
+def unit_length(x: Tensor) -> Tensor:
     """`x / |x|` at any scale; 0, and without a gradient, where x is 0."""
-    norm = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(norm == 0, torch.inf, norm)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm == 0, torch.inf)
 
 
 def matched_cross_entropy(

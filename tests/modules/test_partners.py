@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
-from quantizers import B, D, T, Tensors, batch, trained
+from quantizers import B, D, T, Tensors, batch, some_masks, trained
 from support import close, rounding, same, state, uniform
 from torch import Tensor, nn
+
+from mmvq import functional
+from mmvq.partners import mix_partners
 
 
 def test_a_callable_partner_and_its_weight() -> None:
@@ -52,3 +55,16 @@ def test_a_partner_with_parameters_is_one_part_of_the_module() -> None:
     quantizer = trained(partner=Partner(D, D))
     names = [name for name in quantizer.state_dict() if name.endswith("weight")]
     assert names == ["partner.weight"]
+
+
+def test_the_temperature_reaches_the_attention_alone() -> None:
+    z, masks = batch(), some_masks()
+    for temperature in (None, 0.3):
+        mixed = mix_partners(z, masks, "attention", 0.5, temperature)
+        for name, x in z.items():
+            others = {other: z[other] for other in z if other != name}
+            r = functional.cross_attend(x, others, masks, temperature=temperature)
+            close(mixed[name], (x + r) / 2, rounding(x.dtype, 3))
+    assert not same(mixed, mix_partners(z, masks, "attention", 0.5))
+    aligned = mix_partners(z, masks, "aligned", 0.5, 0.3)
+    assert same(aligned, mix_partners(z, masks, "aligned", 0.5))
