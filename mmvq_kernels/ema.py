@@ -33,12 +33,13 @@ def ema_update_(
         N <- decay N + (1 - decay) n            o <- decay o + (1 - decay) s
         e <- o / smoothed(N)                    smoothed(N) = (N + eps) / (sum N + L eps) * sum N
 
-    Smoothing happens in the division only; N and o keep their plain averages. A dead code takes
-    `replacement` as its `e`, the mean N of the dead codes as its N, and `o = e smoothed(N)`: the
-    total mass does not change, so that no living code moves. Where that mean has faded to 1000 eps
-    or less, N is 1 - decay at least, as if one vector had chosen the code: it would shrink by the
-    decay at the next step else. A batch without a single vector (`batch_counts` all zero) leaves
-    everything as it was.
+    Smoothing happens in the division only; N and o keep their plain averages. A code that no vector
+    chose keeps its `e`: its o and N fade alike, and smoothing alone would move it towards zero. A
+    dead code takes `replacement` as its `e`, the mean N of the dead codes as its N, and
+    `o = e smoothed(N)`: the total mass does not change, so that no living code moves. Where that
+    mean has faded to 1000 eps or less, N is 1 - decay at least, as if one vector had chosen the
+    code: otherwise the first vector to choose it would replace it. A batch without a single vector
+    (`batch_counts` all zero) leaves everything as it was.
 
     Args:
         codes: `e`, `[L, D]`, written.
@@ -47,7 +48,7 @@ def ema_update_(
         batch_sums: `s`, `[L, D]`, from `code_statistics`.
         batch_counts: `n`, `[L]`.
         decay: gamma in [0, 1].
-        eps: Laplace smoothing. With 0, a code whose N has faded to 0 stays where it is.
+        eps: Laplace smoothing.
         dead: bool `[L]`, the codes to replace.
         replacement: `[L, D]`, read where `dead`.
         backend: `"auto"`, `"torch"` or `"triton"`.
@@ -66,14 +67,15 @@ def ema_update_(
     state, batch, reset = (codes, sums, counts), (batch_sums, batch_counts), (dead, replacement)
     require("ema_update_", backend, *state, *batch, *reset)
     rest: tuple[Any, ...] = *batch, decay, eps, *reset
+    # A compiled graph holds the formula itself: inductor lets reads slip behind an operator that
+    # writes (torch 2.13: a code that was read before the update came out as it was after), and an
+    # operator would take each value of `decay` for a constant.
+    traced = torch.compiler.is_dynamo_compiling()
     with torch.no_grad():
-        if not through_operator(backend, codes):
-            _ema_update_torch(*state, *rest)
-        elif not torch.compiler.is_dynamo_compiling():
+        if through_operator(backend, codes) and not traced:
             _ema_update(*state, *rest)
         else:
-            for old, new in zip(state, _ema_updated(*state, *rest), strict=True):
-                old.copy_(new)
+            _ema_update_torch(*state, *rest)
 
 
 @torch.library.custom_op("mmvq::ema_update_", mutates_args=("codes", "sums", "counts"))
@@ -126,42 +128,6 @@ def _(
     return None
 
 
-@torch.library.custom_op("mmvq::ema_update", mutates_args=())
-def _ema_updated(
-    codes: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    batch_sums: Tensor,
-    batch_counts: Tensor,
-    decay: float,
-    eps: float,
-    dead: Tensor | None,
-    replacement: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a compiled graph holds: inductor lets reads slip behind an operator that writes.
-
-    Seen in torch 2.13: a code that was read before the update came out as it was after.
-    """
-    moved = codes.clone(), sums.clone(), counts.clone()
-    _ema_update(*moved, batch_sums, batch_counts, decay, eps, dead, replacement)
-    return moved
-
-
-@_ema_updated.register_fake
-def _(
-    codes: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    batch_sums: Tensor,
-    batch_counts: Tensor,
-    decay: float,
-    eps: float,
-    dead: Tensor | None,
-    replacement: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(codes), torch.empty_like(sums), torch.empty_like(counts)
-
-
 def _ema_update_torch(
     codes: Tensor,
     sums: Tensor,
@@ -174,8 +140,9 @@ def _ema_update_torch(
     replacement: Tensor | None,
 ) -> None:
     batch_counts, batch_sums = batch_counts.to(counts.dtype), batch_sums.to(sums.dtype)
-    some = batch_counts.sum() > 0
-    keep = torch.where(some, counts.new_full((), decay), 1.0)
+    chosen = batch_counts > 0
+    some = chosen.any()
+    keep = torch.where(some, counts.new_ones(()) * decay, 1.0)
     counts.mul_(keep).addcmul_(batch_counts, 1 - keep)
     sums.mul_(keep).addcmul_(batch_sums, 1 - keep)
     total = counts.sum()
@@ -189,8 +156,9 @@ def _ema_update_torch(
     if dead is not None and replacement is not None:
         revived = replacement.to(sums.dtype) * smoothed[:, None]
         torch.where(dead[:, None], revived, sums, out=sums)
-    held = some & (smoothed > 0)[:, None]  # with eps = 0, a code may have no mass left at all
-    torch.where(held, sums / smoothed[:, None], codes, out=codes)
+    moved = chosen if dead is None else chosen | dead
+    moved = (moved & (smoothed > 0))[:, None]  # with eps = 0, a dead code may have no mass at all
+    torch.where(moved, sums / smoothed[:, None], codes, out=codes)
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mmvq_kernels import ema_update_
@@ -31,8 +32,19 @@ def ema_update_ref(
     *,
     decay: float,
     eps: float = 1e-5,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of Eq. 7 without reset, out of place: the new `(codes, sums, counts)`.
+
+    Args:
+        sums: o, `[L, D]`.
+        counts: N, `[L]`.
+        batch_sums: `[L, D]`.
+        batch_counts: `[L]`.
+        decay: gamma.
+        eps: Laplace smoothing.
+        codes: the codes before the step; what no vector chose stays as it is. None: every code is
+            divided anew.
 
     Examples:
         >>> sums, counts = torch.zeros(1, 2), torch.ones(1)
@@ -42,4 +54,7 @@ def ema_update_ref(
     """
     counts = decay * counts + (1 - decay) * batch_counts
     sums = decay * sums + (1 - decay) * batch_sums
-    return sums / laplace_smoothing(counts, eps)[:, None], sums, counts
+    new = sums / laplace_smoothing(counts, eps)[:, None]
+    if codes is not None:
+        new = torch.where(batch_counts[:, None] > 0, new, codes)
+    return new, sums, counts

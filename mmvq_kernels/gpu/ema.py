@@ -72,17 +72,20 @@ def average_kernel(
         cells = rows[:, None] * D + columns[None, :]
         s = tl.load(batch_sums + cells, mask=inside, other=0).to(tl.float32)
         new = decay * tl.load(sums + cells, mask=inside, other=0.0) + gain * s
+        changed = n > 0  # a code that nothing chose stays
         if RESET:
             is_dead = tl.load(dead + rows, mask=rows < L, other=0) != 0
             count = tl.where(is_dead, mass_of_dead, count)
+            changed = changed | is_dead
             there = inside & is_dead[:, None]
             revived = tl.load(replacement + cells, mask=there, other=0).to(tl.float32)
             new = tl.where(is_dead[:, None], revived * ((count + eps) * scale)[:, None], new)
-        smoothed = tl.broadcast_to(((count + eps) * scale)[:, None], new.shape)
+        smoothed = (count + eps) * scale
+        changed = changed & (smoothed > 0)  # without mass, a code stays too
         tl.store(counts + rows, count, mask=(rows < L) & (tl.program_id(1) == 0))
         tl.store(sums + cells, new, mask=inside)
-        # without mass, a code stays
-        tl.store(codes + cells, tl.div_rn(new, smoothed), mask=inside & (smoothed > 0))
+        e = tl.div_rn(new, tl.broadcast_to(smoothed[:, None], new.shape))
+        tl.store(codes + cells, e, mask=inside & changed[:, None])
 
 
 def update_(

@@ -30,19 +30,29 @@ def test_update_and_reference_equal_the_loop(dtype: torch.dtype, decay: float, e
     sums, counts, batch_sums, batch_counts = state(dtype)
     o, n, s, b = (x.double().clone() for x in (sums, counts, batch_sums, batch_counts))
     total = sum(decay * n[i] + (1 - decay) * b[i] for i in range(L))
-    expected = torch.empty(L, D, dtype=torch.float64)
+    every = torch.empty(L, D, dtype=torch.float64)
     for i in range(L):
         n[i] = decay * n[i] + (1 - decay) * b[i]
         o[i] = decay * o[i] + (1 - decay) * s[i]
-        expected[i] = o[i] / ((n[i] + eps) / (total + L * eps) * total)
+        every[i] = o[i] / ((n[i] + eps) / (total + L * eps) * total)
+    codes = uniform(L, D, dtype=dtype, seed=4)
+    expected = every.clone()
+    for i in range(L):
+        if b[i] == 0:  # nothing chose it
+            expected[i] = codes[i]
     atol = rounding(dtype, 12, 100)
-    out = F.ema_update_ref(sums, counts, batch_sums, batch_counts, decay=decay, eps=eps)
+    kwargs = {"decay": decay, "eps": eps}
+    out = F.ema_update_ref(sums, counts, batch_sums, batch_counts, **kwargs)
+    for value, wanted in zip(out, (every, o, n), strict=True):
+        close(value, wanted, atol)
+    out = F.ema_update_ref(sums, counts, batch_sums, batch_counts, codes=codes, **kwargs)
     for value, wanted in zip(out, (expected, o, n), strict=True):
         close(value, wanted, atol)
-    codes = torch.full_like(sums, torch.nan)
+    before = codes.clone()
     F.ema_update_(codes, sums, counts, batch_sums, batch_counts, decay=decay, eps=eps)
     for value, wanted in zip((codes, sums, counts), (expected, o, n), strict=True):
         close(value, wanted, atol)
+    assert torch.equal(codes[b == 0], before[b == 0])
 
 
 def test_smoothing_keeps_the_total_and_leaves_no_zero() -> None:

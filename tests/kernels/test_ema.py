@@ -102,6 +102,24 @@ def test_a_reset_code_without_mass_survives_the_next_step(dtype: torch.dtype, de
 
 
 @FLOATS
+@pytest.mark.parametrize("times", [1.5, 100.0, 990.0, 1010.0, 1e4])
+def test_up_to_1000_eps_the_mass_of_reset_codes_is_that_of_a_vector(
+    dtype: torch.dtype, times: float
+) -> None:
+    """Their mean N after the step is `times` eps; above 1000 it stays, as no mass is made."""
+    eps, decay = 1e-6, 0.9
+    codes, sums, counts = state(dtype)
+    batch_sums, batch_counts = batch(dtype)
+    batch_sums[DEAD] = batch_counts[DEAD] = 0
+    counts[DEAD] = torch.tensor([0.5, 1.0, 1.5], dtype=dtype) * times * eps / decay
+    sums[DEAD] = 0
+    reset = {"dead": DEAD, "replacement": uniform(L, D, dtype=dtype, seed=5)}
+    ema_update_(codes, sums, counts, batch_sums, batch_counts, decay=decay, eps=eps, **reset)
+    mass = times * eps if times > 1000 else 1 - decay
+    close(counts[DEAD], torch.full((3,), mass, dtype=dtype), rounding(dtype, 8, mass))
+
+
+@FLOATS
 def test_a_batch_without_a_vector_changes_no_bit(dtype: torch.dtype) -> None:
     after = state(dtype)
     nothing = torch.zeros(L, D, dtype=dtype), torch.zeros(L, dtype=dtype)

@@ -99,6 +99,44 @@ def test_reset_codes_without_mass_get_that_of_a_vector(device: str) -> None:
     assert (mine[2][dead] - 0.1).abs().max() < rounding(torch.float32, 12, 1)
 
 
+@pytest.mark.parametrize("times", [1.5, 100.0, 990.0, 1010.0, 1e4])
+def test_up_to_1000_eps_the_mass_of_reset_codes_is_that_of_a_vector(
+    times: float, device: str
+) -> None:
+    """Their mean N after the step is `times` eps; above 1000 it stays, as no mass is made."""
+    L, D, decay, eps = 40, 5, 0.9, 1e-6
+    dead, replacement = reset(L, D, device)
+    codes, own_sums, own_counts = state(L, D, device)
+    sums, counts = batch(L, D, device)
+    own_sums[dead] = sums[dead] = counts[dead] = 0
+    own_counts[dead] = times * eps / decay
+    update_(codes, own_sums, own_counts, sums, counts, decay, eps, dead, replacement)
+    mass = times * eps if times > 1000 else 1 - decay
+    wanted = torch.full((int(dead.sum()),), mass)
+    # a sum of 13 counts more than the dozen roundings of the others
+    close(own_counts[dead].cpu(), wanted, rounding(torch.float32, 12 + 13, mass))
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_without_smoothing_a_code_without_mass_stays(decay: float, device: str) -> None:
+    """With eps = 0 there is nothing to divide by: faded, chosen where nothing is gained, or dead.
+
+    Of the dead, whose N is 1 - decay at least, only a decay of 1 leaves one without mass.
+    """
+    codes = torch.arange(1.0, 9.0).view(4, 2)
+    sums, counts = codes * torch.tensor([[2.0], [0.0], [0.0], [0.0]]), torch.tensor([2.0, 0, 0, 0])
+    batch_sums, batch_counts = 3 * torch.ones(4, 2), torch.tensor([1.0, 0, 1.0, 0])
+    batch_sums[[1, 3]] = 0
+    dead = torch.tensor([False, False, False, True])
+    replacement = torch.full((4, 2), 9.0)
+    mine = [x.to(device) for x in (codes.clone(), sums, counts)]
+    rest = [x.to(device) for x in (batch_sums, batch_counts)]
+    update_(*mine, *rest, decay, 0.0, dead.to(device), replacement.to(device))
+    first = [(2 * e * decay + 3 * (1 - decay)) / (1 + decay) for e in (1, 2)]
+    wanted = [first, [3, 4], [3, 3], [9, 9]] if decay < 1 else [first, [3, 4], [5, 6], [7, 8]]
+    close(mine[0].cpu(), torch.tensor(wanted), rounding(torch.float32, 12, 9))
+
+
 @pytest.mark.parametrize("with_reset", [False, True])
 def test_same_bits_for_any_number_of_programs(
     with_reset: bool, device: str, monkeypatch: pytest.MonkeyPatch
