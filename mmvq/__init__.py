@@ -1,6 +1,6 @@
 """mmvq: one discrete codebook for several modalities."""
 
-from mmvq import figures, functional
+from mmvq import averaging, figures, functional
 from mmvq.club import CLUBEstimator
 from mmvq.codebook import EMACodebook, update_codebooks
 from mmvq.cpc import CPCOutput, CrossCPC
@@ -23,6 +23,7 @@ __all__ = [
     "HealthWarning",
     "MultiModalEMAQuantizer",
     "QuantizerOutput",
+    "averaging",
     "figures",
     "functional",
     "update_codebooks",

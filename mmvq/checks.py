@@ -16,12 +16,16 @@ from mmvq_kernels.messages import message
 __all__ = [
     "check_below",
     "check_choice",
+    "check_codes",
+    "check_count_or_none",
     "check_features",
     "check_finite",
     "check_floating",
+    "check_fraction",
     "check_indices",
     "check_instance",
     "check_int",
+    "check_integers",
     "check_mask",
     "check_modalities",
     "check_number",
@@ -63,6 +67,16 @@ def check_number(where: str, low: float, high: float, **values: float) -> None:
             span = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
             rule = f"{name} must be a finite number {span}"
             raise ValueError(message(where, rule, hint=f"pass a number {span}", **{name: value}))
+
+
+def check_fraction(where: str, **values: float) -> None:
+    """Each value is a number in [0, 1]."""
+    check_number(where, 0, 1, **values)
+
+
+def check_count_or_none(where: str, **values: int | None) -> None:
+    """Each value is an int of at least 1, or None."""
+    check_int(where, 1, **{name: value for name, value in values.items() if value is not None})
 
 
 def check_choice(
@@ -197,6 +211,31 @@ def check_vectors(where: str, x: Tensor, codebook: Tensor) -> None:
                 codebook=codebook,
             )
         )
+
+
+def check_codes(where: str, codes: Tensor, counts: Tensor | None, *, like: Tensor) -> None:
+    """`codes` are those of a codebook `like` this one, and `counts` their N; both are looked at."""
+    check_floating(where, codes=codes)
+    size, dim = like.shape
+    weights = torch.ones(size) if counts is None else counts
+    if codes.shape != like.shape or not isinstance(weights, Tensor) or weights.shape != (size,):
+        rule = f"codes must be [{size}, {dim}], and counts [{size}] or None"
+        hint = "build the module with the size and width of the codes"
+        raise ValueError(message(where, rule, hint=hint, codes=codes, counts=counts))
+    odd = ~codes.isfinite().all(1).cpu() | ~weights.isfinite().cpu() | (weights < 0).cpu()
+    if bool(odd.any()):
+        rule = "codes must be finite, and counts finite and not below 0"
+        hint = "look for a damaged file, or for a division by a count of 0"
+        raise ValueError(message(where, rule, hint=hint, rows_that_are_not=int(odd.sum())))
+
+
+def check_integers(where: str, hint: str, **tensors: Tensor) -> None:
+    """Each value is a tensor of some integer dtype."""
+    for name, x in tensors.items():
+        kind = getattr(x, "dtype", torch.bool)
+        if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+            rule = f"{name} must be an integer tensor"
+            raise TypeError(message(where, rule, hint=hint, **{name: x}))
 
 
 def check_indices(

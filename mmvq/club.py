@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,11 @@ from mmvq.checks import (
     check_number,
     message,
 )
-from mmvq.distributed import meet
+from mmvq.distributed import OverRanks, meet
 from mmvq.pretrained import Pretrained
 
 
-class CLUBEstimator(Pretrained):
+class CLUBEstimator(OverRanks, Pretrained):
     r"""vCLUB: an upper estimate of I(x; y) by a learned q(y | x) (Eq. 4, 5).
 
     $$\hat I = \frac{1}{B} \sum_i \Big[ \frac{1}{T} \sum_t \ln q(y_{it} | x_{it})
@@ -65,9 +65,21 @@ class CLUBEstimator(Pretrained):
     hidden_dim: int
     logvar_bound: float | None
     gather: bool
-    process_group: dist.ProcessGroup | None
     p_mu: nn.Sequential
     p_logvar: nn.Sequential
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            x: Tensor,
+            y: Tensor,
+            mask: Tensor | None = None,
+            *,
+            generator: torch.Generator | None = None,
+        ) -> Tensor:
+            """As `forward`: `nn.Module` gives a call no types."""
+            ...
 
     def __init__(
         self,

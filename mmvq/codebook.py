@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,16 +14,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mmvq import functional as F
 from mmvq.checks import (
     check_choice,
+    check_count_or_none,
     check_floating,
+    check_fraction,
     check_indices,
     check_int,
     check_mask,
-    check_number,
     check_vectors,
     message,
     readable,
 )
 from mmvq.distributed import all_reduce_, meet, world_size
+from mmvq.settings import Setting
 from mmvq.state import CodebookState, Init
 
 ResetRule = Literal["all", "any"]
@@ -38,10 +41,14 @@ class EMACodebook(CodebookState):
     separate from any wiring: search, accumulate any number of times, then apply once. It knows
     groups of vectors (for a multi-modal quantizer, one for each modality), not what they are.
 
-    State (buffers, float32 or float64 whatever the module is cast to): `codes` e `[L, D]`, `sums`
-    o `[L, D]`, `counts` N `[L]`, `ages` int64 `[G, L]` (batches since a group chose a code, -1 for
-    a group never seen), `usage` int64 `[G, L]` (choices since the last `reset_usage`), `steps`,
-    `initialized`.
+    State (buffers, float32 or float64 whatever the module is cast to; see `mmvq/state.py`): `codes`
+    e `[L, D]`, `sums` o `[L, D]`, `counts` N `[L]`; int64: `ages` `[G, L]` (batches since a group
+    chose a code, -1 for a group never seen), `usage` `[G, L]` (choices since the last
+    `reset_usage`), `steps`, `initialized` (1 once the codes need no data to start from). At the
+    start N and o are 0: the first vectors that choose a code replace it. A code that no vector of
+    a step chose keeps its e; for the others $e = o / \tilde N$.
+
+    Settings may be read and set at any time: `decay`, `eps`, `reset_after`, `reset_rule`, `init`.
 
     Args:
         dim: D.
@@ -54,7 +61,7 @@ class EMACodebook(CodebookState):
         reset_rule: `"all"`: a code survives only if every group chose it within `reset_after`
             batches; `"any"`: if any group did.
         init: `"uniform"` in (-1/L, 1/L), or `"kmeans"` or `"samples"` of the first data that
-            `initialize` is given.
+            `initialize` is given, with N = 1 and o = e. Codes of your own: `set_codes`.
         process_group: the ranks that share the codebook; None is the default group, looked up at
             each step: the module may be built before it.
 
@@ -74,11 +81,10 @@ class EMACodebook(CodebookState):
     dim: int
     size: int
     groups: int
-    decay: float
-    eps: float
-    reset_after: int | None
+    decay = Setting[float](check_fraction)
+    reset_after = Setting[int | None](check_count_or_none)
+    reset_rule = Setting[ResetRule](partial(check_choice, choices=get_args(ResetRule)))
     update_from: tuple[int, ...] | None
-    process_group: dist.ProcessGroup | None
 
     def __init__(
         self,
@@ -96,11 +102,6 @@ class EMACodebook(CodebookState):
     ) -> None:
         where = "EMACodebook"
         check_int(where, 1, dim=dim, size=size, groups=groups)
-        check_number(where, 0, 1, decay=decay, eps=eps)
-        check_choice(where, ("all", "any"), reset_rule=reset_rule)
-        check_choice(where, get_args(Init), init=init)
-        if reset_after is not None:
-            check_int(where, 1, reset_after=reset_after)
         sources = range(groups) if update_from is None else update_from
         if not (isinstance(sources, Collection) and sources and {*sources} <= {*range(groups)}):
             raise ValueError(
@@ -112,16 +113,16 @@ class EMACodebook(CodebookState):
                     groups=groups,
                 )
             )
-        super().__init__(dim, size, groups, sorted({*sources}), init)
+        super().__init__(dim, size, groups, init, eps)
         self.dim, self.size, self.groups = dim, size, groups
-        self.decay, self.eps = decay, eps
-        self.reset_after, self.reset_rule = reset_after, reset_rule
+        self.decay, self.reset_after, self.reset_rule = decay, reset_after, reset_rule
         self.update_from = None if update_from is None else tuple(update_from)
         self.process_group = process_group
 
     @property
     def weight(self) -> Tensor:
         """The codes e, `[L, D]`: the live buffer. Clone it to keep it across an update."""
+        self.mend()
         return self.codes
 
     def search(self, x: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ class EMACodebook(CodebookState):
             TypeError: x is no floating point tensor.
         """
         check_vectors("EMACodebook.search", x, self.codes)
-        return F.nearest_code(x, self.codes)
+        return F.nearest_code(x, self.weight)
 
     @torch.no_grad()
     def initialize(
@@ -154,7 +155,7 @@ class EMACodebook(CodebookState):
             TypeError: values that are not floating point, groups that are not int64.
             IndexError: a group outside [0, G) (looked at on a CPU only).
         """
-        if self._ready:
+        if self.ready:
             return
         where, hint = "EMACodebook.initialize", "give each vector one group, and one True or False"
         check_floating(where, values=values)
@@ -165,25 +166,41 @@ class EMACodebook(CodebookState):
         check_indices(where, self.groups, "number the groups from 0", signed=False, groups=groups)
         self._check_rows(where, hint, values, groups=groups, usable=usable)
         check_mask(where, "usable", usable, values)
+        first = self.first_codes(values, groups, usable)
+        if first is not None:
+            self.take_first_codes(first)
+
+    @torch.no_grad()
+    def first_codes(self, values: Tensor, groups: Tensor, usable: Tensor) -> FirstCodes | None:
+        """What `initialize` would take, of arguments that fit; None if nothing. Writes no code."""
+        self.mend()
+        if self.ready:
+            return None
         if not _without_data(values) and bool(self.initialized):
             self._ready = True  # the state came without load_state_dict: DDP's broadcast, say
-            return
+            return None
         values, groups = values.reshape(-1, self.dim), groups.flatten()
-        keep = usable.flatten() & F.finite_rows(values) & self.voters[groups]
+        keep = usable.flatten() & F.finite_rows(values) & self._updating(groups)
         self.match_dtype(values.dtype)
         ranks = meet("EMACodebook", values, self.process_group)
         rows, keep, groups = (ranks.gather(x) for x in (values.detach(), keep, groups))
         if rows.shape[0] == 0:
-            return
+            return None
         order = groups.argsort(stable=True)  # by group, then rank: as one process would have them
         make = F.kmeans if self.init == "kmeans" else F.sample_rows
         codes = make(rows[order].to(self.codes.dtype), self.size, keep[order])
-        some = keep.any()
-        self.codes.copy_(torch.where(some, codes, self.codes))
-        self.sums.copy_(self.codes)
-        self.initialized.logical_or_(some)
+        fresh = keep.any() & (self.initialized == 0)
+        return FirstCodes(torch.where(fresh, codes, self.codes), fresh)
+
+    @torch.no_grad()
+    def take_first_codes(self, first: FirstCodes) -> None:
+        """Start from the codes that `first_codes` found: N = 1 and o = e."""
+        self.codes.copy_(first.codes)
+        self.sums.copy_(torch.where(first.fresh, first.codes, self.sums))
+        self.counts.copy_(torch.where(first.fresh, 1, self.counts))
+        self.initialized.copy_(torch.where(first.fresh, 1, self.initialized))
         # A compiled graph cannot wait for the answer: there, the first batch is the one.
-        self._ready = _without_data(some) or bool(some)
+        self._ready = _without_data(first.codes) or bool(self.initialized)
 
     @torch.no_grad()
     def accumulate(self, values: Tensor, indices: Tensor, groups: Tensor | None = None) -> None:
@@ -211,12 +228,13 @@ class EMACodebook(CodebookState):
         self._check_rows(where, searched, values, indices=indices, groups=groups)
         if recomputing():
             return
+        self.mend()
         self.match_dtype(values.dtype)
         values, indices, groups = values.reshape(-1, self.dim), indices.flatten(), groups.flatten()
         indices = torch.where(F.finite_rows(values), indices, -1)
         values = values.to(self.codes.dtype)
-        if len(self._sources) < self.groups:  # the others are counted, but add nothing
-            values = torch.where(self.voters.index_select(0, groups)[:, None], values, 0)
+        if self.update_from is not None:  # the other groups are counted, but add nothing
+            values = torch.where(self._updating(groups)[:, None], values, 0)
         counts, sums = F.code_statistics(
             values,
             indices,
@@ -261,7 +279,7 @@ class EMACodebook(CodebookState):
         G, L, D = self.groups, self.size, self.dim
         counts, sums = statistics.split([G * L, L * D])
         counts, sums = counts.view(G, L), sums.view(L, D)
-        batch_counts = (counts * self.voters[:, None]).sum(0)  # [L]
+        batch_counts = self._of_updating(counts).sum(0)  # [L]
 
         self.usage.add_(counts.long())
         self.ages.copy_(F.advance_ages(self.ages, counts))
@@ -285,13 +303,45 @@ class EMACodebook(CodebookState):
         """The idle codes, whose ages start anew, and what takes their place (Sec. 4.3)."""
         if self.reset_after is None:
             return None, None
-        votes = torch.where(self.voters[:, None], self.ages, F.UNSEEN)
-        idle = F.inactive_codes(votes, self.reset_after, self.reset_rule)
+        ages = self._of_updating(self.ages)
+        idle = F.inactive_codes(ages, self.reset_after, self.reset_rule)
         dead = idle & (batch_counts.sum() > 0)
         if readable(dead) and not dead.numpy().any():  # a GPU would have to be waited for
             return None, None
         self.ages.masked_fill_(dead & (self.ages >= 0), 0)
         return dead, F.replacement_codes(self.codes, dead, sums, batch_counts, self.steps)
+
+    def _updating(self, groups: Tensor) -> Tensor:
+        """Whether the vectors of a group enter N and o: int64 `[N]` -> bool `[N]`."""
+        if self.update_from is None:
+            return torch.ones_like(groups, dtype=torch.bool)
+        return torch.stack([groups == g for g in self.update_from]).any(0)
+
+    def _of_updating(self, rows: Tensor) -> Tensor:
+        """The rows of those groups: `[G, L]` -> `[|update_from|, L]`."""
+        if self.update_from is None:
+            return rows
+        return torch.stack([rows[g] for g in sorted({*self.update_from})])
+
+    @torch.no_grad()
+    def continue_from(self, old: EMACodebook, rows: Sequence[int]) -> None:
+        """Go on from a smaller codebook; its group i is group `rows[i]` here."""
+        self.match_dtype(old.codes.dtype)
+        if not bool(old.initialized):  # the first batch gives all codes
+            return
+        L, added = old.size, self.size - old.size
+        donors = old.counts.argsort(descending=True, stable=True)
+        donors = donors[torch.arange(added, device=donors.device) % L]
+        codes = F.jittered(old.codes[donors], old.codes, old.steps)
+        counts = torch.cat([old.counts, torch.ones_like(old.counts[donors])])
+        smoothed = F.laplace_smoothing(counts, self.eps)[L:, None]
+        sums = torch.cat([old.sums, codes * smoothed])
+        self.begin(torch.cat([old.codes, codes]), counts, sums)
+        self.ages.fill_(F.UNSEEN)
+        self.ages[rows] = (old.ages > F.UNSEEN).long()[:, :1] - 1  # of the new codes: 0 if seen
+        for mine, theirs in ((self.ages, old.ages), (self.usage, old.usage)):
+            mine[rows, :L] = theirs
+        self.steps.copy_(old.steps)
 
     def reset_usage(self) -> None:
         """Start counting `usage` anew."""
@@ -309,6 +359,13 @@ class EMACodebook(CodebookState):
         if any(values.shape != (*x.shape, self.dim) for x in each.values()):
             rule = f"values must be [..., {self.dim}], {' and '.join(each)} [...]"
             raise ValueError(message(where, rule, hint=hint, values=values, **each))
+
+
+class FirstCodes(NamedTuple):
+    """Codes that data gave, `[L, D]`, and whether they are to be taken: bool scalar."""
+
+    codes: Tensor
+    fresh: Tensor
 
 
 def _without_data(x: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from mmvq.checks import (
     check_same_length,
     message,
 )
-from mmvq.distributed import exchange, meet
+from mmvq.distributed import OverRanks, exchange, meet
 from mmvq.pretrained import Pretrained
 
 
@@ -36,7 +36,28 @@ class CPCOutput(NamedTuple):
     accuracy: dict[tuple[str, str], Tensor]
 
 
-class CrossCPC(Pretrained):
+class Predictors(nn.ParameterDict):
+    """W_k of each modality, `[K, D, C]`.
+
+    A module of its own, so that it is asked to initialise itself where frameworks pass over modules
+    without parameters of their own (transformers).
+    """
+
+    _names: tuple[str, ...]
+
+    def __init__(self, names: tuple[str, ...], num_steps: int, dim: int, context_dim: int) -> None:
+        super().__init__({name: torch.empty(num_steps, dim, context_dim) for name in names})
+        self._names = names  # a ParameterDict sorts them
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the W_k anew, from U(-1, 1) over the root of the width of c."""
+        for name in self._names:
+            bound = self[name].shape[-1] ** -0.5
+            nn.init.uniform_(self[name], -bound, bound)
+
+
+class CrossCPC(OverRanks, Pretrained):
     r"""Cross-modal contrastive predictive coding (Eq. 6).
 
     $$L^{a2b} = -\frac{1}{K} \sum_{k=1}^K \ln \frac{\exp(z^b_{t+k} W^a_k c^a_t)}
@@ -89,9 +110,21 @@ class CrossCPC(Pretrained):
     temperature: float
     normalize: bool
     gather: bool
-    process_group: dist.ProcessGroup | None
     contexts: nn.ModuleDict
-    predictors: nn.ParameterDict
+    predictors: Predictors
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            features: Mapping[str, Tensor],
+            masks: Mapping[str, Tensor] | None = None,
+            *,
+            start: int | Literal["all"] | None = None,
+            generator: torch.Generator | None = None,
+        ) -> CPCOutput:
+            """As `forward`: `nn.Module` gives a call no types."""
+            ...
 
     def __init__(
         self,
@@ -138,17 +171,7 @@ class CrossCPC(Pretrained):
                 for name in self.modalities
             }
         )
-        self.predictors = nn.ParameterDict(  # W_k
-            {name: torch.empty(num_steps, dim, context_dim) for name in self.modalities}
-        )
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the W_k anew; the LSTMs have a method of their own."""
-        bound = self.context_dim**-0.5
-        for name in self.modalities:  # a ParameterDict sorts its names
-            self.predictors[name].uniform_(-bound, bound)
+        self.predictors = Predictors(self.modalities, num_steps, dim, context_dim)
 
     def forward(
         self,
@@ -168,7 +191,7 @@ class CrossCPC(Pretrained):
             start: t, how many segments to observe, in [min_context, T - K] (for `first_step` 1);
                 `"all"`: every one of them; None: one drawn at random, as in the paper. With
                 `gather`, that of rank 0 is everyone's.
-            generator: draws `start` (a CPU generator).
+            generator: draws `start`; None: torch's own, of the CPU.
 
         Under `torch.compile`, set `torch._dynamo.config.allow_rnn = True` for the LSTMs, and pass
         `start`; a graph holds for any B, but for one T, as the LSTM is unrolled.
@@ -231,6 +254,12 @@ class CrossCPC(Pretrained):
             accuracy = dict(zip(pairs, summed / count.clamp(min=1), strict=True))
         return CPCOutput(loss, accuracy)
 
+    def extra_repr(self) -> str:
+        """The settings."""
+        names = "num_steps first_step min_context self_weight normalize_over temperature normalize"
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
+        return f"dim={self.dim}, modalities={self.modalities}, {settings}, gather={self.gather}"
+
     def _predict(self, name: str, x: Tensor, first: int, last: int) -> Tensor:
         """W_k c_t of a modality, for each step, start and clip: `[K, S, B, D]`."""
         with torch.autocast(x.device.type, enabled=False):  # many CPUs lack such an LSTM
@@ -256,7 +285,8 @@ class CrossCPC(Pretrained):
         if start == "all":
             return first, last
         if start is None:
-            start = int(torch.randint(first, last + 1, (), generator=generator))
+            device = "cpu" if generator is None else generator.device
+            start = int(torch.randint(first, last + 1, (), generator=generator, device=device))
         if not isinstance(start, int) or not first <= start <= last:
             raise ValueError(
                 message(

@@ -11,16 +11,59 @@ loss is left to compute, which is short, and a step is whole or not begun when a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 from zlib import crc32
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmvq.checks import message
 from mmvq.functional.batch import WHOLE, Batch
+
+
+class OverRanks(nn.Module):
+    """A module with a `process_group`; None stands for the default group.
+
+    A group can be neither copied nor pickled. `copy.deepcopy` keeps it, and copies the rest. Pickle
+    keeps its name: where no group has that name, the module gets None, with a warning.
+    """
+
+    process_group: dist.ProcessGroup | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        group = state.get("process_group")
+        if dist.is_available() and isinstance(group, dist.ProcessGroup):
+            state["process_group"] = _GroupName(group.group_name)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(name := state.get("process_group"), _GroupName):
+            state = {**state, "process_group": _find_group(type(self).__name__, name)}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+class _GroupName(str):
+    """What stands for a group in a pickle."""
+
+
+def _find_group(where: str, name: str) -> dist.ProcessGroup | None:
+    try:
+        from torch._C import _distributed_c10d
+
+        resolve: Any = (
+            _distributed_c10d._resolve_process_group
+        )  # takes a name, of a type of its own
+        group: dist.ProcessGroup = resolve(name)
+        return group
+    except (ImportError, RuntimeError):
+        rule = "this process has no process group of the name in the pickle; None takes its place"
+        hint = "set process_group, or create the groups first, in the same order"
+        warnings.warn(message(where, rule, hint=hint, name=name), stacklevel=2)
+        return None
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from mmvq.checks import (
     check_same_length,
     message,
 )
-from mmvq.distributed import meet
+from mmvq.distributed import OverRanks, meet
 
 
 class CrossModalCommitmentLoss(nn.Module):
@@ -47,6 +47,17 @@ class CrossModalCommitmentLoss(nn.Module):
 
     beta: float
     cross_ratio: float | Mapping[tuple[str, str], float]
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            features: Mapping[str, Tensor],
+            codes: Mapping[str, Tensor],
+            masks: Mapping[str, Tensor] | None = None,
+        ) -> Tensor:
+            """As `forward`: `nn.Module` gives a call no types."""
+            ...
 
     def __init__(
         self,
@@ -88,6 +99,25 @@ class CrossModalCommitmentLoss(nn.Module):
             ValueError: shapes or names that do not fit.
             TypeError: features that are not floating point.
         """
+        first, *rest = self.terms(features, codes, masks).values()
+        return sum(rest, first)
+
+    def terms(
+        self,
+        features: Mapping[str, Tensor],
+        codes: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """What each modality adds to the loss: name -> scalar; their sum is the loss.
+
+        Arguments and errors as for a call.
+
+        Examples:
+            >>> z = {"audio": torch.ones(2, 5, 4), "video": torch.zeros(2, 5, 4)}
+            >>> codes = {"audio": torch.zeros(2, 5, 4), "video": torch.zeros(2, 5, 4)}
+            >>> CrossModalCommitmentLoss(beta=1.0).terms(z, codes)
+            {'audio': tensor(1.5000), 'video': tensor(0.)}
+        """
         where = "CrossModalCommitmentLoss"
         z, valid = check_features(where, features, masks)
         ratio = self.cross_ratio
@@ -105,7 +135,7 @@ class CrossModalCommitmentLoss(nn.Module):
                 )
             )
         check_finite(where, **z)
-        return F.commitment(
+        return F.commitment_terms(
             z,
             {name: codes[name].view_as(z[name]) for name in z},
             None if masks is None else valid,
@@ -133,7 +163,7 @@ class CrossModalCommitmentLoss(nn.Module):
         return f"beta={self.beta}, cross_ratio={self.cross_ratio}, reduction={self.reduction!r}"
 
 
-class CrossModalCodeMatchingLoss(nn.Module):
+class CrossModalCodeMatchingLoss(OverRanks):
     r"""L_cmcm: two modalities of one clip should use the same codes (Sec. 4.4).
 
     $$S_{ij} = \sum_l P^a_i(l) \ln P^b_j(l) + P^b_j(l) \ln P^a_i(l)$$
@@ -157,7 +187,17 @@ class CrossModalCodeMatchingLoss(nn.Module):
     """
 
     gather: bool
-    process_group: dist.ProcessGroup | None
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            features: Mapping[str, Tensor],
+            codebook: Tensor | Mapping[str, Tensor],
+            masks: Mapping[str, Tensor] | None = None,
+        ) -> Tensor:
+            """As `forward`: `nn.Module` gives a call no types."""
+            ...
 
     def __init__(
         self, *, gather: bool = False, process_group: dist.ProcessGroup | None = None

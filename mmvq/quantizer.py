@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from itertools import chain
-from typing import Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -15,18 +17,22 @@ from mmvq.checks import (
     check_choice,
     check_features,
     check_finite,
+    check_fraction,
     check_indices,
     check_int,
+    check_integers,
     check_modalities,
     check_number,
     check_same_length,
     check_vectors,
     message,
+    readable,
 )
 from mmvq.codebook import EMACodebook, ResetRule, recomputing
 from mmvq.losses import CrossModalCommitmentLoss
 from mmvq.partners import PARTNERS, Partner, Tensors, mix_partners
-from mmvq.pretrained import Pretrained
+from mmvq.pretrained import Pretrained, _parameters
+from mmvq.settings import Setting
 from mmvq.state import Init
 
 Commitment = Callable[[Tensors, Tensors, Tensors | None], Tensor]
@@ -63,7 +69,11 @@ class MultiModalEMAQuantizer(Pretrained):
     The partner r of a vector says what the other modalities hold where it stands. State and
     statistics are float32 (float64 once float64 features train it), whatever the module is cast to.
     Vectors that are not finite, or too large to square (elements beyond 1e15; 8e149 in float64),
-    never enter the state. Nothing is written in eval mode.
+    never enter the state. A code that no vector of a step chose keeps its e. Nothing is written in
+    eval mode.
+
+    `decay`, `eps`, `reset_after`, `reset_rule`, `init` and `partner_weight` may be read and set at
+    any time; the codebook's are set in either place.
 
     Under several ranks, each with its clips, the codebook is that of one process on all of them,
     to rounding, and the same bits on all ranks: one all-reduce of one flat buffer for each step
@@ -85,6 +95,9 @@ class MultiModalEMAQuantizer(Pretrained):
             `(z_a, others, masks) -> r` over tensors `[B, T, D]` and bool masks `[B, T]`, asked
             where there are others.
         partner_weight: w. With no partner present r = z.
+        partner_temperature: of `partner="attention"`: divisor of the dot products of z and the
+            others, `dim ** 0.5` in the paper. None: scores that do not depend on the scale of the
+            features, sqrt(D) times the cosine.
         update_from: names of the modalities whose vectors enter N and o and vote on resets (None:
             all). Every modality searches.
         reset_after: training batches after which an idle code is reset; None never resets.
@@ -92,7 +105,7 @@ class MultiModalEMAQuantizer(Pretrained):
             batches (the paper); `"any"`: if any did (the released code). Only batches that hold a
             modality count for it; a modality never yet seen does not vote.
         init: first codes from the first training batch by `"kmeans"` or `"samples"` of the vectors
-            that enter o, or `"uniform"` in (-1/L, 1/L).
+            that enter o, or `"uniform"` in (-1/L, 1/L) with N = 0. Codes of your own: `set_codes`.
         commitment: the loss, called with (features, codes, masks); None makes it exactly 0.
         gradient: `"straight_through"`, or `"rotation"` (Fifty et al. 2024).
         update: `"auto"` moves the codebook at the end of each training forward; `"manual"`
@@ -117,10 +130,29 @@ class MultiModalEMAQuantizer(Pretrained):
     """
 
     modalities: tuple[str, ...]
-    partner_weight: float
+    partner_weight = Setting[float](check_fraction)
+    partner_temperature: float | None
     update_from: tuple[str, ...] | None
     commitment: Commitment | None
     ema_codebook: EMACodebook
+    decay = Setting[float](part="ema_codebook")
+    eps = Setting[float](part="ema_codebook")
+    reset_after = Setting[int | None](part="ema_codebook")
+    reset_rule = Setting[ResetRule](part="ema_codebook")
+    init = Setting[Init](part="ema_codebook")
+    process_group = Setting["dist.ProcessGroup | None"](part="ema_codebook")
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            features: Mapping[str, Tensor],
+            masks: Mapping[str, Tensor] | None = None,
+            *,
+            freeze: bool = False,
+        ) -> QuantizerOutput:
+            """As `forward`: `nn.Module` gives a call no types."""
+            ...
 
     def __init__(
         self,
@@ -132,6 +164,7 @@ class MultiModalEMAQuantizer(Pretrained):
         eps: float = 1e-5,
         partner: Literal["attention", "aligned", "none"] | Partner = "attention",
         partner_weight: float = 0.5,
+        partner_temperature: float | None = None,
         update_from: Collection[str] | None = None,
         reset_after: int | None = 100,
         reset_rule: ResetRule = "all",
@@ -167,8 +200,10 @@ class MultiModalEMAQuantizer(Pretrained):
             raise TypeError(message(where, rule, hint=hint, commitment=commitment))
         check_choice(where, _GRADIENTS, gradient=gradient)
         check_choice(where, ("auto", "manual"), update=update)
-        check_number(where, 0, 1, partner_weight=partner_weight)
+        if partner_temperature is not None:
+            check_number(where, 1e-6, 1e6, partner_temperature=partner_temperature)
         self.partner, self.partner_weight = partner, partner_weight
+        self.partner_temperature = partner_temperature
         self.gradient, self.update = gradient, update
         self.update_from = None if update_from is None else tuple(update_from)
         self.commitment = CrossModalCommitmentLoss() if commitment == "default" else commitment
@@ -215,6 +250,7 @@ class MultiModalEMAQuantizer(Pretrained):
         Raises:
             ValueError: shapes or names that do not fit.
             TypeError: features that are not floating point.
+            RuntimeError: `update="manual"` under DataParallel, whose replicas lose what they count.
         """
         where = "MultiModalEMAQuantizer"
         book = self.ema_codebook
@@ -226,18 +262,26 @@ class MultiModalEMAQuantizer(Pretrained):
         if self.partner == "aligned":
             check_same_length(where, z, '; or build it with partner="attention"')
         updating = self.training and not freeze and not recomputing()
+        if updating and self.update == "manual" and getattr(self, "_is_replica", False):
+            rule = 'update="manual" cannot work in a replica of DataParallel'
+            hint = "its statistics are lost with the replica: use DistributedDataParallel"
+            raise RuntimeError(message(where, rule, hint=hint, update=self.update))
 
         with torch.autocast(device.type, enabled=False):  # its `cat` does not take every dtype
             rows = _flat(z)  # [N, D], of all modalities
+        weight, first = book.weight, None
         if updating:
             values, groups, usable = self._contributions(rows, z, valid)  # Sec. 4.3
-            book.initialize(values, groups, usable)
-        index = book.search(rows)  # Eq. 2
-        codes = _unflat(book.weight.index_select(0, index), z)  # the snapshot
+            first = book.first_codes(values, groups, usable)
+            weight = book.weight if first is None else first.codes
+        index = F.nearest_code(rows, weight)  # Eq. 2
+        codes = _unflat(weight.index_select(0, index), z)  # the snapshot
         if self.commitment is None:
-            loss = book.weight.new_zeros(())
+            loss = weight.new_zeros(())
         else:
             loss = self.commitment(z, codes, None if masks is None else valid)  # Eq. 8
+        if first is not None:  # nothing is written before the loss: a commitment may raise
+            book.take_first_codes(first)
         if updating:
             book.accumulate(values, torch.where(usable, index, -1), groups)  # Eq. 7, brackets
             if self.update == "auto":
@@ -265,7 +309,9 @@ class MultiModalEMAQuantizer(Pretrained):
         usable = _flat(valid) & F.finite_rows(rows)
         masks = _unflat(usable, z)
         wide = _unflat(rows.to(self.ema_codebook.codes.dtype), z)
-        mixed = mix_partners(wide, masks, self.partner, self.partner_weight)
+        mixed = mix_partners(
+            wide, masks, self.partner, self.partner_weight, self.partner_temperature
+        )
         groups = {
             name: torch.full_like(mask, self._sorted.index(name), dtype=torch.long)
             for name, mask in masks.items()
@@ -278,19 +324,31 @@ class MultiModalEMAQuantizer(Pretrained):
         Raises:
             ValueError: the last dimension of x is not D, or x is on another device.
             TypeError: x is no floating point tensor.
+
+        Warns:
+            UserWarning: the codes are to come from data, and none has come (seen on a CPU).
         """
         check_vectors("MultiModalEMAQuantizer.encode", x, self.ema_codebook.codes)
-        return self.ema_codebook.search(x)
+        book = self.ema_codebook
+        if readable(book.initialized) and not book.ready:
+            rule = "the codebook has seen no data yet, and its codes mean nothing"
+            hint = "train it, load a state, or start from codes of your own with set_codes"
+            text = message("MultiModalEMAQuantizer.encode", rule, hint=hint, init=self.init)
+            warnings.warn(text, stacklevel=2)
+        return book.search(x)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """The codes of indices: int64 `[...]` -> `[..., D]`; zeros for -1 (masked).
+        """The codes of indices: any integer dtype, `[...]` -> `[..., D]`; zeros for -1 (masked).
 
         Raises:
-            TypeError: indices that are no int64 tensor.
+            TypeError: indices that are no integer tensor.
             IndexError: an index of L or more (on a GPU, a device assertion).
         """
-        book, encoded = self.ema_codebook, "pass what encode returned, of one modality"
-        check_indices("MultiModalEMAQuantizer.decode", book.size, encoded, indices=indices)
+        book, where = self.ema_codebook, "MultiModalEMAQuantizer.decode"
+        encoded = "pass what encode returned, of one modality"
+        check_integers(where, encoded, indices=indices)
+        indices = indices.long()
+        check_indices(where, book.size, encoded, indices=indices)
         codes = book.weight[indices.clamp(min=0)]
         return torch.where((indices < 0)[..., None], 0, codes)
 
@@ -298,6 +356,57 @@ class MultiModalEMAQuantizer(Pretrained):
     def codebook(self) -> Tensor:
         """A copy of the codes, `[L, D]`: what was read stays as it was when the codebook moves."""
         return self.ema_codebook.weight.clone()
+
+    def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
+        """Start from given codes `[L, D]`; see `EMACodebook.set_codes`."""
+        self.ema_codebook.set_codes(codes, counts)
+
+    def extended(
+        self, *, modalities: Sequence[str] | None = None, codebook_size: int | None = None
+    ) -> Self:
+        """A new quantizer with more modalities or more codes, which goes on from this one.
+
+        The old codes and all that is counted of them are the same bits. A new modality was never
+        seen. A new code begins beside one of the most used, so that the two share what was chosen
+        by one; N = 1. This quantizer stays as it is; what waits for `update_codebook` is not taken
+        along.
+
+        Args:
+            modalities: all names, the old ones among them; None: the same.
+            codebook_size: the new L, at least the old; None: the same.
+
+        Raises:
+            ValueError: a modality is missing, or the size is smaller.
+
+        Examples:
+            >>> quantizer = MultiModalEMAQuantizer(8, 16, ("audio", "video"))
+            >>> wider = quantizer.extended(modalities=("audio", "video", "text"), codebook_size=24)
+            >>> wider.codebook.shape
+            torch.Size([24, 8])
+        """
+        old, names = self.ema_codebook, self.modalities if modalities is None else modalities
+        size = old.size if codebook_size is None else codebook_size
+        where = "MultiModalEMAQuantizer.extended"
+        check_int(where, old.size, codebook_size=size)
+        if lost := [name for name in self.modalities if name not in names]:
+            rule, hint = "modalities must hold the old ones too", "pass all names, old and new"
+            raise ValueError(message(where, rule, hint=hint, modalities=names, lost=lost))
+        given = {name: getattr(self, name) for name in _parameters(type(self))}
+        given["commitment"] = deepcopy(self.commitment)
+        new = type(self)(**{**given, "modalities": names, "codebook_size": size})
+        rows = [new._sorted.index(name) for name in self._sorted]
+        new.to(old.codes.device).ema_codebook.continue_from(old, rows)
+        return new.train(self.training)
+
+    @property
+    def codebook_size(self) -> int:
+        """The number of codes: L."""
+        return self.ema_codebook.size
+
+    @property
+    def dim(self) -> int:
+        """The width of features and codes: D."""
+        return self.ema_codebook.dim
 
     @property
     def out_dim(self) -> int:
@@ -327,14 +436,22 @@ class MultiModalEMAQuantizer(Pretrained):
     def _argument(self, name: str) -> Any:
         if name == "commitment" and type(self.commitment) is CrossModalCommitmentLoss:
             return self.commitment._json()
-        name = {"codebook_size": "size"}.get(name, name)
-        return getattr(self if hasattr(self, name) else self.ema_codebook, name)
+        return getattr(self, name)
 
     @classmethod
     def _build(cls, config: Any, given: Mapping[str, Any]) -> Self:
         match config:
             case {"arguments": {"commitment": dict(loss)}} if "commitment" not in given:
                 given = {**given, "commitment": CrossModalCommitmentLoss._from_json(loss)}
+        match config, given:
+            case {"arguments": {"modalities": list(saved)}}, {"modalities": names}:
+                if sorted(saved) != sorted(names):
+                    rule = "modalities must be those that were saved, in any order"
+                    hint = (
+                        "load without modalities, then add new ones with extended(modalities=...)"
+                    )
+                    where = f"{cls.__name__}.from_pretrained"
+                    raise ValueError(message(where, rule, hint=hint, saved=saved, got=names))
         return super()._build(config, given)
 
     def extra_repr(self) -> str:

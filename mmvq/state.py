@@ -1,31 +1,52 @@
-"""What a codebook keeps, and how it comes through casts, devices and files."""
+"""What a codebook keeps, and how it comes through casts, copies, devices, files and frameworks.
+
+One rule: what training reads is either state, or a setting, or derived.
+
+- **State** is seven buffers, all in `state_dict`: `codes`, `sums`, `counts` in float32, or float64
+  once float64 data came, and `ages`, `usage`, `steps`, `initialized` in int64. Whoever casts,
+  copies, averages, loads or moves the module, it stands in these dtypes at every step. None is
+  bool: tools that average weights subtract buffers.
+- **Settings** (decay, eps, reset_after, ...) are arguments of `__init__`, in config.json and never
+  in `state_dict`: `mmvq/settings.py`.
+- What is **derived** from either is in no buffer, so that no tool can lose or forget it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, Self, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmvq.functional import UNSEEN
+from mmvq import functional as F
+from mmvq.checks import check_choice, check_codes, check_fraction, readable
+from mmvq.distributed import OverRanks
 from mmvq.pretrained import Pretrained
+from mmvq.settings import Setting
+from mmvq_kernels.backends import transformed
+from mmvq_kernels.rounding import FADED
 
 Init = Literal["kmeans", "samples", "uniform"]
 
+_FLOATS = ("codes", "sums", "counts")
 
-class CodebookState(Pretrained):
+
+class CodebookState(OverRanks, Pretrained):
     """The buffers of `EMACodebook`, and their care; how they move is its own.
 
-    Floating point buffers are float32, or float64 once float64 data came: they follow a move to
-    another device and a cast to float64, but no cast below float32, nor a file in half precision.
+    Floating point buffers follow a move to another device and a cast to float64, but no cast below
+    float32, nor a file in half precision. A cast that no module sees (FSDP assigns `.data` of
+    buffers) is undone at the next use. Loading copies into the buffers that exist, unless the file
+    is in float64; `assign=True` takes its tensors.
 
     Args:
         dim: D.
         size: L.
         groups: G.
-        sources: the groups whose vectors enter N and o.
         init: where the first codes come from. Until they do, they are uniform in (-1/L, 1/L).
+        eps: Laplace smoothing.
     """
 
     codes: Tensor
@@ -35,73 +56,178 @@ class CodebookState(Pretrained):
     usage: Tensor
     steps: Tensor
     initialized: Tensor
-    voters: Tensor  # bool [G], the sources
-    init: Init
+    init = Setting[Init](partial(check_choice, choices=get_args(Init)))
+    eps = Setting[float](check_fraction)
     _pending: Tensor | None  # what waits for `apply`, as gradients do: in no file
-    _ready: bool  # `initialized`, where the host need not wait for it
+    _ready: bool  # `initialized` as last seen: on a GPU the host would have to wait for it
+    _memory: dict[str, Tensor]  # of each floating point buffer, as it was before a foreign cast
 
-    def __init__(
-        self, dim: int, size: int, groups: int, sources: Sequence[int], init: Init
-    ) -> None:
+    def __init__(self, dim: int, size: int, groups: int, init: Init, eps: float) -> None:
         super().__init__()
+        self.init, self.eps = init, eps
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.init, self._sources = init, sources
         self.register_buffer("codes", torch.empty(size, dim, dtype=dtype))
         self.register_buffer("sums", torch.empty(size, dim, dtype=dtype))
         self.register_buffer("counts", torch.empty(size, dtype=dtype))
         self.register_buffer("ages", torch.empty(groups, size, dtype=torch.long))
         self.register_buffer("usage", torch.empty(groups, size, dtype=torch.long))
         self.register_buffer("steps", torch.empty((), dtype=torch.long))
-        self.register_buffer("initialized", torch.empty((), dtype=torch.bool))
-        self.register_buffer("voters", torch.empty(groups, dtype=torch.bool), persistent=False)
+        self.register_buffer("initialized", torch.empty((), dtype=torch.long))
+        self._memory = {}
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start anew, as built; a module built on `meta` starts so after `to_empty`."""
+        """Start anew, as built; a module built on `meta` starts so after `to_empty`.
+
+        transformers calls this while loading, with `torch.nn.init` guarded: it passes over tensors
+        that carry a mark, as they came from the file. A state that came whole is left to that
+        guard; one of which the file had a part starts anew, as the parts belong together.
+        """
+        whole = all(getattr(x, "_is_hf_initialized", False) for x in self._buffers.values())
+        uniform: Any = nn.init.uniform_ if whole else Tensor.uniform_
+        fill: Any = nn.init.constant_ if whole else Tensor.fill_
         bound = 1 / len(self.codes)
-        self.sums.copy_(self.codes.uniform_(-bound, bound))
-        self.counts.fill_(1)
-        self.ages.fill_(UNSEEN)
+        uniform(self.codes, -bound, bound)
+        for x in (self.sums, self.counts, self.usage, self.steps):
+            fill(x, 0)
+        fill(self.ages, F.UNSEEN)
+        fill(self.initialized, int(self.init == "uniform"))
+        self._pending, self._ready = None, False
+        self.mend()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the codes need no data to start from, as far as the host knows."""
+        if readable(self.initialized):
+            self._ready = bool(self.initialized.numpy())
+        return self._ready or self.init == "uniform"
+
+    @torch.no_grad()
+    def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
+        r"""Start from given codes: e, N and $o = e \tilde N$ together, and all else at 0.
+
+        The next batch moves them by Eq. 7. Writing to `codes` alone would not last: the first step
+        makes e of o and N.
+
+        Args:
+            codes: `[L, D]`, any float dtype; float64 makes the state float64.
+            counts: N, `[L]`, none below 0: how much each code weighs against the vectors to come.
+                None: 1, as if one vector had chosen it.
+
+        Raises:
+            ValueError: shapes that do not fit, values that are not finite, counts below 0.
+            TypeError: codes that are not floating point.
+        """
+        check_codes("EMACodebook.set_codes", codes, counts, like=self.codes)
+        counts = torch.ones_like(codes[:, 0]) if counts is None else counts
+        self.match_dtype(codes.dtype)
+        codes, counts = codes.to(self.codes), counts.to(self.counts)
+        self.begin(codes, counts, codes * F.laplace_smoothing(counts, self.eps)[:, None])
+
+    def begin(self, codes: Tensor, counts: Tensor, sums: Tensor) -> None:
+        """Take e, N and o; ages, usage and steps are 0, and nothing waits."""
+        self.codes.copy_(codes)
+        self.counts.copy_(counts)
+        self.sums.copy_(sums)
+        self.ages.zero_()
         self.usage.zero_()
         self.steps.zero_()
-        self.initialized.fill_(self.init == "uniform")
-        self.voters = self._find_voters()
-        self._pending, self._ready = None, self.init == "uniform"
+        self.initialized.fill_(1)
+        self._pending, self._ready = None, True
 
     def match_dtype(self, dtype: torch.dtype) -> None:
         """Make the state float64 if `dtype` is; the state never gets narrower by itself."""
         if dtype == torch.float64 and self.codes.dtype != torch.float64:
             self.double()
 
-    def _find_voters(self) -> Tensor:
-        voters = torch.zeros_like(self.ages[:, 0], dtype=torch.bool)
-        voters[self._sources] = True
-        return voters
+    @torch.no_grad()
+    def mend(self) -> None:
+        """Undo what a framework did to the buffers that the module was not told of.
+
+        FSDP casts a buffer by assigning its `.data`. An alias of the memory from before the cast
+        still holds every bit; if the narrow buffer was written to since, its values count.
+        """
+        if torch.compiler.is_compiling() or transformed():  # neither can follow this
+            return
+        for name in _FLOATS:
+            x: Tensor = getattr(self, name)
+            if type(x) is not Tensor or x.is_meta:
+                continue
+            before = self._memory.get(name)
+            if x.dtype.itemsize < 4:
+                wide = x.float() if before is None or before.device != x.device else before
+                x.data = wide if torch.equal(wide.to(x.dtype), x) else x.float()
+            if before is None or before.data_ptr() != x.data_ptr():
+                self._memory[name] = x.detach()
+        for name, y in self._buffers.items():
+            if y is not None and y.is_inference() and not torch.is_inference_mode_enabled():
+                self._buffers[name] = y.clone()
+
+    @torch.no_grad()
+    def derive_codes(self) -> None:
+        r"""Make e of o and N anew, after these were averaged over several models.
+
+        $e = o / \tilde N$, or $o / N$ where N has faded so far that smoothing would shrink the
+        code; a code without any N stays.
+        """
+        self.mend()
+        smoothed = F.laplace_smoothing(self.counts, self.eps)
+        mass = torch.where(self.counts > FADED * self.eps, smoothed, self.counts)[:, None]
+        some = mass > torch.finfo(mass.dtype).tiny ** 0.5
+        self.codes.copy_(torch.where(some, self.sums / mass, self.codes))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def keep_precision(x: Tensor) -> Tensor:
-            out = fn(x)
-            narrow = out.is_floating_point() and out.dtype.itemsize < 4
-            return x.to(out.device) if narrow else out
+        self.mend()
 
-        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        def keep_kind(x: Tensor) -> Tensor:
+            out = fn(x)
+            if x.is_floating_point():
+                kept = out.is_floating_point() and out.dtype.itemsize >= 4
+            else:
+                kept = out.dtype == x.dtype
+            return out if kept else x.to(out.device)
+
+        super()._apply(keep_kind, recurse)  # type: ignore[no-untyped-call]
         if self._pending is not None:
-            self._pending = keep_precision(self._pending)
+            self._pending = keep_kind(self._pending)
+        self._memory = {}
+        self.mend()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.mend()
+        return {**super().__getstate__(), "_memory": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mend()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.mend()
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        codes = state_dict.get(f"{prefix}codes")
-        if isinstance(codes, Tensor):
-            self.match_dtype(codes.dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if self.codes.dtype.itemsize < 4:  # `assign=True` takes the tensors as the file has them
-            self.float()
-        self.voters = self._find_voters()  # no file holds them
+        self.mend()
+        found = [state_dict.get(prefix + name) for name in _FLOATS]
+        for x in found:
+            if isinstance(x, Tensor):
+                self.match_dtype(x.dtype)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if local_metadata.get("assign_to_params_buffers"):  # the file's own tensors, as they are
+            wide = torch.promote_types(self.codes.dtype, torch.float32)
+            for name, x in self._buffers.items():
+                assert x is not None
+                self._buffers[name] = x.to(wide if name in _FLOATS else torch.long)
         if self.init == "uniform":  # whatever it was where the codes come from
-            self.initialized = torch.ones_like(self.initialized)
+            self.initialized.fill_(1)
         if not self.initialized.is_meta:
             self._ready = bool(self.initialized)
         self._pending = None  # it belongs to the state that was here before

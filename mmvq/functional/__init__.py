@@ -8,7 +8,7 @@ from mmvq.functional.club import (
     club_shuffled,
     gaussian_log_likelihood,
 )
-from mmvq.functional.commitment import commitment, commitment_ref
+from mmvq.functional.commitment import commitment, commitment_ref, commitment_terms
 from mmvq.functional.contrastive import info_nce, info_nce_ref, matched, similarities
 from mmvq.functional.ema import ema_update_, ema_update_ref, laplace_smoothing
 from mmvq.functional.initial import kmeans, sample_rows
@@ -19,7 +19,13 @@ from mmvq.functional.matching import (
     code_probabilities,
 )
 from mmvq.functional.nearest import nearest_code, nearest_code_ref
-from mmvq.functional.reset import UNSEEN, advance_ages, inactive_codes, replacement_codes
+from mmvq.functional.reset import (
+    UNSEEN,
+    advance_ages,
+    inactive_codes,
+    jittered,
+    replacement_codes,
+)
 from mmvq.functional.statistics import code_statistics, code_statistics_ref, finite_rows
 from mmvq.functional.straight_through import rotate, straight_through
 from mmvq.functional.usage import CodeAgreement, CodeUsage, code_agreement, code_usage
@@ -45,6 +51,7 @@ __all__ = [
     "code_usage",
     "commitment",
     "commitment_ref",
+    "commitment_terms",
     "cross_attend",
     "cross_attend_ref",
     "ema_update_",
@@ -54,6 +61,7 @@ __all__ = [
     "inactive_codes",
     "info_nce",
     "info_nce_ref",
+    "jittered",
     "kmeans",
     "laplace_smoothing",
     "matched",

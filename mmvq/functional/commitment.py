@@ -48,10 +48,33 @@ def commitment(
         >>> commitment(z, codes)  # 0.25 for audio to its own codes, 0.125 to those of video
         tensor(0.3750)
     """
+    first, *rest = commitment_terms(
+        features, codes, masks, beta=beta, cross_ratio=cross_ratio, reduction=reduction
+    ).values()
+    return sum(rest, first)
+
+
+def commitment_terms(
+    features: Mapping[str, Tensor],
+    codes: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    beta: float = 0.25,
+    cross_ratio: float | Mapping[tuple[str, str], float] = 0.5,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> dict[str, Tensor]:
+    """What each modality a adds to `commitment`: name -> scalar, in at least float32.
+
+    Examples:
+        >>> z = {"audio": torch.ones(4, 2), "video": torch.zeros(4, 2)}
+        >>> codes = {"audio": torch.zeros(4, 2), "video": torch.zeros(4, 2)}
+        >>> commitment_terms(z, codes)
+        {'audio': tensor(0.3750), 'video': tensor(0.)}
+    """
     names = sorted(features)
-    total = next(iter(features.values())).new_zeros(())
+    terms: dict[str, Tensor] = {}
     for a in names:
-        total = total + beta * _distance(features, codes, masks, a, a, reduction)
+        terms[a] = beta * _distance(features, codes, masks, a, a, reduction)
         ratios = {b: _ratio(cross_ratio, a, b) for b in names if b != a}
         if not any(ratios.values()):
             continue
@@ -59,8 +82,8 @@ def commitment(
         for b, ratio in ratios.items():
             if ratio:
                 cross = _distance(features, codes, masks, a, b, reduction)
-                total = total + ratio * beta * cross / _at_least_one(present)
-    return total
+                terms[a] = terms[a] + ratio * beta * cross / _at_least_one(present)
+    return terms
 
 
 def commitment_ref(

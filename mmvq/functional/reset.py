@@ -56,10 +56,9 @@ def replacement_codes(
     """Where dead codes restart: `[L, D]`, meaningful where `dead`.
 
     The r-th dead code takes the mean of what this batch assigned to its r-th most chosen code,
-    so that crowded regions get new codes first, plus a jitter of 1% of the codebook's spread in
-    each dimension. As that mean is over contributions `(z + r) / 2`, a replacement lies between
-    the modalities, where both can reach it. The jitter is a hash of (step, code, dimension): no
-    generator, no synchronisation, the same on every rank.
+    so that crowded regions get new codes first, plus the jitter of `jittered`, which splits them.
+    As that mean is over contributions `(z + r) / 2`, a replacement lies between the modalities,
+    where both can reach it. No synchronisation, the same on every rank.
 
     Args:
         codes: `[L, D]`.
@@ -78,13 +77,26 @@ def replacement_codes(
         >>> (new[1] - 2).abs() <= 0.04  # the mean of code 0, and at most 1% of the spread
         tensor([True])
     """
-    L, D = codes.shape
     order = batch_counts.argsort(descending=True, stable=True)
     rank = dead.long().cumsum(0) - 1
     donors = order[rank % (batch_counts > 0).sum().clamp(min=1)]  # [L]
     means = batch_sums[donors] / batch_counts[donors, None].clamp(min=1)
-    keys = mix(torch.arange(L, device=codes.device) + mix(step))
+    return jittered(means, codes, step)
+
+
+def jittered(new: Tensor, codes: Tensor, step: Tensor) -> Tensor:
+    """`new` `[K, D]`, each moved by up to 1% of the spread of `codes` `[L, D]` in each dimension.
+
+    The jitter is a hash of (step, row, dimension): no generator, the same on every rank.
+
+    Examples:
+        >>> new = jittered(torch.zeros(3, 1), torch.tensor([[-1.0], [1.0]]), torch.tensor(0))
+        >>> (new.abs() <= 0.01).all(), new.unique().numel()
+        (tensor(True), 3)
+    """
+    K, D = new.shape
+    keys = mix(torch.arange(K, device=codes.device) + mix(step))
     factors = mix(torch.arange(D, device=codes.device)).bitwise_or_(1)
     uniform = (keys[:, None] * factors).bitwise_right_shift_(40).to(codes.dtype)  # [-2^23, 2^23)
     spread = (codes - codes.mean(0)).square_().mean(0).sqrt_()  # [D]; `std` is 14 times slower
-    return torch.addcmul(means, uniform, spread * (_JITTER / 2**23))
+    return torch.addcmul(new, uniform, spread * (_JITTER / 2**23))

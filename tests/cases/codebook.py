@@ -56,31 +56,83 @@ CODEBOOK = [
     ),
     *(
         Case(
-            lambda call=call, given=given: call(given),
+            lambda given=given: quantizer().decode(given),
             TypeError,
-            f"{where}: {name} must be an int64 tensor",
-            f"{name}: {came}",
-            hint,
+            "MultiModalEMAQuantizer.decode: indices must be an integer tensor",
+            f"indices: {came}",
+            "pass what encode returned, of one modality",
         )
-        for where, name, hint, call in (
-            (
-                "MultiModalEMAQuantizer.decode",
-                "indices",
-                "pass what encode returned, of one modality",
-                lambda given: quantizer().decode(given),
-            ),
-            (
-                "EMACodebook.accumulate",
-                "indices",
-                "pass the indices that search(x) returned",
-                lambda given: mmvq.EMACodebook(4, 8).accumulate(z, given),
-            ),
+        for given, came in (
+            (torch.zeros(2, 5), "float32[2, 5]"),
+            (whole, "bool[2, 5]"),
+            ({"audio": whole}, "{'audio': bool[2, 5]}"),
+            ([0, 1], "[0, 1]"),
+        )
+    ),
+    *(
+        Case(
+            lambda given=given: mmvq.EMACodebook(4, 8).accumulate(z, given),
+            TypeError,
+            "EMACodebook.accumulate: indices must be an int64 tensor",
+            f"indices: {came}",
+            "pass the indices that search(x) returned",
         )
         for given, came in (
             (torch.zeros(2, 5, dtype=torch.int32), "int32[2, 5]"),
             ({"audio": whole}, "{'audio': bool[2, 5]}"),
             ([0, 1], "[0, 1]"),
         )
+    ),
+    *(
+        Case(
+            lambda call=call, given=given: call().set_codes(*given),
+            ValueError,
+            "EMACodebook.set_codes: codes must be [8, 4], and counts [8] or None",
+            f"codes: {came}",
+            "build the module with the size and width of the codes",
+        )
+        for call in (quantizer, lambda: mmvq.EMACodebook(4, 8))
+        for given, came in (
+            ((torch.zeros(7, 4),), "float32[7, 4]   counts: None"),
+            ((torch.tensor(0.0),), "float32[]   counts: None"),
+            ((codes, torch.ones(8, 1)), "float32[8, 4]   counts: float32[8, 1]"),
+            ((codes, 1.0), "float32[8, 4]   counts: 1.0"),
+        )
+    ),
+    *(
+        Case(
+            lambda given=given: mmvq.EMACodebook(4, 8).set_codes(*given),
+            ValueError,
+            "EMACodebook.set_codes: codes must be finite, and counts finite and not below 0",
+            "rows_that_are_not: 8",
+            "look for a damaged file, or for a division by a count of 0",
+        )
+        for given in (
+            (torch.full((8, 4), torch.nan),),
+            (codes, torch.full((8,), -1.0)),
+            (codes, torch.full((8,), torch.inf)),
+        )
+    ),
+    Case(
+        lambda: quantizer(update="manual")._replicate_for_data_parallel()(both),
+        RuntimeError,
+        'MultiModalEMAQuantizer: update="manual" cannot work in a replica of DataParallel',
+        "update: 'manual'",
+        "its statistics are lost with the replica: use DistributedDataParallel",
+    ),
+    Case(
+        lambda: quantizer().extended(codebook_size=7),
+        ValueError,
+        "MultiModalEMAQuantizer.extended: codebook_size must be an int of at least 8",
+        "codebook_size: 7",
+        "pass a Python int, 8 or more",
+    ),
+    Case(
+        lambda: quantizer().extended(modalities=("audio", "text")),
+        ValueError,
+        "MultiModalEMAQuantizer.extended: modalities must hold the old ones too",
+        "modalities: ('audio', 'text')   lost: ['video']",
+        "pass all names, old and new",
     ),
     *(
         Case(call, IndexError, f"{where}: {name} must be below {size}", f"largest: {size}", hint)

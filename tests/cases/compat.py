@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Callable
+from contextlib import chdir
 from typing import Any
 
 import torch
 from cases.form import Case, both, codes, z
 
 from mmvq.compat import cmg, vector_quantize_pytorch
+
+
+def from_file(content: Any, load: Callable[[str], object]) -> Callable[[], object]:
+    """`load` of a file, in the current folder, that holds this."""
+
+    def run() -> object:
+        with tempfile.TemporaryDirectory() as folder, chdir(folder):
+            torch.save(content, "file.pt")
+            return load("file.pt")
+
+    return run
+
 
 BUFFERS = {
     "embed": torch.ones(1, 8, 4),
@@ -44,6 +59,20 @@ COMPAT = [
         ValueError,
         "load_checkpoint: the file must be a whole checkpoint of tensors and plain containers",
         f"path: {os.devnull!r}   error: ''",
+        "pass a DCID-model-{epoch}.pt of the release, untouched",
+    ),
+    Case(
+        from_file([1], cmg.load_checkpoint),
+        ValueError,
+        "load_checkpoint: the file must hold a dict of parts",
+        "path: 'file.pt'   found: list",
+        "pass a DCID-model-{epoch}.pt of the release, untouched",
+    ),
+    Case(
+        from_file({"epoch": 1}, cmg.load_checkpoint),
+        ValueError,
+        "load_checkpoint: the file must have Encoder_parameters of two or three modalities",
+        "path: 'file.pt'   found: ['epoch']",
         "pass a DCID-model-{epoch}.pt of the release, untouched",
     ),
     *(
@@ -86,8 +115,8 @@ COMPAT = [
 FOREIGN = [
     *(
         foreign(
-            "the source must hold embed [1, L, D], embed_avg, cluster_size and initted",
-            "pass a VectorQuantize, its _codebook, or the state_dict of either",
+            "the source must hold embed [1, L, D] or [L, D], embed_avg, cluster_size and initted",
+            "pass a VectorQuantize, its _codebook, the state_dict of either, or a file of one",
             source,
             "dict",
             embed,
@@ -95,20 +124,35 @@ FOREIGN = [
         for source, embed in (
             ({}, "None"),
             ({**BUFFERS, "embed": codes}, "float32[8, 4]"),
-            ({**BUFFERS, "embed": 1.0}, "1.0"),
+            ({**BUFFERS, "embed": 1.0}, "None"),
             ({**BUFFERS, "cluster_size": torch.ones(1, 7)}, "float32[1, 8, 4]"),
         )
     ),
-    foreign(
-        "the source must hold embed [1, L, D], embed_avg, cluster_size and initted",
-        "pass a VectorQuantize, its _codebook, or the state_dict of either",
-        "file.pt",
-        "str",
-        "None",
+    Case(
+        lambda: vector_quantize_pytorch.load(os.devnull),
+        ValueError,
+        "vector_quantize_pytorch.load: the file must be a whole checkpoint of tensors and plain "
+        "containers",
+        f"path: {os.devnull!r}   error: ''",
+        "pass a VectorQuantize, its _codebook, the state_dict of either, or a file of one",
+    ),
+    Case(
+        lambda: cmg.load({"embedding": codes}),
+        ValueError,
+        "cmg.load: the source must hold embedding [L, D] and ema_count [L]",
+        "embedding: float32[8, 4]   ema_count: None",
+        "pass a released checkpoint, a CMGQuantizer, or a state_dict of one",
+    ),
+    Case(
+        lambda: cmg.load({"a.ema_count": codes, "b.ema_count": codes}),
+        ValueError,
+        "cmg.load: there must be one codebook, and the source has 2",
+        "prefixes: ['a.', 'b.']",
+        "pass the part of one, as {k.removeprefix('a.'): x for k, x in state.items()}",
     ),
     foreign(
-        "the source must hold embed [1, L, D], embed_avg, cluster_size and initted",
-        "pass a VectorQuantize, its _codebook, or the state_dict of either",
+        "the source must hold embed [1, L, D] or [L, D], embed_avg, cluster_size and initted",
+        "pass a VectorQuantize, its _codebook, the state_dict of either, or a file of one",
         torch.nn.Linear(4, 8),
         "Linear",
         "None",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +30,23 @@ def triton() -> object:
         return kernels.nearest_code(codes, codes, backend="triton")
 
 
+def traced() -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit warns of itself
+        return torch.jit.trace(lambda x: kernels.nearest_code(x, codes), codes)
+
+
 KERNELS = [
+    Case(
+        traced,
+        RuntimeError,
+        "nearest_code: torch.jit.trace, and torch.onnx.export(dynamo=False), cannot record the "
+        "search",
+        "tracing: True",
+        "use torch.export.export; for ONNX mmvq.onnx.export(quantizer, path), or "
+        "torch.onnx.export(..., dynamo=True) with custom_translation_table="
+        "mmvq.onnx.translation_table()",
+    ),
     Case(
         lambda: kernels.code_log_probabilities(z, codes[:, :3]),
         ValueError,

@@ -53,6 +53,14 @@ def damaged(file: str) -> Callable[[], object]:
     return run
 
 
+def under_other_names() -> object:
+    """A quantizer of audio and video, loaded as one of sound and picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        mmvq.MultiModalEMAQuantizer(4, 8).save_pretrained(folder)
+        names = ("sound", "picture")
+        return mmvq.MultiModalEMAQuantizer.from_pretrained(folder, modalities=names)
+
+
 def without_onnx() -> object:
     with patch.object(onnx, "find_spec", lambda name: None):
         return onnx.translation_table()
@@ -90,6 +98,14 @@ SAVING = [
             "check the folder or the repo's name, or save the module again",
         )
         for config in (None, {}, {"x_dim": 4}, {**CONFIG, "version": "1"})
+    ),
+    Case(
+        under_other_names,
+        ValueError,
+        "MultiModalEMAQuantizer.from_pretrained: modalities must be those that were saved, in any "
+        "order",
+        "saved: ['audio', 'video']   got: ('sound', 'picture')",
+        "load without modalities, then add new ones with extended(modalities=...)",
     ),
     *(
         Case(

@@ -77,6 +77,13 @@ USE = [
         for given, came in ((anything or quantizer().usage(), "CodeUsage"), ({}, "dict"))
     ),
     Case(
+        lambda: mmvq.averaging.settle_averaged(quantizer(), nn.Linear(4, 4)),
+        ValueError,
+        "settle_averaged: averaged and newest must hold as many codebooks",
+        "averaged: 1   newest: 0",
+        "pass two models of one architecture",
+    ),
+    Case(
         without_matplotlib,
         ImportError,
         "mmvq.figures: pictures need matplotlib, which is not installed",

@@ -26,8 +26,7 @@ def watch(share: slice, second: bool) -> dict[str, Any]:
     """The history on these clips; the second rank holds no text after step 2, and no CLUB."""
     torch.manual_seed(0)
     module = MultiModalEMAQuantizer(D, L, NAMES, decay=1.0, reset_after=None, init="uniform")
-    module.ema_codebook.codes.copy_(uniform(L, D, dtype=torch.float32, seed=99))
-    module.ema_codebook.sums.copy_(module.codebook)
+    module.set_codes(uniform(L, D, dtype=torch.float32, seed=99))
     club = CLUBEstimator(D, D, 8, logvar_bound=0.1)
     monitor = CodebookMonitor(module, every=EVERY, club=club)
     reduced, calls, all_reduce = [], 0, dist.all_reduce

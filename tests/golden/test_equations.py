@@ -70,6 +70,7 @@ def test_code_reset_after() -> None:
         codes.copy_(torch.tensor([[1.0], [-50.0]]))
     released.ema_count.fill_(1)
     released.ema_weight.copy_(released.embedding)
+    quantizer.ema_codebook.counts.fill_(1)
     quantizer.ema_codebook.sums.copy_(quantizer.codebook)
     first = {name: -50 * x for name, x in z.items()}
     quantizer(first)

@@ -62,7 +62,8 @@ def test_version_1_loads_and_answers_as_it_did(load: object) -> None:
     found = answers(**modules, x=expected["x"])
     assert found.keys() >= expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
+        dtype = torch.long if name.endswith(".initialized") else value.dtype  # it was bool
+        assert found[name].dtype == dtype, name
         close(found[name], value, rounding(torch.float32, 1000, 8.0) * value.is_floating_point())
 
 

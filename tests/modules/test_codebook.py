@@ -30,9 +30,8 @@ def test_a_step_is_equation_7(dtype: torch.dtype) -> None:
     before = state(book)
     indices = step(book, x)
     counts, sums = functional.code_statistics_ref(x, indices, L)
-    expected = functional.ema_update_ref(
-        before["sums"].double(), before["counts"].double(), sums, counts, decay=0.8
-    )
+    old = {name: before[name].double() for name in ("sums", "counts", "codes")}
+    expected = functional.ema_update_ref(**old, batch_sums=sums, batch_counts=counts, decay=0.8)
     # sums of up to N values below 1; a code of a chosen row divides by 1 or more
     for value, wanted in zip((book.codes, book.sums, book.counts), expected, strict=True):
         close(value, wanted, rounding(dtype, N + 12, N))
@@ -111,8 +110,7 @@ def test_left_out_rows_and_silent_groups() -> None:
 def test_resets_follow_the_rule(rule: Any, reset: bool) -> None:
     """Group 0 uses both codes, group 1 the first alone."""
     book = EMACodebook(2, 2, groups=2, reset_after=2, reset_rule=rule)
-    book.codes.copy_(torch.tensor([[0.0, 0.0], [9.0, 9.0]]))
-    book.sums.copy_(book.codes)
+    book.set_codes(torch.tensor([[0.0, 0.0], [9.0, 9.0]]))
     x = torch.tensor([[0.0, 0.0], [9.0, 9.0], [0.0, 0.0]])
     groups = torch.tensor([0, 0, 1])
     step(book, x, groups)

@@ -233,9 +233,7 @@ def test_a_thousand_steps_in_half_precision_stay_beside_float64(dtype: torch.dty
     exact.double()
     getattr(cast, LOW[dtype])()
     for module in (exact, cast, amp):
-        book = module.ema_codebook
-        for buffer in (book.codes, book.sums):
-            buffer.copy_(corners)
+        module.set_codes(corners.to(module.codebook))
     largest = 2 + SPREAD
     rows = len(NAMES) * B
     code_error = 1.01 * largest * (narrow + v * (rows + 8 + 7 / (1 - DECAY)))

@@ -34,7 +34,8 @@ def test_one_snapshot_then_one_joint_step(partner: Any) -> None:
         values.append(((x + r) / 2)[masks[m]])
         chosen.append(own[masks[m]])
     counts, sums = functional.code_statistics_ref(torch.cat(values), torch.cat(chosen), L)
-    expected = functional.ema_update_ref(before["sums"], before["counts"], sums, counts, decay=0.9)
+    old = {"decay": 0.9, "codes": before["codes"]}
+    expected = functional.ema_update_ref(before["sums"], before["counts"], sums, counts, **old)
     # up to 45 vectors of entries below 1 into o, and a division by N >= 0.8
     atol = rounding(torch.float64, 50 + 50, 45)
     book = quantizer.ema_codebook

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from support import run_python
 
 import mmvq
 from mmvq.__main__ import report
 
 
 def test_it_prints_versions_and_backends() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "mmvq"], capture_output=True, text=True, check=True, timeout=120
-    )
-    lines = dict(line.split(None, 1) for line in run.stdout.splitlines() if "backend" not in line)
+    found = run_python("-m", "mmvq").splitlines()
+    lines = dict(line.split(None, 1) for line in found if "backend" not in line)
     assert lines["mmvq"] == mmvq.__version__
     assert lines["torch"].startswith(torch.__version__)
 

@@ -116,6 +116,7 @@ def start(book: EMACodebook, codes: Tensor) -> None:
     book.match_dtype(codes.dtype)
     book.codes.copy_(codes)
     book.sums.copy_(codes)
+    book.counts.fill_(1)
 
 
 def state(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def test_each_code_gets_its_vectors(
 def test_the_average_follows_its_recurrence(
     names: Sequence[str], partner: Any, draw: Draw, decay: float, eps: float
 ) -> None:
-    """Eq. 7 for N and o, sum N for the mass, e = o / smoothed(N), and the code of the snapshot."""
+    """Eq. 7 for N and o, sum N for the mass, e = o / smoothed(N) if chosen, and the snapshot."""
     module = draw.quantizer(names, partner=partner, decay=decay, eps=eps)
     book = module.ema_codebook
     for step in range(3):
@@ -100,7 +100,9 @@ def test_the_average_follows_its_recurrence(
         assert_near(book.sums, decay * before["sums"] + (1 - decay) * s, atol)
         smoothed = laplace_smoothing(counts, eps)
         # Counts down to decay^3 >= 1/8: the division multiplies errors by 8, rather than by 2.
-        assert_near(book.codes, book.sums / smoothed[:, None], 8 * atol)
+        averaged = torch.where(n[:, None] > 0, book.sums / smoothed[:, None], before["codes"])
+        assert_near(book.codes, averaged, 8 * atol)
+        assert torch.equal(book.codes[n == 0], before["codes"][n == 0])  # nothing chose them
         for name in names:
             shown = before["codes"][out.indices[name].clamp(min=0)]
             wanted = torch.where(masks[name][..., None], shown, 0)
@@ -131,6 +133,9 @@ def test_codes_stay_in_the_box_of_what_made_them(
         low, high = made.amin(0), made.amax(0)
         assert (module.codebook[code] >= low - atol).all()
         assert (module.codebook[code] <= high + atol).all()
+        if len(made) == 1:  # nothing chose it
+            assert torch.equal(smooth.codebook[code], old[0])
+            continue
         factor = smooth.codebook[code].norm() / module.codebook[code].norm()
         assert factor >= counts[code] / (counts[code] + 0.1) - 1e-9
         assert factor <= 1 + 0.1 / counts.mean() + 1e-9

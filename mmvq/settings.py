@@ -1,0 +1,61 @@
+"""Settings: what a user may read and set at any time, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, Self, TypeVar, overload
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+class Setting(Generic[T]):
+    """An attribute of a module that is checked whenever it is set.
+
+    Settings are arguments of `__init__`: `save_pretrained` writes them to config.json, and no
+    `state_dict` holds them. A compiled module reads them at each call: a schedule of a float
+    compiles at most once more.
+
+    Args:
+        check: called with the name of the class and `name=value`; raises if the value does not fit.
+        part: name of the submodule that keeps the setting, under the same name, and checks it.
+
+    Examples:
+        >>> book = EMACodebook(2, 4)
+        >>> book.decay = 2.0
+        Traceback (most recent call last):
+        ...
+        ValueError: EMACodebook: decay must be a finite number from 0 to 1.
+          decay: 2.0
+          Hint: pass a number from 0 to 1.
+    """
+
+    def __init__(
+        self, check: Callable[..., None] | None = None, *, part: str | None = None
+    ) -> None:
+        self.check, self.part = check, part
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, module: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, module: nn.Module, owner: type) -> T: ...
+    def __get__(self, module: nn.Module | None, owner: type) -> Self | T:
+        if module is None:
+            return self
+        if self.part is not None:
+            kept: T = getattr(getattr(module, self.part), self.name)
+            return kept
+        value: T = module.__dict__[self.name]
+        return value
+
+    def __set__(self, module: nn.Module, value: T) -> None:
+        if self.part is not None:
+            setattr(getattr(module, self.part), self.name, value)
+            return
+        if self.check is not None:
+            self.check(type(module).__name__, **{self.name: value})
+        module.__dict__[self.name] = value
