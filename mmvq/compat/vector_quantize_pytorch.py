@@ -1,4 +1,4 @@
-"""A codebook trained with vector-quantize-pytorch, moved into a `MultiModalEMAQuantizer`."""
+"""A codebook of vector-quantize-pytorch or EnCodec, moved into a `MultiModalEMAQuantizer`."""
 
 from __future__ import annotations
 
@@ -9,49 +9,68 @@ import torch
 from torch import Tensor, nn
 
 from mmvq.checks import message
+from mmvq.compat.reading import Source, find_codebook
 from mmvq.functional.ema import laplace_smoothing
 from mmvq.quantizer import MultiModalEMAQuantizer
 
 _BUFFERS = ("embed", "embed_avg", "cluster_size")
 _WHERE = "vector_quantize_pytorch.load"
+_HINT = "pass a VectorQuantize, its _codebook, the state_dict of either, or a file of one"
 
 
 def load(
-    source: nn.Module | Mapping[str, Tensor],
-    modalities: Sequence[str] = ("audio", "video"),
-    **settings: Any,
+    source: Source, modalities: Sequence[str] = ("audio", "video"), **settings: Any
 ) -> MultiModalEMAQuantizer:
-    """A quantizer that goes on from the codebook of a `VectorQuantize`.
+    """A quantizer that goes on from the codebook of a `VectorQuantize`, or of EnCodec.
 
     Its codes, sums and counts become ours, so that indices and codes are the same. The moving
     average is the same too (Laplace smoothing in the division only), so that with one modality, or
-    `partner="none"`, and no reset, training goes on as there. What differs: codes are reset by
-    `reset_after` batches without use, not by a threshold on the counts, and the gradient is
-    straight-through unless `gradient="rotation"` (their default for D > 1). Ages and usage start
-    anew.
+    `partner="none"`, and no reset, training goes on as there while no code is idle: here, a code
+    that nothing chose stays, there the smoothing moves it towards zero. What also differs: codes
+    are reset by `reset_after` batches without use, not by a threshold on the counts, and the
+    gradient is straight-through unless `gradient="rotation"` (their default for D > 1). Ages and
+    usage start anew.
 
     Args:
-        source: a `VectorQuantize`, its `_codebook`, or the `state_dict` of either: buffers `embed`
-            `[1, L, D]`, `embed_avg` `[1, L, D]`, `cluster_size` `[1, L]` and `initted`.
+        source: a file, a model, or a `state_dict` that holds one such codebook under any prefix:
+            `embed` `[1, L, D]` or `[L, D]`, `embed_avg`, `cluster_size` and `initted` (EnCodec:
+            `inited`).
         modalities: of the quantizer.
         **settings: all other arguments of `MultiModalEMAQuantizer`. `decay` and `eps` are taken
-            from a module; a `state_dict` has neither.
+            from a module; a file and a `state_dict` have neither.
 
     Raises:
-        ValueError: there is no such codebook in `source`, or it is not one codebook kept by a
-            moving average: several heads, projections, cosine similarity, affine or learnable
-            codes, or not yet initialized.
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such codebook in `source`, or several, or it is not one codebook
+            kept by a moving average: several heads, projections, cosine similarity, affine or
+            learnable codes, or not yet initialized.
 
-    Source: vector-quantize-pytorch 1.31 and 1.32.
+    Source: vector-quantize-pytorch 1.31 and 1.32; EnCodec 0.1 and its port in transformers.
     """
-    entries = source.state_dict() if isinstance(source, nn.Module) else source
-    entries = entries if isinstance(entries, Mapping) else {}
-    state = {name.removeprefix("_codebook."): x for name, x in entries.items()}
-    _check_kind(source, state)
+    prefix, tensors = find_codebook(_WHERE, source, "embed", _HINT)
+    scope = prefix.removesuffix("_codebook.")
+    state = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    book = owner = None
     if isinstance(source, nn.Module):
-        book = getattr(source, "_codebook", source)
-        settings = {name: getattr(book, name) for name in ("decay", "eps")} | settings
-    embed, embed_avg, cluster_size = (state[name][0].detach() for name in _BUFFERS)
+        book, owner = (source.get_submodule(each.rstrip(".")) for each in (prefix, scope))
+        their = {"decay": ("decay",), "eps": ("eps", "epsilon")}
+        found = {
+            name: getattr(book, each)
+            for name, names in their.items()
+            for each in names
+            if hasattr(book, each)
+        }
+        settings = found | settings
+    projected = any(name.startswith(f"{scope}project_in.") for name in tensors)
+    _check_kind(
+        source,
+        state,
+        heads=getattr(owner, "heads", 1),
+        projected=projected,
+        cosine=getattr(book, "use_cosine_sim", getattr(owner, "use_cosine_sim", False)),
+    )
+    embed, embed_avg = (state[name].detach().flatten(0, -2) for name in _BUFFERS[:2])
+    cluster_size = state["cluster_size"].detach().flatten()
     size, dim = embed.shape
     quantizer = MultiModalEMAQuantizer(dim, size, modalities, **settings)
     ours = quantizer.ema_codebook
@@ -67,22 +86,24 @@ def load(
                 largest_difference=difference,
             )
         )
-    moved = {"codes": embed, "sums": embed_avg, "counts": cluster_size}
-    ours.load_state_dict({**ours.state_dict(), **moved, "initialized": torch.tensor(True)})
+    ours.match_dtype(embed.dtype)
+    ours.begin(embed, cluster_size, embed_avg)
     return quantizer
 
 
-def _check_kind(source: nn.Module | Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def _check_kind(
+    source: Source, state: Mapping[str, Tensor], *, heads: int, projected: bool, cosine: bool
+) -> None:
     """One Euclidean codebook without projections, trained."""
-    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
-    embed = tensors.get("embed", torch.empty(0))
-    shapes = [getattr(tensors.get(name), "shape", None) for name in _BUFFERS]
-    fits = embed.ndim == 3 and shapes == [embed.shape, embed.shape, embed.shape[:2]]
+    embed = state.get("embed", torch.empty(0))
+    shapes = [getattr(state.get(name), "shape", None) for name in _BUFFERS]
+    fits = embed.ndim in (2, 3) and shapes == [embed.shape, embed.shape, embed.shape[:-1]]
+    initialized = state.get("initted", state.get("inited"))
     for wrong, rule, hint in (
         (
-            not fits or "initted" not in tensors,
-            "the source must hold embed [1, L, D], embed_avg, cluster_size and initted",
-            "pass a VectorQuantize, its _codebook, or the state_dict of either",
+            not fits or initialized is None,
+            "the source must hold embed [1, L, D] or [L, D], embed_avg, cluster_size and initted",
+            _HINT,
         ),
         (
             embed.ndim == 3 and len(embed) > 1,
@@ -90,17 +111,17 @@ def _check_kind(source: nn.Module | Mapping[str, Tensor], state: Mapping[str, Te
             "load them one by one: {name: buffer[h : h + 1] for each of the four buffers}",
         ),
         (
-            getattr(source, "heads", 1) > 1,
+            heads > 1,
             "a quantizer has no heads",
             "pass the _codebook alone, and split the features into heads before the quantizer",
         ),
         (
-            any(name.startswith("project_in.") for name in state),
+            projected,
             "a quantizer has no projections (codebook_dim must equal dim)",
             "pass the _codebook alone, and keep project_in and project_out around the quantizer",
         ),
         (
-            getattr(source, "use_cosine_sim", False),
+            cosine,
             "the codes must be for Euclidean distance, not for cosine similarity",
             "train a quantizer anew, on features of unit length",
         ),
@@ -110,7 +131,7 @@ def _check_kind(source: nn.Module | Mapping[str, Tensor], state: Mapping[str, Te
             "train with affine_param=False first",
         ),
         (
-            not tensors.get("initted", True),
+            initialized is not None and not bool(initialized.all()),
             "the codebook has not been initialized yet",
             "train it first, or build a MultiModalEMAQuantizer, whose default is k-means too",
         ),

@@ -1,11 +1,12 @@
 """The released behaviour of Uni-Code (repository haihuangcode/CMG), as distinct from the paper's.
 
 Each module has the parameter and buffer names of its released counterpart and computes what the
-release computes, defects included; `load_checkpoint` reads a released file into them.
-For new work use `mmvq.MultiModalEMAQuantizer`, `mmvq.CLUBEstimator` and `mmvq.CrossCPC`.
+release computes, defects included; `load_checkpoint` reads a released file into them, and `load`
+its codebook into a native quantizer. For new work use `mmvq.MultiModalEMAQuantizer`,
+`mmvq.CLUBEstimator` and `mmvq.CrossCPC`.
 """
 
-from mmvq.compat.cmg.checkpoint import CMGCheckpoint, load_checkpoint
+from mmvq.compat.cmg.checkpoint import CMGCheckpoint, load, load_checkpoint
 from mmvq.compat.cmg.club import CMGCLUB
 from mmvq.compat.cmg.cpc import CMGCPCOutput, CMGCrossCPC
 from mmvq.compat.cmg.encoders import (
@@ -33,5 +34,6 @@ __all__ = [
     "CMGVideoDecoder",
     "CMGVideoEncoder",
     "CMGVideoPool",
+    "load",
     "load_checkpoint",
 ]

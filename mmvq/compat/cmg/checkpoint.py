@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from pickle import UnpicklingError
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -15,10 +14,13 @@ from mmvq.checks import message
 from mmvq.compat.cmg.club import CMGCLUB
 from mmvq.compat.cmg.cpc import CMGCrossCPC
 from mmvq.compat.cmg.encoders import CMGDecoder, CMGEncoder
+from mmvq.compat.reading import Source, find_codebook, read_file
+from mmvq.quantizer import MultiModalEMAQuantizer
 
 _WIDTHS = {"audio": 128, "video": 512, "text": 256}  # of the features, in the release's order
 _SPECIFIC_WIDTHS = {"audio": 256, "video": 512, "text": 256}  # of what CLUB sees
 _CODE_DIM = 256
+_HINT = "pass a DCID-model-{epoch}.pt of the release, untouched"
 _UNUSED = re.compile(  # parameters that reach no output
     r"\w+_self_att\.encoder_layer\.|\w+_semantic_decoder\."
     r"|video_semantic_encoder\.(affine_video_ave|affine_video_self|ave_v_att)\."
@@ -64,7 +66,7 @@ def load_checkpoint(path: str | PathLike[str]) -> CMGCheckpoint:
         ValueError: It holds more than tensors and plain containers, is damaged, or its parameters
             are not the released ones.
     """
-    content = _read(path)
+    content = read_file("load_checkpoint", path, _HINT)
     released = content.get("Encoder_parameters") or ()
     names = [name for name in _WIDTHS if f"{name}_self_att.affine_matrix.weight" in released]
     if len(names) < 2:
@@ -98,16 +100,44 @@ def load_checkpoint(path: str | PathLike[str]) -> CMGCheckpoint:
     )
 
 
-def _read(path: str | PathLike[str]) -> Mapping[Any, Any]:
-    with open(path, "rb") as file:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-            rule = "the file must be a whole checkpoint of tensors and plain containers"
-            _refuse(path, rule, error=str(error).partition("\n")[0])
-    if not isinstance(content, Mapping):
-        _refuse(path, "the file must hold a dict of parts", found=type(content))
-    return content
+def load(
+    source: Source, modalities: Sequence[str] | None = None, **settings: Any
+) -> MultiModalEMAQuantizer:
+    """A native quantizer that goes on from a released codebook, of any width and size.
+
+    Its codes are the release's `embedding` itself, its N is `ema_count`. As the release keeps o
+    when it resets a code, o is made of both. Ages and usage start anew, and all settings are
+    mmvq's own unless given; the guide on migration has the nearest ones.
+
+    Args:
+        source: a `DCID-model-{epoch}.pt`, its content or a part of it, a `CMGQuantizer`, or a model
+            or `state_dict` with one such codebook under any prefix: `embedding` `[L, D]` and
+            `ema_count` `[L]`.
+        modalities: of the quantizer. None: those of which the source has encoders, or audio and
+            video where it has none.
+        **settings: all other arguments of `MultiModalEMAQuantizer`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such codebook in `source`, or several; or it is damaged.
+
+    Examples:
+        >>> from mmvq.compat import cmg
+        >>> cmg.load(cmg.CMGQuantizer(16, 32)).codebook.shape
+        torch.Size([32, 16])
+    """
+    where, hint = "cmg.load", "pass a released checkpoint, a CMGQuantizer, or a state_dict of one"
+    prefix, state = find_codebook(where, source, "ema_count", hint)
+    codes, counts = state.get(f"{prefix}embedding"), state.get(f"{prefix}ema_count")
+    if codes is None or counts is None or codes.ndim != 2:
+        rule = "the source must hold embedding [L, D] and ema_count [L]"
+        raise ValueError(message(where, rule, hint=hint, embedding=codes, ema_count=counts))
+    encoded = [m for m in _WIDTHS if any(f"{m}_self_att." in name for name in state)]
+    names: Any = modalities or encoded or getattr(source, "modalities", ("audio", "video"))
+    size, dim = codes.shape
+    quantizer = MultiModalEMAQuantizer(dim, size, names, **settings)
+    quantizer.set_codes(codes, counts)
+    return quantizer
 
 
 def _fill(path: str | PathLike[str], part: str, module: nn.Module, state: Any) -> list[str]:
@@ -132,5 +162,4 @@ def _fill(path: str | PathLike[str], part: str, module: nn.Module, state: Any) -
 
 
 def _refuse(path: str | PathLike[str], rule: str, **came: object) -> NoReturn:
-    hint = "pass a DCID-model-{epoch}.pt of the release, untouched"
-    raise ValueError(message("load_checkpoint", rule, hint=hint, path=str(path), **came))
+    raise ValueError(message("load_checkpoint", rule, hint=_HINT, path=str(path), **came))

@@ -1,0 +1,79 @@
+"""Where a foreign codebook lies: in a file, a module, or a state_dict, under whatever prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmvq.checks import message
+
+Source = str | PathLike[str] | nn.Module | Mapping[str, Any]
+
+
+def read_file(where: str, path: str | PathLike[str], hint: str) -> Mapping[Any, Any]:
+    """A file of `torch.save`, or `.safetensors`; nothing is unpickled but tensors and containers.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, holds other objects, or no dict.
+    """
+    rule = "the file must be a whole checkpoint of tensors and plain containers"
+    with open(path, "rb") as file:
+        try:
+            if fspath(path).endswith(".safetensors"):
+                from safetensors.torch import load
+
+                content = load(file.read())
+            else:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files raise errors of many kinds
+            came = str(error).partition("\n")[0]
+            raise ValueError(message(where, rule, hint=hint, path=str(path), error=came)) from error
+    if not isinstance(content, Mapping):
+        rule = "the file must hold a dict of parts"
+        raise ValueError(message(where, rule, hint=hint, path=str(path), found=type(content)))
+    return content
+
+
+def find_codebook(
+    where: str, source: Source, ending: str, hint: str
+) -> tuple[str, dict[str, Tensor]]:
+    """All tensors of a source by their full names, and the prefix before the one name `ending`.
+
+    The prefix is "" if there is no such name: what is missing is the caller's to say.
+
+    Raises:
+        FileNotFoundError: source is a path at which there is no file.
+        ValueError: the file cannot be read, or there are several such names.
+    """
+    match source:
+        case nn.Module():
+            entries: Mapping[Any, Any] = source.state_dict()
+        case str() | PathLike():
+            entries = read_file(where, source, hint)
+        case _:
+            entries = source if isinstance(source, Mapping) else {}
+    tensors = dict(_flatten(entries))
+    prefixes = [
+        name.removesuffix(ending)
+        for name in tensors
+        if name == ending or name.endswith(f".{ending}")
+    ]
+    if len(prefixes) > 1:
+        rule = f"there must be one codebook, and the source has {len(prefixes)}"
+        one = f"{{k.removeprefix({prefixes[0]!r}): x for k, x in state.items()}}"
+        hint = f"pass the part of one, as {one}"
+        raise ValueError(message(where, rule, hint=hint, prefixes=prefixes[:3]))
+    return (prefixes[0] if prefixes else ""), tensors
+
+
+def _flatten(entries: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, x in entries.items():
+        if isinstance(x, Tensor):
+            yield f"{prefix}{name}", x
+        elif isinstance(x, Mapping):
+            yield from _flatten(x, f"{prefix}{name}.")
