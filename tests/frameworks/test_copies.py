@@ -1,0 +1,519 @@
+"""What torch does to a module: copies, casts, files, devices, calls with other buffers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from quantizers import NAMES, D, L, batch, trained
+from support import close, rounding, same, state, uniform
+from torch import Tensor, nn
+
+from mmvq import (
+    CLUBEstimator,
+    CrossCPC,
+    CrossModalCodeMatchingLoss,
+    EMACodebook,
+    MultiModalEMAQuantizer,
+    functional,
+)
+
+FLOATS = ("codes", "sums", "counts")
+INTEGERS = ("ages", "usage", "steps", "initialized")
+
+
+def book_of(module: nn.Module) -> EMACodebook:
+    (book,) = (m for m in module.modules() if isinstance(m, EMACodebook))
+    return book
+
+
+def dtypes(module: nn.Module) -> dict[str, torch.dtype]:
+    return {name.rpartition(".")[2]: x.dtype for name, x in module.named_buffers()}
+
+
+def kinds(wide: torch.dtype) -> dict[str, torch.dtype]:
+    """What the buffers of a codebook are."""
+    return dict.fromkeys(FLOATS, wide) | dict.fromkeys(INTEGERS, torch.int64)
+
+
+# Casts
+
+
+CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "half()": lambda m: m.half(),
+    "bfloat16()": lambda m: m.bfloat16(),
+    "to(float16)": lambda m: m.to(torch.float16),
+    "to('cpu', bfloat16)": lambda m: m.to("cpu", torch.bfloat16),
+    "to(tensor)": lambda m: m.to(torch.zeros(1, dtype=torch.bfloat16)),
+    "type(float16)": lambda m: m.type(torch.float16),
+    "type(bfloat16)": lambda m: m.type(torch.bfloat16),
+    "type(int32)": lambda m: m.type(torch.int32),
+    "type(bool)": lambda m: m.type(torch.bool),
+    "float()": lambda m: m.float(),
+    "type(float32)": lambda m: m.type(torch.float32),
+    "double()": lambda m: m.double(),
+    "type(float64)": lambda m: m.type(torch.float64),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_casts_keep_the_kinds_and_every_bit(cast: str) -> None:
+    quantizer = trained()
+    before = state(quantizer)
+    assert CASTS[cast](quantizer) is quantizer
+    wide = torch.float64 if cast in ("double()", "type(float64)") else torch.float32
+    assert dtypes(quantizer) == kinds(wide)
+    assert all(torch.equal(x, before[n].to(x)) for n, x in state(quantizer).items())
+    other = trained()
+    for seed in (1, 2):
+        quantizer(batch(seed=seed)), other(batch(seed=seed))
+    atol = rounding(torch.float32, 2 * 3 * 15, 4.0)  # two steps of sums of 3 * 15 rows
+    for name, x in other.state_dict().items():
+        close(quantizer.state_dict()[name], x, atol)
+
+
+def test_integers_beyond_float_survive_a_cast() -> None:
+    """float16 ends at 65504."""
+    book = EMACodebook(D, L)
+    book.usage.fill_(2**40 + 1)
+    book.steps.fill_(2**53 + 1)
+    book.type(torch.float16).half().double()
+    assert (book.usage == 2**40 + 1).all()
+    assert int(book.steps) == 2**53 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "use", ["forward", "encode", "decode", "codebook", "state_dict", "to", "copy"]
+)
+def test_a_cast_behind_the_modules_back_costs_no_bit(use: str, dtype: torch.dtype) -> None:
+    """FSDP assigns `.data`."""
+    quantizer = trained()
+    book, before, other = book_of(quantizer), state(quantizer), trained()
+    pointers = {name: getattr(book, name).data_ptr() for name in FLOATS}
+    for name in FLOATS:
+        x = getattr(book, name)
+        x.data = x.to(dtype)
+    result: Any
+    if use == "forward":
+        result = [quantizer(batch()).loss], [other(batch()).loss]
+    elif use == "encode":
+        result = [quantizer.encode(batch()["audio"])], [other.encode(batch()["audio"])]
+    elif use == "decode":
+        result = [quantizer.decode(torch.arange(L))], [other.decode(torch.arange(L))]
+    elif use == "codebook":
+        result = [quantizer.codebook], [other.codebook]
+    elif use == "state_dict":
+        result = [*quantizer.state_dict().values()], [*before.values()]
+    elif use == "to":
+        result = [*quantizer.to("cpu").buffers()], [*before.values()]
+    else:
+        quantizer = copy.deepcopy(quantizer)
+        result = [quantizer.codebook], [other.codebook]
+    for ours, theirs in zip(*result, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    if use != "copy":
+        assert {name: getattr(book, name).data_ptr() for name in FLOATS} == pointers
+    quantizer.state_dict()  # a use of all
+    assert dtypes(quantizer) == kinds(torch.float32)
+    assert same(state(quantizer), state(other))
+
+
+def test_what_is_written_while_narrow_is_kept() -> None:
+    """Not the state from before the cast."""
+    book = book_of(trained())
+    for name in FLOATS:
+        x = getattr(book, name)
+        x.data = x.bfloat16()
+        x.copy_(x + 1)
+    written = {name: getattr(book, name).clone() for name in FLOATS}
+    book.search(torch.zeros(1, D))
+    for name, x in written.items():
+        assert getattr(book, name).dtype == torch.float32
+        assert torch.equal(getattr(book, name), x.float())
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_loading_after_a_cast_behind_the_modules_back(narrow: bool) -> None:
+    source, target = trained(), MultiModalEMAQuantizer(D, L, NAMES)
+    if narrow:
+        for name in FLOATS:
+            x = getattr(book_of(target), name)
+            x.data = x.bfloat16()
+    target.load_state_dict(source.state_dict())
+    assert same(state(target), state(source))
+
+
+# Files
+
+
+def test_loading_copies_into_the_buffers_that_exist() -> None:
+    source, target = trained(), trained(init="samples")
+    before = {name: x.data_ptr() for name, x in target.named_buffers()}
+    held = {name: x for name, x in target.named_buffers()}
+    target.load_state_dict(source.state_dict())
+    assert {name: x.data_ptr() for name, x in target.named_buffers()} == before
+    assert all(held[name] is x for name, x in target.named_buffers())
+    assert same(state(target), state(source))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_loading_another_dtype(dtype: torch.dtype) -> None:
+    """float64 widens; half precision is read into float32."""
+    source = trained()
+    file = {n: x.to(dtype) if x.is_floating_point() else x for n, x in state(source).items()}
+    target = MultiModalEMAQuantizer(D, L, NAMES)
+    before = book_of(target).codes.data_ptr()
+    target.load_state_dict(file)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert dtypes(target) == kinds(wide)
+    assert (book_of(target).codes.data_ptr() == before) == (wide == torch.float32)
+    assert all(torch.equal(x, file[n].to(x)) for n, x in state(target).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("built", ["cpu", "meta"])
+def test_assign_takes_the_tensors_of_the_file(built: str, dtype: torch.dtype) -> None:
+    source = trained()
+    file = {n: x.to(dtype) if x.is_floating_point() else x for n, x in state(source).items()}
+    file["ema_codebook.initialized"] = file["ema_codebook.initialized"].bool()  # an older file
+    with torch.device(built):
+        target = MultiModalEMAQuantizer(D, L, NAMES)
+    target.load_state_dict(file, assign=True)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert dtypes(target) == kinds(wide)
+    for name, x in target.named_buffers():
+        assert torch.equal(x, file[name].to(x))
+        assert (x.data_ptr() == file[name].data_ptr()) == (x.dtype == file[name].dtype)
+    target(batch())
+    assert int(book_of(target).steps) == 3
+
+
+def test_other_names_are_refused(tmp_path: Path) -> None:
+    """The rows of ages and usage belong to names; their order does not matter."""
+    pytest.importorskip("huggingface_hub")
+    source = trained()
+    source.save_pretrained(tmp_path)
+    turned = MultiModalEMAQuantizer.from_pretrained(tmp_path, modalities=NAMES[::-1])
+    assert turned.modalities == NAMES[::-1]
+    assert same(state(turned), state(source))
+    assert all(
+        torch.equal(turned.usage().counts[name], source.usage().counts[name]) for name in NAMES
+    )
+    for names in (("video", "audio", "words"), ("video", "audio")):
+        with pytest.raises(ValueError, match="modalities") as error:
+            MultiModalEMAQuantizer.from_pretrained(tmp_path, modalities=names)
+        assert "text" in str(error.value)
+
+
+# Copies and process groups
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    """A group of this process alone, which is not the default one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.new_group([0])
+    assert isinstance(group, dist.ProcessGroup)
+    assert group is not dist.group.WORLD
+    yield group
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+MODULES: dict[str, Callable[[Any], nn.Module]] = {
+    "quantizer": lambda g: MultiModalEMAQuantizer(D, L, NAMES, process_group=g),
+    "codebook": lambda g: EMACodebook(D, L, process_group=g),
+    "cpc": lambda g: CrossCPC(D, NAMES, process_group=g),
+    "club": lambda g: CLUBEstimator(D, D, process_group=g),
+    "matching": lambda g: CrossModalCodeMatchingLoss(process_group=g),
+}
+
+
+def group_of(module: nn.Module) -> Any:
+    return getattr(module, "ema_codebook", module).process_group
+
+
+def independent(copied: nn.Module, source: nn.Module) -> bool:
+    """Equal, and nothing is shared."""
+    mine, theirs = state(copied), state(source)
+    pointers = {x.data_ptr() for x in source.state_dict().values()}
+    shared = [x for x in copied.state_dict().values() if x.data_ptr() in pointers]
+    return same(mine, theirs) and not shared
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_deep_copy_keeps_the_group(group: dist.ProcessGroup, name: str) -> None:
+    source = nn.Sequential(MODULES[name](group))  # a teacher of a whole model
+    copied = copy.deepcopy(source)
+    assert group_of(copied[0]) is group
+    assert group_of(source[0]) is group
+    assert independent(copied, source)
+    assert copied[0].extra_repr() == source[0].extra_repr()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_pickle_finds_the_group_again(group: dist.ProcessGroup, name: str) -> None:
+    source = nn.Sequential(MODULES[name](group))
+    again = pickle.loads(pickle.dumps(source))
+    assert group_of(again[0]) is group
+    assert group_of(source[0]) is group
+    assert independent(again, source)
+    file = io.BytesIO()
+    torch.save(source, file)
+    file.seek(0)
+    assert group_of(torch.load(file, weights_only=False)[0]) is group
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_pickle_without_its_group_falls_back(group: dist.ProcessGroup, name: str) -> None:
+    source = MODULES[name](group)
+    data = pickle.dumps(source)
+    dist.destroy_process_group()
+    with pytest.warns(UserWarning, match="process group"):
+        again = pickle.loads(data)
+    assert group_of(again) is None
+    assert independent(again, source)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_default_group_needs_no_name(name: str) -> None:
+    source = MODULES[name](None)
+    for again in (pickle.loads(pickle.dumps(source)), copy.deepcopy(source)):
+        assert group_of(again) is None
+        assert independent(again, source)
+
+
+def test_a_copied_teacher_stays_while_the_student_moves(group: dist.ProcessGroup) -> None:
+    student = MultiModalEMAQuantizer(D, L, NAMES, process_group=group)
+    student(batch())
+    teacher = copy.deepcopy(student)
+    before = state(teacher)
+    student(batch(seed=1))
+    assert same(state(teacher), before)
+    teacher(batch(seed=1))
+    assert same(state(teacher), state(student))
+
+
+def test_what_waits_for_an_update_is_copied() -> None:
+    quantizer = trained(update="manual")
+    quantizer.update_codebook()
+    quantizer(batch())
+    copied = copy.deepcopy(quantizer)
+    for each in (quantizer, copied):
+        each.update_codebook()
+    assert same(state(copied), state(quantizer))
+    assert int(book_of(copied).steps) == 2
+
+
+# DataParallel
+
+
+def test_replicas_of_data_parallel() -> None:
+    """On the first device they share the buffers: what they do there is done to the module."""
+    quantizer, alone = trained(), trained()
+    replica = quantizer._replicate_for_data_parallel()
+    for name, module in quantizer.named_children():
+        setattr(replica, name, module._replicate_for_data_parallel())
+    for seed in (1, 2):
+        ours, theirs = replica(batch(seed=seed)), alone(batch(seed=seed))
+        assert torch.equal(ours.loss, theirs.loss)
+    assert same(state(quantizer), state(alone))
+    assert dtypes(quantizer) == kinds(torch.float32)
+
+
+def test_data_parallel_without_a_gpu() -> None:
+    quantizer, alone = trained(), trained()
+    nn.DataParallel(quantizer)(batch()), alone(batch())
+    assert same(state(quantizer), state(alone))
+
+
+# Devices
+
+
+def outputs(module: nn.Module, z: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """All that a module gives for features, and for rows x [L, D]."""
+    if isinstance(module, MultiModalEMAQuantizer):
+        quantized, indices, loss = module(z)
+        again = module.decode(module.encode(x))
+        counts = module.usage().counts
+        return [*quantized.values(), *indices.values(), loss, again, *counts.values()]
+    if isinstance(module, EMACodebook):
+        module.initialize(x)
+        module.accumulate(x, module.search(x))
+        return [module.apply().weight.clone()]
+    if isinstance(module, CrossCPC):
+        loss, accuracy = module(z)
+        return [loss, *accuracy.values()]
+    if isinstance(module, CLUBEstimator):
+        return [module(z["audio"], z["text"]), module.learning_loss(z["audio"], z["text"])]
+    return [module(z, x)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_work_where_they_live(name: str) -> None:
+    """Whatever the default device is: the same outputs, gradients and states."""
+    z, x = batch(), uniform(L, D, dtype=torch.float32)
+    module = MODULES[name](None)
+    results = []
+    for device in ("cpu", "meta"):
+        each = copy.deepcopy(module)
+        leaves = {m: y.clone().requires_grad_() for m, y in z.items()}
+        torch.manual_seed(2)
+        with torch.device(device):
+            out = outputs(each, leaves, x)
+            for y in out:
+                if y.requires_grad:
+                    y.sum().backward(retain_graph=True)
+        grads = [y.grad for y in leaves.values() if y.grad is not None]
+        assert grads or name == "codebook"
+        results.append([*out, *grads, *state(each).values()])
+    for found, wanted in zip(*results, strict=True):
+        assert found.device.type == wanted.device.type == "cpu"
+        assert torch.equal(found, wanted)
+
+
+def test_resets_under_a_default_device() -> None:
+    batches, states = [batch(seed=seed) for seed in range(4)], []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(2)
+        quantizer = MultiModalEMAQuantizer(D, L, NAMES, reset_after=1)
+        with torch.device(device):
+            for z in batches:
+                quantizer(z)
+        states.append(state(quantizer))
+    assert same(*states)
+
+
+def test_a_module_built_on_meta_starts_after_to_empty() -> None:
+    with torch.device("meta"):
+        quantizer = MultiModalEMAQuantizer(D, L, NAMES)
+    assert all(x.is_meta for x in quantizer.buffers())
+    quantizer.to_empty(device="cpu")
+    book = book_of(quantizer)
+    for x in quantizer.buffers():
+        x.fill_(77)
+    book.reset_parameters()
+    assert (book.codes.abs() <= 1 / L).all()
+    assert not book.sums.any()
+    assert not book.counts.any()
+    assert (book.ages == functional.UNSEEN).all()
+    assert not any(getattr(book, name).any() for name in ("usage", "steps", "initialized"))
+    quantizer(batch())
+    assert int(book.steps) == int(book.initialized) == 1
+
+
+# Inference mode
+
+
+@pytest.mark.parametrize("where", ["built", "loaded", "cast", "trained"])
+def test_what_inference_mode_touched_trains_on(where: str) -> None:
+    """Its tensors refuse to be written to outside."""
+    wanted = trained()
+    with torch.inference_mode(where == "built"):
+        quantizer = MultiModalEMAQuantizer(D, L, NAMES)
+    with torch.inference_mode(where == "loaded"):
+        quantizer.load_state_dict(state(wanted), assign=where == "loaded")
+    if where == "cast":
+        with torch.inference_mode():
+            quantizer.double().type(torch.float32)
+    with torch.inference_mode(where == "trained"):
+        for each in (quantizer, wanted):
+            each(batch(seed=1))
+    features = {m: x.requires_grad_() for m, x in batch(seed=2).items()}
+    ours, theirs = quantizer(features).loss, wanted(features).loss
+    ours.backward()
+    assert torch.equal(ours, theirs)
+    assert same(state(quantizer), state(wanted))
+    assert dtypes(quantizer) == kinds(torch.float32)
+
+
+def test_evaluation_in_inference_mode_writes_nothing() -> None:
+    quantizer = trained().eval()
+    before = state(quantizer)
+    with torch.inference_mode():
+        quantizer(batch())
+        quantizer.decode(quantizer.encode(batch()["audio"]))
+    assert same(state(quantizer), before)
+
+
+# Calls with other buffers
+
+
+def test_a_call_with_other_buffers_moves_those() -> None:
+    quantizer, other = trained(), trained(init="samples")
+    given, own = state(other), state(quantizer)
+    out = torch.func.functional_call(quantizer, given, (batch(),))
+    wanted = other(batch())
+    assert torch.equal(out.loss, wanted.loss)
+    assert all(torch.equal(out.indices[m], wanted.indices[m]) for m in NAMES)
+    assert same(given, state(other))
+    assert same(state(quantizer), own)
+    quantizer(batch(seed=9))  # and the module's own go on as if nothing had been
+    again = trained()
+    again(batch(seed=9))
+    assert same(state(quantizer), state(again))
+
+
+@pytest.mark.parametrize("trained_first", [False, True])
+def test_a_call_with_new_buffers_gives_them_their_own_first_codes(trained_first: bool) -> None:
+    """And one with trained buffers leaves a new module new."""
+    old, new = trained(), MultiModalEMAQuantizer(D, L, NAMES)
+    module, lent = (old, new) if trained_first else (new, old)
+    given, own = state(lent), state(module)
+    torch.manual_seed(5)
+    torch.func.functional_call(module, given, (batch(),))
+    torch.manual_seed(5)
+    lent(batch())
+    assert same(given, state(lent))
+    assert same(state(module), own)
+    assert int(given["ema_codebook.initialized"]) == 1
+    torch.manual_seed(5)
+    module(batch())
+    assert int(book_of(module).initialized) == 1
+    assert int(book_of(module).steps) == (3 if trained_first else 1)
+
+
+# Errors
+
+
+class Failing(nn.Module):
+    def forward(self, *_: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+
+def test_a_loss_that_raises_leaves_a_new_codebook_as_built() -> None:
+    quantizer = MultiModalEMAQuantizer(D, L, NAMES, commitment=Failing())
+    before = state(quantizer)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quantizer(batch())
+    assert same(state(quantizer), before)
+    assert int(book_of(quantizer).initialized) == 0
+    quantizer.commitment = None
+    other = copy.deepcopy(quantizer)
+    for each in (quantizer, other):
+        torch.manual_seed(3)
+        each(batch())
+    assert same(state(quantizer), state(other))
+    assert int(book_of(quantizer).steps) == int(book_of(quantizer).initialized) == 1
+
+
+def test_a_loss_that_raises_later_leaves_the_state() -> None:
+    quantizer, other = trained(), trained()
+    before, commitment = state(quantizer), quantizer.commitment
+    quantizer.commitment = Failing()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quantizer(batch(seed=1))
+    assert same(state(quantizer), before)
+    quantizer.commitment = commitment
+    for each in (quantizer, other):
+        each(batch(seed=1))
+    assert same(state(quantizer), state(other))
