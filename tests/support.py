@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -71,6 +72,33 @@ def peak_growth(setup: str, call: str) -> int:
         "    return int(re.findall(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[0])\n"
         f"{setup}\nbefore = peak()\n{call}\nprint(peak() - before)\n"
     )
+    return int(run_python("-c", code)) // 1024
+
+
+def run_python(*arguments: str, timeout: float = 600, **environment: str) -> str:
+    """What a python process of its own prints, on the packages and examples of this tree.
+
+    An installed mmvq may be that of another one. AssertionError, with all it said, if it fails.
+    """
     root = Path(__file__).parents[1]
-    out = subprocess.check_output([sys.executable, "-c", code], timeout=120, cwd=root)
-    return int(out) // 1024
+    paths = os.pathsep.join(str(root / part) for part in (".", "examples", "tests"))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, *arguments]
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    late = ""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        late = f" after {timeout} s, which was too long"
+        process.kill()
+        out, err = process.communicate()
+    ended = f"{command} ended with {process.returncode}{late}"
+    assert process.returncode == 0, f"{ended}\n--- stdout\n{out}\n--- stderr\n{err}"
+    return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 RANKS = 4
-PROGRAMS = ("test_codebook", "test_gather", "test_wrappers")
+PATIENCE = timedelta(minutes=5)  # until a rank that waits in vain gives up
+PROGRAMS = ("test_checkpointing", "test_codebook", "test_gather", "test_wrappers")
 Results = list[dict[str, Any]]  # for each rank: program -> what it returned
 
 
@@ -25,8 +27,10 @@ def work(rank: int, folder: str, package: str) -> None:
     programs = [import_module(f"{package}.{name}") for name in PROGRAMS]
     early = [program.before_init() for program in programs]
     store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
-    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]  # every rank makes every group
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=RANKS, timeout=PATIENCE
+    )
+    pairs = [dist.new_group(ranks, PATIENCE) for ranks in ([0, 1], [2, 3])]  # all make each group
     results = {
         name: program.run(rank, pairs[rank // 2], made)
         for name, program, made in zip(PROGRAMS, programs, early, strict=True)

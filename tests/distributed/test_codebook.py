@@ -19,6 +19,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from support import same, state
 from torch import Tensor
 
 from mmvq import MultiModalEMAQuantizer, update_codebooks
@@ -47,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rank 0 masked at first": {"init": "kmeans"},
     "rank 1 without video": {"init": "kmeans", "reset_after": 2},
     "frozen and eval between": {"init": "samples", "reset_after": 2},
+    "ranks without a vector stay away": {"update": "manual", "reset_after": 2},
 }
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "barrier")
 
@@ -72,7 +74,7 @@ def batch(case: str, step: int, ranks: int) -> tuple[dict[str, Tensor], dict[str
     masks = {m: torch.rand(B, T, generator=generator) < 0.8 for m in NAMES}
     first = torch.arange(B) < BOUNDS[2][1]  # the clips of rank 0 of two, of ranks 0 and 1 of four
     second = ~first
-    if case == "rank 1 masked":
+    if case == "rank 1 masked" or (case == "ranks without a vector stay away" and step > 1):
         masks = {m: mask & first[:, None] for m, mask in masks.items()}
     if case == "rank 1 NaN":
         z = {m: torch.where(second[:, None, None], torch.nan, x) for m, x in z.items()}
@@ -110,7 +112,11 @@ def train(case: str, modules: list[MultiModalEMAQuantizer], rank: int, ranks: in
         if case == "rank 1 without video" and ranks > 1 and not masks["video"].any() and high > low:
             z, masks = {"audio": z["audio"]}, {"audio": masks["audio"]}
         with counted() as calls:
-            for module in modules:
+            there = [*modules]
+            if case == "ranks without a vector stay away" and step > 0:
+                there = [] if not any(mask.any() for mask in masks.values()) else there
+            loss = torch.zeros(())
+            for module in there:
                 module.train(case != "frozen and eval between" or step != 3)
                 frozen = case == "frozen and eval between" and step == 4
                 loss = module(z, masks, freeze=frozen).loss
@@ -194,6 +200,21 @@ def test_a_step_is_one_all_reduce_of_one_flat_buffer(
             else:  # the first codes are gathered before
                 assert calls.count(("all_reduce", 1)) == 1
                 assert {name for name, _ in calls} == {"all_reduce", "all_gather"}
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["never used", "used"])
+def test_one_process_without_statistics_takes_no_step(before: int) -> None:
+    """Of several ranks one may have none and yet step; alone there is nothing to step with."""
+    (module,) = quantizers("manual")
+    for step in range(before):
+        module(batch("manual", step, 1)[0])
+        module.update_codebook()
+    held = state(module)
+    module.update_codebook()
+    module.ema_codebook.apply()
+    update_codebooks(module)
+    assert same(state(module), held)
+    assert module.ema_codebook.steps == before
 
 
 def test_the_cases_are_not_empty(results: list[dict[str, Any]]) -> None:

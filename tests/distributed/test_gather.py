@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import mmvq
-from mmvq.distributed import average_
+from mmvq import functional as F
+from mmvq.distributed import average_, meet
 
 ATOL = 1e-12
 B, T, D, S, L = 11, 5, 6, 3, 8
@@ -131,6 +132,14 @@ def refusals() -> dict[str, str]:
     return said
 
 
+def in_another_order(rank: int) -> Tensor:
+    """L_cmcm where odd ranks name their modalities the other way round."""
+    x, _ = batch(False, *BOUNDS[4][rank : rank + 2])
+    x = dict(reversed(x.items())) if rank % 2 else x
+    clips = meet("a test", x["audio"], names=tuple(x))
+    return F.code_matching(x, codes(), batch=clips)
+
+
 def before_init() -> None:
     return None
 
@@ -142,7 +151,11 @@ def run(rank: int, pair: dist.ProcessGroup, early: None) -> dict[str, Any]:
         for masked in (False, True)
         for place, ranks, group in ((rank, 4, None), (rank % 2, 2, pair))
     }
-    return {"measured": measured, "refusals": refusals()}
+    first = dist.new_group([0, 1])
+    place, ranks = (rank, 2) if rank < 2 else (0, 1)
+    outside = {case: measure(case, True, place, ranks, first) for case in CASES}
+    turned = in_another_order(rank)
+    return {"measured": measured, "outside": outside, "turned": turned, "refusals": refusals()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -158,6 +171,21 @@ def test_value_and_gradient_are_those_of_one_process(
         found = result["test_gather"]["measured"][f"{case} {masked} {ranks}"]
         for mine, expected in zip(found, alone, strict=True):
             torch.testing.assert_close(mine, expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_process_outside_the_group_is_alone(case: str, results: list[dict[str, Any]]) -> None:
+    """Ranks 0 and 1 of four share a group; 2 and 3 pass it too, each with the whole batch."""
+    alone = measure(case, True, 0, 1)
+    for result in results:
+        for mine, expected in zip(result["test_gather"]["outside"][case], alone, strict=True):
+            torch.testing.assert_close(mine, expected, atol=ATOL, rtol=0)
+
+
+def test_ranks_may_name_modalities_in_any_order(results: list[dict[str, Any]]) -> None:
+    alone = F.code_matching(batch(False, 0, B)[0], codes())
+    for result in results:
+        torch.testing.assert_close(result["test_gather"]["turned"], alone, atol=ATOL, rtol=0)
 
 
 def test_ranks_that_do_not_fit_are_refused_by_all(results: list[dict[str, Any]]) -> None:

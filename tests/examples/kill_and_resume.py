@@ -37,24 +37,29 @@ def start(data: Path, folder: Path, epochs: int) -> int:
         arguments.append("--resume")
     child = os.fork()  # what is imported stays imported: a kill costs no start of python
     if child == 0:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 1)
-        os.dup2(nothing, 2)
+        said = os.open(log(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
         os._exit(cmg_pretrain.main(arguments))
     return child
 
 
-def finish(child: int) -> None:
+def log(folder: Path) -> Path:
+    """Where what the last run into `folder` said is kept."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def finish(child: int, folder: Path) -> None:
     """Wait for a run that nobody disturbs."""
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, log(folder).read_text()
 
 
-def killed(child: int, after: float) -> bool:
+def killed(child: int, folder: Path, after: float) -> bool:
     """Kill a run after this many seconds; False if it was done by then."""
     time.sleep(after)
     os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL)
+    assert code in (0, -signal.SIGKILL), log(folder).read_text()
     return code != 0
 
 
@@ -80,18 +85,18 @@ def kill_and_resume(kills: int, epochs: int, folder: Path, seed: int = 0) -> Cou
     data = folder / "clips.npz"
     np.savez(data, **make_arrays())
     began = time.monotonic()
-    finish(start(data, folder / "whole", epochs))
+    finish(start(data, folder / "whole", epochs), folder / "whole")
     whole = time.monotonic() - began
     expected = results(folder / "whole")
     seen: Counter[str] = Counter()
     for run in itertools.count():
         mine = folder / f"run{run}"
         while seen.total() < kills:
-            if not killed(start(data, mine, epochs), draw.uniform(0, whole)):
+            if not killed(start(data, mine, epochs), mine, draw.uniform(0, whole)):
                 break
             seen[phase(mine, epochs)] += 1
         else:
-            finish(start(data, mine, epochs))
+            finish(start(data, mine, epochs), mine)
         found = results(mine)
         assert found.keys() == expected.keys()
         different = [name for name in expected if found[name] != expected[name]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import run_python
 from torch import nn
 
 from cmg import files
@@ -22,6 +24,7 @@ from cmg.checkpoint import (
     set_random_state,
 )
 from cmg.errors import DataError
+from cmg.files import write_atomic
 
 
 def same(a: Any, b: Any) -> bool:
@@ -133,10 +136,85 @@ def test_a_file_too_large_for_the_disk_loses_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+WRITE = "import os, sys; from cmg import files; {}files.write_atomic(sys.argv[1], b'short')"
+
+
 def test_what_a_killed_write_left_is_taken_over(tmp_path: Path) -> None:
-    (tmp_path / ".state.partial").write_bytes(b"half a checkpoint")
+    killed = WRITE.format("files.os.replace = lambda *_: os.kill(os.getpid(), 9); ")
+    with pytest.raises(AssertionError, match="ended with -9"):
+        run_python("-c", killed, str(tmp_path / "state"))
+    (left,) = (path.name for path in tmp_path.iterdir())
+    assert left.startswith(".state.")
+    save_checkpoint(tmp_path / "other", {"step": 1})
+    assert {path.name for path in tmp_path.iterdir()} == {left, "other"}
     save_checkpoint(tmp_path / "state", {"step": 1})
-    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert {path.name for path in tmp_path.iterdir()} == {"state", "other"}
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_two_writes_at_once_are_both_whole(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process writes the same path while the first is at it; the last to rename wins."""
+    path, call = tmp_path / "state", getattr(os, moment)
+
+    def another(*arguments: Any) -> None:
+        monkeypatch.setattr(files.os, moment, call)
+        run_python("-c", WRITE.format(""), str(path))
+        assert path.read_bytes() == b"short"
+        call(*arguments)
+
+    monkeypatch.setattr(files.os, moment, another)
+    write_atomic(path, b"long" * 1000)
+    assert path.read_bytes() == b"long" * 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+MANY = """
+import os, pathlib, sys
+from cmg.files import write_atomic
+
+path = pathlib.Path(sys.argv[1])
+children = []
+for digit in "1234":
+    child = os.fork()
+    if child == 0:
+        for _ in range(100):
+            write_atomic(path, digit.encode() * 5000)
+        sys.exit()
+    children.append(child)
+seen = set()
+while children:
+    content = path.read_text()
+    assert content == content[0] * 5000
+    seen.add(content[0])
+    done, status = os.waitpid(-1, os.WNOHANG)
+    if done:
+        assert status == 0
+        children.remove(done)
+print(*sorted(seen))
+"""
+
+
+def test_many_processes_write_one_path(tmp_path: Path) -> None:
+    """Each write succeeds, and a reader finds one of them whole."""
+    path = tmp_path / "state"
+    path.write_text("0" * 5000)
+    assert len(run_python("-c", MANY, str(path)).split()) > 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_is_replaced_and_what_it_points_at_is_not_written(tmp_path: Path) -> None:
+    """Neither under the name itself nor under one that a write could have left."""
+    target, path = tmp_path / "target", tmp_path / "state"
+    target.write_bytes(b"precious")
+    path.symlink_to(target)
+    for name in (".state.partial", ".state.0123456789abcdef.partial"):
+        (tmp_path / name).symlink_to(target)
+    write_atomic(path, b"new")
+    assert target.read_bytes() == b"precious"
+    assert not path.is_symlink()
+    assert path.read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import cmg_pretrain
 import numpy as np
 import pytest
 import torch
+from support import run_python
 
 import cmg
 from cmg.checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -265,17 +265,9 @@ def test_epochs_are_counted_from_one(epochs: str, capsys: pytest.CaptureFixture[
 
 def test_a_killed_run_resumes_to_the_same_bits() -> None:
     """SIGKILL at three random moments; the script kills as often as it is asked to."""
-    root = Path(__file__).parents[2]
-    paths = {"PYTHONPATH": ":".join(map(str, (root, root / "examples", root / "tests")))}
-    script = [sys.executable, str(Path(__file__).with_name("kill_and_resume.py"))]
-    done = subprocess.run(
-        [*script, "--kills", "3", "--epochs", "8"],
-        env={**os.environ, **paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert sum(int(line.split(": ")[1]) for line in done.stdout.splitlines()[:-1]) == 3
+    script = str(Path(__file__).with_name("kill_and_resume.py"))
+    found = run_python(script, "--kills", "3", "--epochs", "8")
+    assert sum(int(line.split(": ")[1]) for line in found.splitlines()[:-1]) == 3
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(

@@ -12,8 +12,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from support import run_python
 from torch import Tensor
 
 from cmg.checkpoint import load_checkpoint
@@ -129,16 +128,10 @@ def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(folder: Path, alon
 def test_torchrun_writes_and_prints_once(clips_path: Path, tmp_path: Path) -> None:
     """In float32 a loss, a mean of up to 240 terms below 10, may round to 240 * 2^-24 * 10 else."""
     options = ["--data", str(clips_path), "--epochs", "2", "--output"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*launch, cmg_pretrain.__file__, *options, str(tmp_path / "two")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    said = run_python(*launch, cmg_pretrain.__file__, *options, str(tmp_path / "two"))
     assert cmg_pretrain.main([*options, str(tmp_path / "one")]) == 0
-    assert run.stdout.count("codes in use") == 1
+    assert said.count("codes in use") == 1
     one, two = ({path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
     one, two = (load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("one", "two"))

@@ -103,3 +103,16 @@ def test_rotation_where_it_is_not_defined_is_straight_through(dtype: torch.dtype
     z[0], codes[1], codes[2] = 0, 0, -z[2]
     assert torch.equal(pull_back(F.rotate, z, codes, seed), seed)
     assert torch.equal(F.rotate(z, codes), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rotation_whose_scale_overflows_is_straight_through(dtype: torch.dtype) -> None:
+    """Both norms are ordinary numbers, their ratio is not: times 0 it would make NaN."""
+    info = torch.finfo(dtype)
+    z = torch.full((3, 4), info.tiny**0.5 / 256, dtype=dtype)
+    codes = torch.full((3, 4), info.max**0.5 / 16, dtype=dtype)
+    assert (z.norm(dim=1) > info.tiny).all()
+    assert (codes.norm(dim=1) / z.norm(dim=1)).isinf().all()
+    seed = uniform(3, 4, dtype=dtype)
+    assert torch.equal(pull_back(F.rotate, z, codes, seed), seed)
+    assert torch.equal(F.rotate(z, codes), codes)

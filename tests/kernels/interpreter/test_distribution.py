@@ -136,6 +136,24 @@ def test_a_gradient_is_bounded_where_distances_are_off_by_many_nats(
     assert (of_x != 0).any()
 
 
+@pytest.mark.parametrize("only", [0, 15, 16, 18, 40])
+def test_a_clip_may_begin_with_segments_that_do_not_count(only: int, device: str) -> None:
+    """More of them than the kernel reads at a time, all but one of the clip; as in `test_forward`.
+
+    One segment that counts is a clip of its own: the mean over it is its own distribution.
+    """
+    L, D = 70, 8
+    x, codebook, used = draw(2, 41, L, D, device)
+    used[:] = False
+    used[:, only] = True
+    log_p, _ = forward(x, codebook, used)
+    alone = x[:, only : only + 1]
+    exact = code_log_probabilities_ref(alone, codebook)
+    nearest = torch.cdist(alone.double().flatten(0, 1), codebook.double()).min().item()
+    off = rounding(torch.float32, 8 * D + 18, 4 * D) / 2 / nearest
+    close(log_p.cpu(), exact.cpu(), 2 * off + rounding(torch.float32, 24, exact.abs().max().item()))
+
+
 def test_no_clip_has_no_gradient(device: str) -> None:
     x, codebook, used = draw(2, 3, 20, 8, device)
     x, used = x[:0], used[:0]
