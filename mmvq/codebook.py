@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -322,26 +322,6 @@ class EMACodebook(CodebookState):
         if self.update_from is None:
             return rows
         return torch.stack([rows[g] for g in sorted({*self.update_from})])
-
-    @torch.no_grad()
-    def continue_from(self, old: EMACodebook, rows: Sequence[int]) -> None:
-        """Go on from a smaller codebook; its group i is group `rows[i]` here."""
-        self.match_dtype(old.codes.dtype)
-        if not bool(old.initialized):  # the first batch gives all codes
-            return
-        L, added = old.size, self.size - old.size
-        donors = old.counts.argsort(descending=True, stable=True)
-        donors = donors[torch.arange(added, device=donors.device) % L]
-        codes = F.jittered(old.codes[donors], old.codes, old.steps)
-        counts = torch.cat([old.counts, torch.ones_like(old.counts[donors])])
-        smoothed = F.laplace_smoothing(counts, self.eps)[L:, None]
-        sums = torch.cat([old.sums, codes * smoothed])
-        self.begin(torch.cat([old.codes, codes]), counts, sums)
-        self.ages.fill_(F.UNSEEN)
-        self.ages[rows] = (old.ages > F.UNSEEN).long()[:, :1] - 1  # of the new codes: 0 if seen
-        for mine, theirs in ((self.ages, old.ages), (self.usage, old.usage)):
-            mine[rows, :L] = theirs
-        self.steps.copy_(old.steps)
 
     def reset_usage(self) -> None:
         """Start counting `usage` anew."""

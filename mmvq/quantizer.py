@@ -29,6 +29,7 @@ from mmvq.checks import (
     readable,
 )
 from mmvq.codebook import EMACodebook, ResetRule, recomputing
+from mmvq.growth import grow
 from mmvq.losses import CrossModalCommitmentLoss
 from mmvq.partners import PARTNERS, Partner, Tensors, mix_partners
 from mmvq.pretrained import Pretrained, _parameters
@@ -395,7 +396,7 @@ class MultiModalEMAQuantizer(Pretrained):
         given["commitment"] = deepcopy(self.commitment)
         new = type(self)(**{**given, "modalities": names, "codebook_size": size})
         rows = [new._sorted.index(name) for name in self._sorted]
-        new.to(old.codes.device).ema_codebook.continue_from(old, rows)
+        grow(new.to(old.codes.device).ema_codebook, old, rows)
         return new.train(self.training)
 
     @property
