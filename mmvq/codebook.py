@@ -233,7 +233,7 @@ class EMACodebook(CodebookState):
         values, indices, groups = values.reshape(-1, self.dim), indices.flatten(), groups.flatten()
         indices = torch.where(F.finite_rows(values), indices, -1)
         values = values.to(self.codes.dtype)
-        if self.update_from is not None:  # the other groups are counted, but add nothing
+        if self._some_only:  # the other groups are counted, but add nothing
             values = torch.where(self._updating(groups)[:, None], values, 0)
         counts, sums = F.code_statistics(
             values,
@@ -313,15 +313,19 @@ class EMACodebook(CodebookState):
 
     def _updating(self, groups: Tensor) -> Tensor:
         """Whether the vectors of a group enter N and o: int64 `[N]` -> bool `[N]`."""
-        if self.update_from is None:
+        if not self._some_only:
             return torch.ones_like(groups, dtype=torch.bool)
-        return torch.stack([groups == g for g in self.update_from]).any(0)
+        return torch.stack([groups == g for g in self.update_from or ()]).any(0)
 
     def _of_updating(self, rows: Tensor) -> Tensor:
         """The rows of those groups: `[G, L]` -> `[|update_from|, L]`."""
-        if self.update_from is None:
+        if not self._some_only:
             return rows
-        return torch.stack([rows[g] for g in sorted({*self.update_from})])
+        return torch.stack([rows[g] for g in sorted({*(self.update_from or ())})])
+
+    @property
+    def _some_only(self) -> bool:
+        return self.update_from is not None and len({*self.update_from}) < self.groups
 
     def reset_usage(self) -> None:
         """Start counting `usage` anew."""

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mmvq.functional.contrastive import unit_length
 from mmvq_kernels.backends import transformed
+from mmvq_kernels.checks import readable
 
 
 def cross_attend(
@@ -63,25 +64,29 @@ def cross_attend(
     shares = (seen / present.clamp(min=1)).to(z.dtype)[..., None, None]  # [|O|, B, 1, 1]
     r = z * (present == 0)[:, None, None]
     for (name, other), some, share in zip(others.items(), seen, shares, strict=True):
-        values = other.masked_fill(~masks[name][..., None], 0)
+        mask, values, valid = masks[name], other, None
+        if not (readable(mask) and mask.numpy().all()):  # a GPU would have to be waited for
+            values = other.masked_fill(~mask[..., None], 0)
+            # a softmax over nothing may be NaN: then it is over all keys, and its share is 0
+            valid = mask | ~some[:, None]  # [B, S]
         keys = unit_length(values) if temperature is None else values
-        # a softmax over nothing may be NaN: then it is over all keys, and its share is 0
-        valid = masks[name] | ~some[:, None]  # [B, S]
         r = torch.addcmul(r, share, _attend(queries, keys, values, valid, scale))
     return r
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v over the valid keys, bool `[B, S]`.
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scale: float
+) -> Tensor:
+    """softmax(scale q k^T) v over the valid keys, bool `[B, S]`; None: over all.
 
     The kernels that never hold all scores need a dimension of heads, and have no `torch.vmap` rule.
     """
+    mask = None if valid is None else valid[:, None]  # [B, 1, S]
     if transformed():
-        return scaled_dot_product_attention(
-            queries, keys, values, attn_mask=valid[:, None], scale=scale
-        )
+        return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     q, k, v = queries[:, None], keys[:, None], values[:, None]
-    mask = valid[:, None, None]  # [B, 1, 1, S]: expanded to T x S it would be copied
+    if mask is not None:
+        mask = mask[:, None]  # [B, 1, 1, S]: expanded to T x S it would be copied
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).squeeze(1)
 
 
