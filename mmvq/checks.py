@@ -28,7 +28,9 @@ __all__ = [
     "check_integers",
     "check_mask",
     "check_modalities",
+    "check_not_negative",
     "check_number",
+    "check_positive",
     "check_same_length",
     "check_vectors",
     "message",
@@ -72,6 +74,16 @@ def check_number(where: str, low: float, high: float, **values: float) -> None:
 def check_fraction(where: str, **values: float) -> None:
     """Each value is a number in [0, 1]."""
     check_number(where, 0, 1, **values)
+
+
+def check_positive(where: str, **values: float) -> None:
+    """Each value is a number in [1e-6, 1e6]."""
+    check_number(where, 1e-6, 1e6, **values)
+
+
+def check_not_negative(where: str, **values: float) -> None:
+    """Each value is a number of at least 0."""
+    check_number(where, 0, math.inf, **values)
 
 
 def check_count_or_none(where: str, **values: int | None) -> None:
@@ -232,7 +244,7 @@ def check_codes(where: str, codes: Tensor, counts: Tensor | None, *, like: Tenso
 def check_integers(where: str, hint: str, **tensors: Tensor) -> None:
     """Each value is a tensor of some integer dtype."""
     for name, x in tensors.items():
-        kind = getattr(x, "dtype", torch.bool)
+        kind = x.dtype if isinstance(x, Tensor) else torch.bool
         if kind.is_floating_point or kind.is_complex or kind == torch.bool:
             rule = f"{name} must be an integer tensor"
             raise TypeError(message(where, rule, hint=hint, **{name: x}))

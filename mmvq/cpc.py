@@ -16,12 +16,14 @@ from mmvq.checks import (
     check_finite,
     check_int,
     check_modalities,
-    check_number,
+    check_not_negative,
+    check_positive,
     check_same_length,
     message,
 )
 from mmvq.distributed import OverRanks, exchange, meet
 from mmvq.pretrained import Pretrained
+from mmvq.settings import Setting
 
 
 class CPCOutput(NamedTuple):
@@ -106,8 +108,8 @@ class CrossCPC(OverRanks, Pretrained):
     num_layers: int
     num_steps: int
     first_step: int
-    self_weight: float
-    temperature: float
+    self_weight = Setting[float](check_not_negative)
+    temperature = Setting[float](check_positive)
     normalize: bool
     gather: bool
     contexts: nn.ModuleDict
@@ -155,8 +157,6 @@ class CrossCPC(OverRanks, Pretrained):
             min_context=min_context,
         )
         check_int("CrossCPC", 0, first_step=first_step)
-        check_number("CrossCPC", 0, float("inf"), self_weight=self_weight)
-        check_number("CrossCPC", 1e-6, 1e6, temperature=temperature)
         check_choice("CrossCPC", ("targets", "contexts", "both"), normalize_over=normalize_over)
         self.modalities = check_modalities("CrossCPC", modalities)
         self.dim, self.context_dim, self.num_layers = dim, context_dim, num_layers

@@ -13,11 +13,12 @@ from mmvq.checks import (
     check_choice,
     check_features,
     check_finite,
-    check_number,
+    check_not_negative,
     check_same_length,
     message,
 )
 from mmvq.distributed import OverRanks, meet
+from mmvq.settings import Setting
 
 
 class CrossModalCommitmentLoss(nn.Module):
@@ -45,7 +46,7 @@ class CrossModalCommitmentLoss(nn.Module):
         tensor(1.5000)
     """
 
-    beta: float
+    beta = Setting[float](check_not_negative)
     cross_ratio: float | Mapping[tuple[str, str], float]
 
     if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class CrossModalCommitmentLoss(nn.Module):
             ratios = {f"cross_ratio[{pair!r}]": ratio for pair, ratio in cross_ratio.items()}
         else:
             ratios = {"cross_ratio": cross_ratio}
-        check_number(where, 0, float("inf"), beta=beta, **ratios)
+        check_not_negative(where, **ratios)
         check_choice(where, ("mean", "sum"), reduction=reduction)
         self.beta, self.cross_ratio, self.reduction = beta, cross_ratio, reduction
 
@@ -110,7 +111,8 @@ class CrossModalCommitmentLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """What each modality adds to the loss: name -> scalar; their sum is the loss.
 
-        Arguments and errors as for a call.
+        Arguments and errors as for a call. For the loss of a quantizer pass its features, its
+        `quantized` as codes, and its masks: `decode(indices)` has the codes of after the step.
 
         Examples:
             >>> z = {"audio": torch.ones(2, 5, 4), "video": torch.zeros(2, 5, 4)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -22,7 +23,7 @@ from mmvq.checks import (
     check_int,
     check_integers,
     check_modalities,
-    check_number,
+    check_positive,
     check_same_length,
     check_vectors,
     message,
@@ -39,6 +40,17 @@ from mmvq.state import Init
 Commitment = Callable[[Tensors, Tensors, Tensors | None], Tensor]
 
 _GRADIENTS = {"straight_through": F.straight_through, "rotation": F.rotate}
+
+
+def _check_partner(where: str, **values: object) -> None:
+    hint = "pick one, or pass a callable (z_a, others, masks) -> r"
+    check_choice(
+        where, (*PARTNERS, "none"), hint, **{n: x for n, x in values.items() if not callable(x)}
+    )
+
+
+def _check_temperature(where: str, **values: float | None) -> None:
+    check_positive(where, **{name: x for name, x in values.items() if x is not None})
 
 
 class QuantizerOutput(NamedTuple):
@@ -73,8 +85,9 @@ class MultiModalEMAQuantizer(Pretrained):
     never enter the state. A code that no vector of a step chose keeps its e. Nothing is written in
     eval mode.
 
-    `decay`, `eps`, `reset_after`, `reset_rule`, `init` and `partner_weight` may be read and set at
-    any time; the codebook's are set in either place.
+    All arguments from `decay` to `process_group`, but `update_from` and `commitment`, may be read
+    and set at any time; those of the codebook in either place. Rows of its `ages` and `usage` are
+    in the sorted order of the names.
 
     Under several ranks, each with its clips, the codebook is that of one process on all of them,
     to rounding, and the same bits on all ranks: one all-reduce of one flat buffer for each step
@@ -131,8 +144,13 @@ class MultiModalEMAQuantizer(Pretrained):
     """
 
     modalities: tuple[str, ...]
+    partner = Setting["Literal['attention', 'aligned', 'none'] | Partner"](_check_partner)
     partner_weight = Setting[float](check_fraction)
-    partner_temperature: float | None
+    partner_temperature = Setting[float | None](_check_temperature)
+    gradient = Setting[Literal["straight_through", "rotation"]](
+        partial(check_choice, choices=_GRADIENTS)
+    )
+    update = Setting[Literal["auto", "manual"]](partial(check_choice, choices=("auto", "manual")))
     update_from: tuple[str, ...] | None
     commitment: Commitment | None
     ema_codebook: EMACodebook
@@ -191,18 +209,11 @@ class MultiModalEMAQuantizer(Pretrained):
                     modalities=self.modalities,
                 )
             )
-        if not callable(partner):
-            hint = "pick one, or pass a callable (z_a, others, masks) -> r"
-            check_choice(where, (*PARTNERS, "none"), hint, partner=partner)
         called = callable(commitment) and not isinstance(commitment, type)
         if not (called or commitment in ("default", None)):
             rule = "commitment must be a callable (features, codes, masks) -> loss, or None"
             hint = "pass CrossModalCommitmentLoss(...)"
             raise TypeError(message(where, rule, hint=hint, commitment=commitment))
-        check_choice(where, _GRADIENTS, gradient=gradient)
-        check_choice(where, ("auto", "manual"), update=update)
-        if partner_temperature is not None:
-            check_number(where, 1e-6, 1e6, partner_temperature=partner_temperature)
         self.partner, self.partner_weight = partner, partner_weight
         self.partner_temperature = partner_temperature
         self.gradient, self.update = gradient, update

@@ -107,8 +107,8 @@ class CodebookState(OverRanks, Pretrained):
     def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
         r"""Start from given codes: e, N and $o = e \tilde N$ together, and all else at 0.
 
-        The next batch moves them by Eq. 7. Writing to `codes` alone would not last: the first step
-        makes e of o and N.
+        The next batch moves them by Eq. 7. Writing to `codes` alone would not last: a step makes e
+        of o and N for every code that a vector chose.
 
         Args:
             codes: `[L, D]`, any float dtype; float64 makes the state float64.
@@ -141,12 +141,12 @@ class CodebookState(OverRanks, Pretrained):
         if dtype == torch.float64 and self.codes.dtype != torch.float64:
             self.double()
 
-    @torch.no_grad()
     def mend(self) -> None:
         """Undo what a framework did to the buffers that the module was not told of.
 
         FSDP casts a buffer by assigning its `.data`. An alias of the memory from before the cast
-        still holds every bit; if the narrow buffer was written to since, its values count.
+        still holds every bit; if the narrow buffer was written to since, its values count. A buffer
+        made in inference mode cannot be written to outside of it: it is replaced by a copy.
         """
         if torch.compiler.is_compiling() or transformed():  # neither can follow this
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +16,17 @@ Source = str | PathLike[str] | nn.Module | Mapping[str, Any]
 
 
 def read_file(where: str, path: str | PathLike[str], hint: str) -> Mapping[Any, Any]:
-    """A file of `torch.save`, or `.safetensors`; nothing is unpickled but tensors and containers.
+    """A file of `torch.save`, or `.safetensors`, or a folder with a model.safetensors.
+
+    Nothing is unpickled but tensors and plain containers.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, holds other objects, or no dict.
     """
     rule = "the file must be a whole checkpoint of tensors and plain containers"
+    if Path(path).is_dir():
+        path = Path(path, "model.safetensors")
     with open(path, "rb") as file:
         try:
             if fspath(path).endswith(".safetensors"):
@@ -31,8 +36,9 @@ def read_file(where: str, path: str | PathLike[str], hint: str) -> Mapping[Any, 
             else:
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files raise errors of many kinds
-            came = str(error).partition("\n")[0]
-            raise ValueError(message(where, rule, hint=hint, path=str(path), error=came)) from error
+            file.seek(0)
+            came = {"path": str(path), "begins_with": repr(file.read(16)), "error": type(error)}
+            raise ValueError(message(where, rule, hint=hint, **came)) from error
     if not isinstance(content, Mapping):
         rule = "the file must hold a dict of parts"
         raise ValueError(message(where, rule, hint=hint, path=str(path), found=type(content)))
@@ -65,9 +71,11 @@ def find_codebook(
     ]
     if len(prefixes) > 1:
         rule = f"there must be one codebook, and the source has {len(prefixes)}"
-        one = f"{{k.removeprefix({prefixes[0]!r}): x for k, x in state.items()}}"
-        hint = f"pass the part of one, as {one}"
-        raise ValueError(message(where, rule, hint=hint, prefixes=prefixes[:3]))
+        hint = (
+            "pass one submodule, or the part of one: {k.removeprefix(p): x for k, x in "
+            "state.items() if k.startswith(p)} with its prefix p"
+        )
+        raise ValueError(message(where, rule, hint=hint, prefixes=sorted(prefixes)))
     return (prefixes[0] if prefixes else ""), tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -98,17 +99,17 @@ def _check_kind(
     embed = state.get("embed", torch.empty(0))
     shapes = [getattr(state.get(name), "shape", None) for name in _BUFFERS]
     fits = embed.ndim in (2, 3) and shapes == [embed.shape, embed.shape, embed.shape[:-1]]
-    initialized = state.get("initted", state.get("inited"))
+    initialized = state.get("initted", state.get("inited", torch.empty(0)))
     for wrong, rule, hint in (
         (
-            not fits or initialized is None,
+            not fits or initialized.numel() == 0,
             "the source must hold embed [1, L, D] or [L, D], embed_avg, cluster_size and initted",
             _HINT,
         ),
         (
             embed.ndim == 3 and len(embed) > 1,
             "several codebooks do not fit into one quantizer",
-            "load them one by one: {name: buffer[h : h + 1] for each of the four buffers}",
+            "load head h alone: {name: x[h : h + 1] if x.ndim else x for name, x in state.items()}",
         ),
         (
             heads > 1,
@@ -131,11 +132,12 @@ def _check_kind(
             "train with affine_param=False first",
         ),
         (
-            initialized is not None and not bool(initialized.all()),
-            "the codebook has not been initialized yet",
+            fits and not (bool(initialized.all()) and bool(state["cluster_size"].any())),
+            "the codebook has not been initialized yet, or has counted no vector",
             "train it first, or build a MultiModalEMAQuantizer, whose default is k-means too",
         ),
     ):
         if wrong:
-            came = {"source": type(source), "embed": state.get("embed")}
+            named = str(source) if isinstance(source, str | PathLike) else type(source)
+            came = {"source": named, "embed": state.get("embed")}
             raise ValueError(message(_WHERE, rule, hint=hint, **came))

@@ -58,7 +58,7 @@ COMPAT = [
         lambda: cmg.load_checkpoint(os.devnull),
         ValueError,
         "load_checkpoint: the file must be a whole checkpoint of tensors and plain containers",
-        f"path: {os.devnull!r}   error: ''",
+        f"path: {os.devnull!r}   begins_with: \"b''\"   error: EOFError",
         "pass a DCID-model-{epoch}.pt of the release, untouched",
     ),
     Case(
@@ -133,7 +133,7 @@ FOREIGN = [
         ValueError,
         "vector_quantize_pytorch.load: the file must be a whole checkpoint of tensors and plain "
         "containers",
-        f"path: {os.devnull!r}   error: ''",
+        f"path: {os.devnull!r}   begins_with: \"b''\"   error: EOFError",
         "pass a VectorQuantize, its _codebook, the state_dict of either, or a file of one",
     ),
     Case(
@@ -148,7 +148,8 @@ FOREIGN = [
         ValueError,
         "cmg.load: there must be one codebook, and the source has 2",
         "prefixes: ['a.', 'b.']",
-        "pass the part of one, as {k.removeprefix('a.'): x for k, x in state.items()}",
+        "pass one submodule, or the part of one: {k.removeprefix(p): x for k, x in state.items() "
+        "if k.startswith(p)} with its prefix p",
     ),
     foreign(
         "the source must hold embed [1, L, D] or [L, D], embed_avg, cluster_size and initted",
@@ -159,7 +160,7 @@ FOREIGN = [
     ),
     foreign(
         "several codebooks do not fit into one quantizer",
-        "load them one by one: {name: buffer[h : h + 1] for each of the four buffers}",
+        "load head h alone: {name: x[h : h + 1] if x.ndim else x for name, x in state.items()}",
         {name: x.expand(2, *x.shape[1:]) if x.ndim else x for name, x in BUFFERS.items()},
         "dict",
         "float32[2, 8, 4]",
@@ -188,11 +189,17 @@ FOREIGN = [
         {**BUFFERS, "codebook_mean": torch.zeros(1, 1, 4)},
         "dict",
     ),
-    foreign(
-        "the codebook has not been initialized yet",
-        "train it first, or build a MultiModalEMAQuantizer, whose default is k-means too",
-        {**BUFFERS, "initted": torch.tensor(False)},
-        "dict",
+    *(
+        foreign(
+            "the codebook has not been initialized yet, or has counted no vector",
+            "train it first, or build a MultiModalEMAQuantizer, whose default is k-means too",
+            {**BUFFERS, **untrained},
+            "dict",
+        )
+        for untrained in (
+            {"initted": torch.tensor(False)},
+            {"cluster_size": torch.zeros(1, 8)},
+        )
     ),
     Case(
         lambda: vector_quantize_pytorch.load({**BUFFERS, "embed": torch.full((1, 8, 4), 1.5)}),

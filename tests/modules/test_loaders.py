@@ -84,16 +84,37 @@ def test_a_released_codebook_of_any_size(source: Callable[..., Any], tmp_path: P
     ours = cmg.load(source(theirs, tmp_path), decay=0.9)
     book = ours.ema_codebook
     assert torch.equal(ours.codebook, theirs.embedding)
-    assert torch.equal(book.counts, theirs.ema_count)
+    assert torch.equal(book.counts, 2 * theirs.ema_count)  # of the two modalities together
     smoothed = functional.laplace_smoothing(book.counts, book.eps)[:, None]
     close(book.sums, theirs.embedding * smoothed, rounding(torch.float64, 4, 50))
     assert (ours.modalities, ours.decay) == (("audio", "video"), 0.9)
+    one = cmg.load(theirs, update_from=("audio",))
+    assert torch.equal(one.ema_codebook.counts, theirs.ema_count)
     x = uniform(7, D, seed=1)
     straight_through = theirs.eval().infer(x)  # z + (e - z)
     close(ours.decode(ours.encode(x)), straight_through, rounding(torch.float64, 2, 2))
     ours({"audio": x[:, None]})  # goes on: nothing is drawn anew
     moved = (ours.codebook != theirs.embedding).any(1)
     assert torch.equal(moved, ours.usage().counts["audio"] > 0)
+
+
+def test_training_goes_on_as_in_the_release() -> None:
+    """The first step moves the codes as far as the release's: N weighs as much against a batch.
+
+    With decay 0.9^M and the aligned partner, on features that all modalities share. What differs is
+    the order of the steps within a batch, and the smoothing: 5% of the way at most.
+    """
+    names = ("audio", "video", "text")
+    theirs = cmg.CMGQuantizer(D, L, names, decay=0.9).double()
+    for seed in range(60):
+        x = uniform(8, 6, D, seed=seed)
+        theirs(dict.fromkeys(names, x))
+    ours = cmg.load(theirs, decay=0.9**3, partner="aligned", reset_after=None)
+    before, x = ours.codebook, 0.5 + uniform(8, 6, D, seed=100)
+    theirs(dict.fromkeys(names, x))
+    ours(dict.fromkeys(names, x))
+    way = (theirs.embedding - before).norm()
+    assert (ours.codebook - theirs.embedding).norm() < 0.05 * way
 
 
 def test_modalities_are_those_that_the_file_has_encoders_of() -> None:
@@ -140,6 +161,9 @@ def test_safetensors_too(tmp_path: Path) -> None:
     save_file(state, tmp_path / "book.safetensors")
     ours: MultiModalEMAQuantizer = vector_quantize_pytorch.load(tmp_path / "book.safetensors")
     assert torch.equal(ours.codebook, state["layers.0._codebook.embed"])
+    (tmp_path / "folder").mkdir()
+    save_file(state, tmp_path / "folder" / "model.safetensors")
+    assert torch.equal(vector_quantize_pytorch.load(tmp_path / "folder").codebook, ours.codebook)
     (tmp_path / "book.safetensors").write_bytes(b"\x08")
     with pytest.raises(ValueError, match="the file must be a whole checkpoint"):
         vector_quantize_pytorch.load(tmp_path / "book.safetensors")

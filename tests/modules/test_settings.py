@@ -13,7 +13,7 @@ from quantizers import NAMES, D, L, batch, trained
 from support import same, state
 from torch._dynamo.utils import counters
 
-from mmvq import CrossCPC, MultiModalEMAQuantizer
+from mmvq import CrossCPC, CrossModalCommitmentLoss, MultiModalEMAQuantizer
 
 VALUES: dict[str, Any] = {
     "decay": 0.5,
@@ -53,6 +53,30 @@ def test_a_value_that_does_not_fit_is_refused_and_changes_nothing(
     with pytest.raises(ValueError, match=f"EMACodebook: {name} must be"):
         setattr(quantizer if where == "quantizer" else quantizer.ema_codebook, name, value)
     assert getattr(quantizer, name) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("partner", "both"),
+        ("partner_weight", 1.5),
+        ("partner_temperature", -1.0),
+        ("gradient", "rot"),
+        ("update", "sometimes"),
+    ],
+)
+def test_settings_of_the_quantizer_alone_are_checked_too(name: str, value: Any) -> None:
+    quantizer = MultiModalEMAQuantizer(D, L, NAMES)
+    with pytest.raises(ValueError, match=f"MultiModalEMAQuantizer: {name} must be"):
+        setattr(quantizer, name, value)
+    quantizer(batch())
+
+
+def test_settings_of_the_losses_are_checked_too() -> None:
+    with pytest.raises(ValueError, match="CrossCPC: temperature must be"):
+        CrossCPC(D, NAMES).temperature = 0.0
+    with pytest.raises(ValueError, match="CrossModalCommitmentLoss: beta must be"):
+        CrossModalCommitmentLoss().beta = -1.0
 
 
 def test_a_setting_takes_effect_at_the_next_step() -> None:

@@ -105,9 +105,11 @@ def load(
 ) -> MultiModalEMAQuantizer:
     """A native quantizer that goes on from a released codebook, of any width and size.
 
-    Its codes are the release's `embedding` itself, its N is `ema_count`. As the release keeps o
-    when it resets a code, o is made of both. Ages and usage start anew, and all settings are
-    mmvq's own unless given; the guide on migration has the nearest ones.
+    Its codes are the release's `embedding` itself. Its N is `ema_count` times the number of
+    modalities that move the codebook: the release has one step for each modality, and so the mean
+    of their counts where mmvq has the sum. As the release keeps o when it resets a code, o is made
+    of e and N. Ages and usage start anew, and all settings are mmvq's own unless given; the guide
+    on migration has the nearest ones.
 
     Args:
         source: a `DCID-model-{epoch}.pt`, its content or a part of it, a `CMGQuantizer`, or a model
@@ -136,7 +138,7 @@ def load(
     names: Any = modalities or encoded or getattr(source, "modalities", ("audio", "video"))
     size, dim = codes.shape
     quantizer = MultiModalEMAQuantizer(dim, size, names, **settings)
-    quantizer.set_codes(codes, counts)
+    quantizer.set_codes(codes, counts * len(quantizer.update_from or quantizer.modalities))
     return quantizer
 
 
