@@ -86,6 +86,8 @@ def _settling(update: Callable[[AveragedModel, nn.Module], None]) -> Callable[..
             return
         averaging = bool(self.n_averaged > 0)  # the first time, torch copies too
         pairs = _pairs(self.module, model)
+        for mine, theirs in pairs:  # which float64 data may have made wider since
+            mine.match_dtype(theirs.codes.dtype)
         with _floats_alone(book for pair in pairs for book in pair):
             update(self, model)
         for mine, theirs in pairs:

@@ -20,6 +20,7 @@ __all__ = [
     "check_count_or_none",
     "check_features",
     "check_finite",
+    "check_fit",
     "check_floating",
     "check_fraction",
     "check_indices",
@@ -226,19 +227,22 @@ def check_vectors(where: str, x: Tensor, codebook: Tensor) -> None:
 
 
 def check_codes(where: str, codes: Tensor, counts: Tensor | None, *, like: Tensor) -> None:
-    """`codes` are those of a codebook `like` this one, and `counts` their N; both are looked at."""
+    """`codes` are those of a codebook `like` this one, and `counts` their N, or None."""
     check_floating(where, codes=codes)
     size, dim = like.shape
-    weights = torch.ones(size) if counts is None else counts
-    if codes.shape != like.shape or not isinstance(weights, Tensor) or weights.shape != (size,):
+    counted = counts is None or (isinstance(counts, Tensor) and counts.shape == (size,))
+    if codes.shape != like.shape or not counted:
         rule = f"codes must be [{size}, {dim}], and counts [{size}] or None"
         hint = "build the module with the size and width of the codes"
         raise ValueError(message(where, rule, hint=hint, codes=codes, counts=counts))
-    odd = ~codes.isfinite().all(1).cpu() | ~weights.isfinite().cpu() | (weights < 0).cpu()
-    if bool(odd.any()):
-        rule = "codes must be finite, and counts finite and not below 0"
+
+
+def check_fit(where: str, fit: Tensor) -> None:
+    """Every row of codes and counts is fit, bool `[L]`; waits for the device."""
+    if not bool(fit.all()):
+        rule = "codes must be finite and below 1e15, and counts finite and not below 0"
         hint = "look for a damaged file, or for a division by a count of 0"
-        raise ValueError(message(where, rule, hint=hint, rows_that_are_not=int(odd.sum())))
+        raise ValueError(message(where, rule, hint=hint, rows_that_are_not=int((~fit).sum())))
 
 
 def check_integers(where: str, hint: str, **tensors: Tensor) -> None:

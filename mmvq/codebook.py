@@ -48,7 +48,8 @@ class EMACodebook(CodebookState):
     start N and o are 0: the first vectors that choose a code replace it. A code that no vector of
     a step chose keeps its e; for the others $e = o / \tilde N$.
 
-    Settings may be read and set at any time: `decay`, `eps`, `reset_after`, `reset_rule`, `init`.
+    Settings may be read and set at any time: `decay`, `eps`, `reset_after` and `reset_rule`, and
+    `init` until first codes have come.
 
     Args:
         dim: D.
@@ -82,9 +83,7 @@ class EMACodebook(CodebookState):
     size: int
     groups: int
     decay = Setting[float](check_fraction)
-    reset_after = Setting[int | None](check_count_or_none)
     reset_rule = Setting[ResetRule](partial(check_choice, choices=get_args(ResetRule)))
-    update_from: tuple[int, ...] | None
 
     def __init__(
         self,
@@ -116,8 +115,25 @@ class EMACodebook(CodebookState):
         super().__init__(dim, size, groups, init, eps)
         self.dim, self.size, self.groups = dim, size, groups
         self.decay, self.reset_after, self.reset_rule = decay, reset_after, reset_rule
-        self.update_from = None if update_from is None else tuple(update_from)
+        self._update_from = None if update_from is None else tuple(update_from)
+        self._sources = sorted({*sources})
         self.process_group = process_group
+
+    @property
+    def reset_after(self) -> int | None:
+        """Batches after which an unchosen code is reset; None never resets."""
+        return None if self._patience is None else int(self._patience)
+
+    @reset_after.setter
+    def reset_after(self, batches: int | None) -> None:
+        check_count_or_none(type(self).__name__, reset_after=batches)
+        # as a float, whose schedule compiles once: a graph takes each int for a constant
+        self._patience = None if batches is None else float(batches)
+
+    @property
+    def update_from(self) -> tuple[int, ...] | None:
+        """The groups whose vectors enter N and o, as given; None: all."""
+        return self._update_from
 
     @property
     def weight(self) -> Tensor:
@@ -177,7 +193,7 @@ class EMACodebook(CodebookState):
         if self.ready:
             return None
         if not _without_data(values) and bool(self.initialized):
-            self._ready = True  # the state came without load_state_dict: DDP's broadcast, say
+            self._seen = self.initialized  # it came without load_state_dict: DDP's broadcast, say
             return None
         values, groups = values.reshape(-1, self.dim), groups.flatten()
         keep = usable.flatten() & F.finite_rows(values) & self._updating(groups)
@@ -200,7 +216,8 @@ class EMACodebook(CodebookState):
         self.counts.copy_(torch.where(first.fresh, 1, self.counts))
         self.initialized.copy_(torch.where(first.fresh, 1, self.initialized))
         # A compiled graph cannot wait for the answer: there, the first batch is the one.
-        self._ready = _without_data(first.codes) or bool(self.initialized)
+        known = _without_data(first.codes) or bool(self.initialized)
+        self._seen = self.initialized if known else None
 
     @torch.no_grad()
     def accumulate(self, values: Tensor, indices: Tensor, groups: Tensor | None = None) -> None:
@@ -233,7 +250,7 @@ class EMACodebook(CodebookState):
         values, indices, groups = values.reshape(-1, self.dim), indices.flatten(), groups.flatten()
         indices = torch.where(F.finite_rows(values), indices, -1)
         values = values.to(self.codes.dtype)
-        if self._some_only:  # the other groups are counted, but add nothing
+        if len(self._sources) < self.groups:  # the others are counted, but add nothing
             values = torch.where(self._updating(groups)[:, None], values, 0)
         counts, sums = F.code_statistics(
             values,
@@ -276,6 +293,7 @@ class EMACodebook(CodebookState):
     @torch.no_grad()
     def update_(self, statistics: Tensor) -> None:
         """Move the state by reduced statistics: ages, reset, moving average (Eq. 7)."""
+        self.mend()
         G, L, D = self.groups, self.size, self.dim
         counts, sums = statistics.split([G * L, L * D])
         counts, sums = counts.view(G, L), sums.view(L, D)
@@ -301,10 +319,10 @@ class EMACodebook(CodebookState):
         self, sums: Tensor, batch_counts: Tensor
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The idle codes, whose ages start anew, and what takes their place (Sec. 4.3)."""
-        if self.reset_after is None:
+        if self._patience is None:
             return None, None
         ages = self._of_updating(self.ages)
-        idle = F.inactive_codes(ages, self.reset_after, self.reset_rule)
+        idle = F.inactive_codes(ages, self._patience, self.reset_rule)
         dead = idle & (batch_counts.sum() > 0)
         if readable(dead) and not dead.numpy().any():  # a GPU would have to be waited for
             return None, None
@@ -313,19 +331,14 @@ class EMACodebook(CodebookState):
 
     def _updating(self, groups: Tensor) -> Tensor:
         """Whether the vectors of a group enter N and o: int64 `[N]` -> bool `[N]`."""
-        if not self._some_only:
+        if len(self._sources) == self.groups:
             return torch.ones_like(groups, dtype=torch.bool)
-        return torch.stack([groups == g for g in self.update_from or ()]).any(0)
+        return torch.stack([groups == g for g in self._sources]).any(0)
 
     def _of_updating(self, rows: Tensor) -> Tensor:
         """The rows of those groups: `[G, L]` -> `[|update_from|, L]`."""
-        if not self._some_only:
-            return rows
-        return torch.stack([rows[g] for g in sorted({*(self.update_from or ())})])
-
-    @property
-    def _some_only(self) -> bool:
-        return self.update_from is not None and len({*self.update_from}) < self.groups
+        every = len(self._sources) == self.groups
+        return rows if every else torch.stack([rows[g] for g in self._sources])
 
     def reset_usage(self) -> None:
         """Start counting `usage` anew."""

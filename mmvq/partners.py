@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmvq import functional
-from mmvq.checks import message
+from mmvq.checks import check_choice, check_positive, message
 
 Tensors = Mapping[str, Tensor]
 Partner = Callable[[Tensor, Tensors, Tensors], Tensor]
@@ -18,6 +18,18 @@ PARTNERS: dict[str, Partner] = {
     "attention": functional.cross_attend,
     "aligned": functional.aligned_partner,
 }
+
+
+def check_partner(where: str, **values: object) -> None:
+    """Each value is the name of a partner, or a callable."""
+    hint = "pick one, or pass a callable (z_a, others, masks) -> r"
+    names = {name: value for name, value in values.items() if not callable(value)}
+    check_choice(where, (*PARTNERS, "none"), hint, **names)
+
+
+def check_temperature(where: str, **values: float | None) -> None:
+    """Each value is a positive number, or None."""
+    check_positive(where, **{name: x for name, x in values.items() if x is not None})
 
 
 def mix_partners(

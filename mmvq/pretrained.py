@@ -94,7 +94,7 @@ class Pretrained(nn.Module):
     def _config(self) -> dict[str, Any]:
         """The content of config.json."""
         arguments, again = {}, {}
-        for name in _parameters(type(self)):
+        for name in parameters(type(self)):
             value = self._argument(name)
             try:
                 arguments[name] = json.loads(json.dumps(value))
@@ -170,7 +170,7 @@ class Pretrained(nn.Module):
             )
 
 
-def _parameters(kind: type) -> list[str]:
+def parameters(kind: type) -> list[str]:
     """The arguments of `__init__`; those in `*args` and `**kwargs` are of its base.
 
     A subclass that fixes one of these itself, and passes `**kwargs` on, cannot be built from them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from copy import deepcopy
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
@@ -23,34 +22,28 @@ from mmvq.checks import (
     check_int,
     check_integers,
     check_modalities,
-    check_positive,
     check_same_length,
     check_vectors,
     message,
     readable,
 )
 from mmvq.codebook import EMACodebook, ResetRule, recomputing
-from mmvq.growth import grow
+from mmvq.growth import extend
 from mmvq.losses import CrossModalCommitmentLoss
-from mmvq.partners import PARTNERS, Partner, Tensors, mix_partners
-from mmvq.pretrained import Pretrained, _parameters
+from mmvq.partners import (
+    Partner,
+    Tensors,
+    check_partner,
+    check_temperature,
+    mix_partners,
+)
+from mmvq.pretrained import Pretrained
 from mmvq.settings import Setting
 from mmvq.state import Init
 
 Commitment = Callable[[Tensors, Tensors, Tensors | None], Tensor]
 
 _GRADIENTS = {"straight_through": F.straight_through, "rotation": F.rotate}
-
-
-def _check_partner(where: str, **values: object) -> None:
-    hint = "pick one, or pass a callable (z_a, others, masks) -> r"
-    check_choice(
-        where, (*PARTNERS, "none"), hint, **{n: x for n, x in values.items() if not callable(x)}
-    )
-
-
-def _check_temperature(where: str, **values: float | None) -> None:
-    check_positive(where, **{name: x for name, x in values.items() if x is not None})
 
 
 class QuantizerOutput(NamedTuple):
@@ -143,15 +136,13 @@ class MultiModalEMAQuantizer(Pretrained):
         (torch.Size([4, 10, 16]), torch.Size([4, 10]))
     """
 
-    modalities: tuple[str, ...]
-    partner = Setting["Literal['attention', 'aligned', 'none'] | Partner"](_check_partner)
+    partner = Setting["Literal['attention', 'aligned', 'none'] | Partner"](check_partner)
     partner_weight = Setting[float](check_fraction)
-    partner_temperature = Setting[float | None](_check_temperature)
+    partner_temperature = Setting[float | None](check_temperature)
     gradient = Setting[Literal["straight_through", "rotation"]](
         partial(check_choice, choices=_GRADIENTS)
     )
     update = Setting[Literal["auto", "manual"]](partial(check_choice, choices=("auto", "manual")))
-    update_from: tuple[str, ...] | None
     commitment: Commitment | None
     ema_codebook: EMACodebook
     decay = Setting[float](part="ema_codebook")
@@ -196,7 +187,7 @@ class MultiModalEMAQuantizer(Pretrained):
         super().__init__()
         where = "MultiModalEMAQuantizer"
         check_int(where, 1, dim=dim, codebook_size=codebook_size)
-        self.modalities = check_modalities(where, modalities)
+        self._modalities = check_modalities(where, modalities)
         self._sorted = tuple(sorted(self.modalities))  # the order of the state and of every sum
         sources = self.modalities if update_from is None else update_from
         if not (isinstance(sources, Collection) and sources and {*sources} <= {*self.modalities}):
@@ -217,7 +208,7 @@ class MultiModalEMAQuantizer(Pretrained):
         self.partner, self.partner_weight = partner, partner_weight
         self.partner_temperature = partner_temperature
         self.gradient, self.update = gradient, update
-        self.update_from = None if update_from is None else tuple(update_from)
+        self._update_from = None if update_from is None else tuple(update_from)
         self.commitment = CrossModalCommitmentLoss() if commitment == "default" else commitment
         loss = self.commitment
         ratio = loss.cross_ratio if isinstance(loss, CrossModalCommitmentLoss) else 0
@@ -237,6 +228,16 @@ class MultiModalEMAQuantizer(Pretrained):
             init=init,
             process_group=process_group,
         )
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The names, as given."""
+        return self._modalities
+
+    @property
+    def update_from(self) -> tuple[str, ...] | None:
+        """The modalities whose vectors enter N and o, as given; None: all."""
+        return self._update_from
 
     def forward(
         self,
@@ -380,8 +381,9 @@ class MultiModalEMAQuantizer(Pretrained):
 
         The old codes and all that is counted of them are the same bits. A new modality was never
         seen. A new code begins beside one of the most used, so that the two share what was chosen
-        by one; N = 1. This quantizer stays as it is; what waits for `update_codebook` is not taken
-        along.
+        by one; N = 1. This quantizer stays as it is. Statistics that wait for `update_codebook` are
+        not taken along; parts with parameters (a partner, a commitment, those of a subclass) are
+        copied.
 
         Args:
             modalities: all names, the old ones among them; None: the same.
@@ -396,19 +398,7 @@ class MultiModalEMAQuantizer(Pretrained):
             >>> wider.codebook.shape
             torch.Size([24, 8])
         """
-        old, names = self.ema_codebook, self.modalities if modalities is None else modalities
-        size = old.size if codebook_size is None else codebook_size
-        where = "MultiModalEMAQuantizer.extended"
-        check_int(where, old.size, codebook_size=size)
-        if lost := [name for name in self.modalities if name not in names]:
-            rule, hint = "modalities must hold the old ones too", "pass all names, old and new"
-            raise ValueError(message(where, rule, hint=hint, modalities=names, lost=lost))
-        given = {name: getattr(self, name) for name in _parameters(type(self))}
-        given["commitment"] = deepcopy(self.commitment)
-        new = type(self)(**{**given, "modalities": names, "codebook_size": size})
-        rows = [new._sorted.index(name) for name in self._sorted]
-        grow(new.to(old.codes.device).ema_codebook, old, rows)
-        return new.train(self.training)
+        return extend(self, modalities, codebook_size)
 
     @property
     def codebook_size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, Self, TypeVar, overload
+from typing import Any, Generic, Self, TypeVar, overload
 
 from torch import nn
 
@@ -49,7 +49,8 @@ class Setting(Generic[T]):
         if self.part is not None:
             kept: T = getattr(getattr(module, self.part), self.name)
             return kept
-        value: T = module.__dict__[self.name]
+        modules: dict[str, Any] = module._modules  # where nn.Module keeps a value that is one
+        value: T = (modules if self.name in modules else module.__dict__)[self.name]
         return value
 
     def __set__(self, module: nn.Module, value: T) -> None:

@@ -14,14 +14,20 @@ One rule: what training reads is either state, or a setting, or derived.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mmvq import functional as F
-from mmvq.checks import check_choice, check_codes, check_fraction, readable
+from mmvq.checks import (
+    check_choice,
+    check_codes,
+    check_fit,
+    check_fraction,
+    message,
+    readable,
+)
 from mmvq.distributed import OverRanks
 from mmvq.pretrained import Pretrained
 from mmvq.settings import Setting
@@ -42,9 +48,9 @@ class CodebookState(OverRanks, Pretrained):
     is in float64; `assign=True` takes its tensors.
 
     Args:
-        dim: D.
-        size: L.
-        groups: G.
+        dim: feature dimension D.
+        size: number of codes L.
+        groups: number of groups G.
         init: where the first codes come from. Until they do, they are uniform in (-1/L, 1/L).
         eps: Laplace smoothing.
     """
@@ -56,15 +62,17 @@ class CodebookState(OverRanks, Pretrained):
     usage: Tensor
     steps: Tensor
     initialized: Tensor
-    init = Setting[Init](partial(check_choice, choices=get_args(Init)))
     eps = Setting[float](check_fraction)
-    _pending: Tensor | None  # what waits for `apply`, as gradients do: in no file
-    _ready: bool  # `initialized` as last seen: on a GPU the host would have to wait for it
-    _memory: dict[str, Tensor]  # of each floating point buffer, as it was before a foreign cast
+    _pending: Tensor | None  # statistics not yet applied: in no file, as gradients are
+    _seen: (
+        Tensor | None
+    )  # `initialized`, once the host has read a 1 from it: a GPU must be waited for
+    _memory: dict[str, tuple[Tensor, Tensor]]  # name -> buffer, and an alias of what it holds
 
     def __init__(self, dim: int, size: int, groups: int, init: Init, eps: float) -> None:
         super().__init__()
-        self.init, self.eps = init, eps
+        self._init, self.eps = init, eps
+        check_choice(type(self).__name__, get_args(Init), init=init)
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer("codes", torch.empty(size, dim, dtype=dtype))
         self.register_buffer("sums", torch.empty(size, dim, dtype=dtype))
@@ -75,6 +83,19 @@ class CodebookState(OverRanks, Pretrained):
         self.register_buffer("initialized", torch.empty((), dtype=torch.long))
         self._memory = {}
         self.reset_parameters()
+
+    @property
+    def init(self) -> Init:
+        """Where the first codes come from; may be set until they have come."""
+        return self._init
+
+    @init.setter
+    def init(self, init: Init) -> None:
+        check_choice(type(self).__name__, get_args(Init), init=init)
+        self._init = init
+        if not (self.counts.is_meta or bool(self.counts.any())):
+            self.initialized.fill_(init == "uniform")
+            self._seen = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -93,22 +114,22 @@ class CodebookState(OverRanks, Pretrained):
             fill(x, 0)
         fill(self.ages, F.UNSEEN)
         fill(self.initialized, int(self.init == "uniform"))
-        self._pending, self._ready = None, False
+        self._pending = self._seen = None
         self.mend()
 
     @property
     def ready(self) -> bool:
         """Whether the codes need no data to start from, as far as the host knows."""
         if readable(self.initialized):
-            self._ready = bool(self.initialized.numpy())
-        return self._ready or self.init == "uniform"
+            self._seen = self.initialized if self.initialized.numpy() else None
+        return self._seen is self.initialized or self.init == "uniform"
 
     @torch.no_grad()
     def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
-        r"""Start from given codes: e, N and $o = e \tilde N$ together, and all else at 0.
+        r"""Start from given codes: e, N and $o = e \tilde N$ together, and all else as built.
 
         The next batch moves them by Eq. 7. Writing to `codes` alone would not last: a step makes e
-        of o and N for every code that a vector chose.
+        of o and N for every code that a vector chose. Under several ranks, call it on each.
 
         Args:
             codes: `[L, D]`, any float dtype; float64 makes the state float64.
@@ -116,25 +137,31 @@ class CodebookState(OverRanks, Pretrained):
                 None: 1, as if one vector had chosen it.
 
         Raises:
-            ValueError: shapes that do not fit, values that are not finite, counts below 0.
+            ValueError: shapes that do not fit; codes that are not finite or too large to square;
+                counts that are not finite or below 0.
             TypeError: codes that are not floating point.
         """
+        self.mend()
         check_codes("EMACodebook.set_codes", codes, counts, like=self.codes)
-        counts = torch.ones_like(codes[:, 0]) if counts is None else counts
         self.match_dtype(codes.dtype)
-        codes, counts = codes.to(self.codes), counts.to(self.counts)
-        self.begin(codes, counts, codes * F.laplace_smoothing(counts, self.eps)[:, None])
+        codes = codes.detach().to(self.codes)
+        counts = torch.ones_like(codes[:, 0]) if counts is None else counts.detach().to(codes)
+        smoothed = F.laplace_smoothing(counts, self.eps).nan_to_num()  # 0 where all of N is 0
+        sums = codes * smoothed[:, None]
+        fit = F.finite_rows(codes) & F.finite_rows(sums) & (counts >= 0) & counts.sum().isfinite()
+        check_fit("EMACodebook.set_codes", fit)
+        self.begin(codes, counts, sums)
 
     def begin(self, codes: Tensor, counts: Tensor, sums: Tensor) -> None:
-        """Take e, N and o; ages, usage and steps are 0, and nothing waits."""
+        """Take e, N and o. No group has been seen, no step was made, and nothing is pending."""
         self.codes.copy_(codes)
         self.counts.copy_(counts)
         self.sums.copy_(sums)
-        self.ages.zero_()
+        self.ages.fill_(F.UNSEEN)
         self.usage.zero_()
         self.steps.zero_()
         self.initialized.fill_(1)
-        self._pending, self._ready = None, True
+        self._pending, self._seen = None, self.initialized
 
     def match_dtype(self, dtype: torch.dtype) -> None:
         """Make the state float64 if `dtype` is; the state never gets narrower by itself."""
@@ -147,19 +174,28 @@ class CodebookState(OverRanks, Pretrained):
         FSDP casts a buffer by assigning its `.data`. An alias of the memory from before the cast
         still holds every bit; if the narrow buffer was written to since, its values count. A buffer
         made in inference mode cannot be written to outside of it: it is replaced by a copy.
+
+        Raises:
+            RuntimeError: inside a graph of `torch.compile(fullgraph=True)`, which cannot do that.
         """
-        if torch.compiler.is_compiling() or transformed():  # neither can follow this
+        if torch.compiler.is_compiling() or transformed():
+            if self.codes.dtype.itemsize < 4:
+                rule = "a framework has cast the codebook, which no graph or transform can undo"
+                hint = "leave out fullgraph=True, or call the module once outside of it"
+                raise RuntimeError(message("EMACodebook", rule, hint=hint, codes=self.codes))
             return
         for name in _FLOATS:
             x: Tensor = getattr(self, name)
             if type(x) is not Tensor or x.is_meta:
                 continue
-            before = self._memory.get(name)
-            if x.dtype.itemsize < 4:
-                wide = x.float() if before is None or before.device != x.device else before
-                x.data = wide if torch.equal(wide.to(x.dtype), x) else x.float()
-            if before is None or before.data_ptr() != x.data_ptr():
-                self._memory[name] = x.detach()
+            buffer, before = self._memory.get(name, (None, x))
+            before = before.to(x.device) if buffer is x else x
+            if x.dtype.itemsize < max(4, before.dtype.itemsize):
+                bits = (y.contiguous().view(torch.uint8) for y in (before.to(x.dtype), x))
+                wide = torch.promote_types(before.dtype, torch.float32)
+                x.data = before if before is not x and torch.equal(*bits) else x.to(wide)
+            if buffer is not x or before.data_ptr() != x.data_ptr():
+                self._memory[name] = x, x.detach()
         for name, y in self._buffers.items():
             if y is not None and y.is_inference() and not torch.is_inference_mode_enabled():
                 self._buffers[name] = y.clone()
@@ -188,9 +224,11 @@ class CodebookState(OverRanks, Pretrained):
                 kept = out.dtype == x.dtype
             return out if kept else x.to(out.device)
 
+        seen = self._seen is self.initialized
         super()._apply(keep_kind, recurse)  # type: ignore[no-untyped-call]
         if self._pending is not None:
             self._pending = keep_kind(self._pending)
+        self._seen = self.initialized if seen else None
         self._memory = {}
         self.mend()
         return self
@@ -216,9 +254,9 @@ class CodebookState(OverRanks, Pretrained):
         **kwargs: Any,
     ) -> None:
         self.mend()
-        found = [state_dict.get(prefix + name) for name in _FLOATS]
-        for x in found:
-            if isinstance(x, Tensor):
+        for name in _FLOATS:
+            x = state_dict.get(prefix + name)
+            if isinstance(x, Tensor) and x.shape == getattr(self, name).shape:
                 self.match_dtype(x.dtype)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         if local_metadata.get("assign_to_params_buffers"):  # the file's own tensors, as they are
@@ -226,8 +264,9 @@ class CodebookState(OverRanks, Pretrained):
             for name, x in self._buffers.items():
                 assert x is not None
                 self._buffers[name] = x.to(wide if name in _FLOATS else torch.long)
+            self.initialized = self.initialized.clone()
         if self.init == "uniform":  # whatever it was where the codes come from
             self.initialized.fill_(1)
-        if not self.initialized.is_meta:
-            self._ready = bool(self.initialized)
+        known = not self.initialized.is_meta and bool(self.initialized)
+        self._seen = self.initialized if known else None
         self._pending = None  # it belongs to the state that was here before

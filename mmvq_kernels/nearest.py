@@ -122,18 +122,22 @@ def _search_torch(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _search_few(x: Tensor, codebook: Tensor) -> Tensor:
-    """All distances from differences: in float32, and in float64 if that leaves a row in doubt.
+    """All distances from differences: in float32, and in float64 for the codes in doubt.
 
     A distance that is a root of a sum of D squares of differences is off by at most D / 2 + 3 unit
-    roundoffs. So no other code is the nearest where each row has one within twice that.
+    roundoffs, unless the squares underflow. So the nearest code is within twice that of the least.
     """
-    exact = "donot_use_mm_for_euclid_dist"
+    single, exact = torch.finfo(torch.float32), "donot_use_mm_for_euclid_dist"
     if torch.float64 not in (x.dtype, codebook.dtype):
         distances = torch.cdist(x.float(), codebook.float(), compute_mode=exact)
         least, index = distances.min(1, keepdim=True)
-        doubt = 1 + (x.shape[1] + 8) * torch.finfo(torch.float32).eps
-        if (distances <= least * doubt).sum(1).eq(1).numpy().all():
-            return index.squeeze(1)
+        if ((least > single.tiny**0.25) & (least < torch.inf)).numpy().all():  # no NaN either
+            near = distances <= least * (1 + (x.shape[1] + 8) * single.eps)
+            if near.sum(1).eq(1).numpy().all():
+                return index[:, 0]
+            codes = near.any(0).nonzero()[:, 0]
+            apart = torch.cdist(x.double(), codebook[codes].double(), compute_mode=exact)
+            return codes[apart.argmin(1)]
     blocks = codebook.split(max(1, _BLOCK_BYTES // (8 * codebook.shape[1])))
     parts = [torch.cdist(x.double(), codes.double(), compute_mode=exact) for codes in blocks]
     return torch.cat(parts, 1).nan_to_num_(torch.inf, torch.inf).argmin(1)

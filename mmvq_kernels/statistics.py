@@ -146,7 +146,9 @@ def _code_statistics_torch(
 
 
 def _add_rows(values: Tensor, bins: Tensor, num_bins: int) -> Tensor:
-    if values.shape[0] > _MANY:  # the error of a sum in one dtype grows with its length
+    if (
+        values.shape[0] > _MANY and values.dtype != torch.float64
+    ):  # the error of a sum in one dtype grows with its length
         total = values.new_zeros(num_bins, values.shape[1], dtype=torch.float64)
         for rows, places in zip(values.split(_BLOCK), bins.split(_BLOCK), strict=True):
             _add_rows_(total, rows.double(), places)

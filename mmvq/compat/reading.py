@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,23 @@ def read_file(where: str, path: str | PathLike[str], hint: str) -> Mapping[Any, 
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, holds other objects, or no dict.
     """
-    rule = "the file must be a whole checkpoint of tensors and plain containers"
-    if Path(path).is_dir():
-        path = Path(path, "model.safetensors")
-    with open(path, "rb") as file:
+    rule, path = "the file must be a whole checkpoint of tensors and plain containers", Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    safe = path.suffix == ".safetensors"
+    if safe:
+        from safetensors.torch import load
+    with path.open("rb") as file:
+        begins_with = repr(file.read(16))
+        file.seek(0)
         try:
-            if fspath(path).endswith(".safetensors"):
-                from safetensors.torch import load
-
+            if safe:
                 content = load(file.read())
             else:
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files raise errors of many kinds
-            file.seek(0)
-            came = {"path": str(path), "begins_with": repr(file.read(16)), "error": type(error)}
-            raise ValueError(message(where, rule, hint=hint, **came)) from error
+            got = {"path": str(path), "begins_with": begins_with, "error": type(error)}
+            raise ValueError(message(where, rule, hint=hint, **got)) from error
     if not isinstance(content, Mapping):
         rule = "the file must hold a dict of parts"
         raise ValueError(message(where, rule, hint=hint, path=str(path), found=type(content)))

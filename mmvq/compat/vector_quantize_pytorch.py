@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmvq.checks import message
+from mmvq import functional
+from mmvq.checks import check_codes, check_fit, message
 from mmvq.compat.reading import Source, find_codebook
-from mmvq.functional.ema import laplace_smoothing
 from mmvq.quantizer import MultiModalEMAQuantizer
 
 _BUFFERS = ("embed", "embed_avg", "cluster_size")
@@ -48,7 +48,7 @@ def load(
 
     Source: vector-quantize-pytorch 1.31 and 1.32; EnCodec 0.1 and its port in transformers.
     """
-    prefix, tensors = find_codebook(_WHERE, source, "embed", _HINT)
+    prefix, tensors = find_codebook(_WHERE, source, "cluster_size", _HINT)
     scope = prefix.removesuffix("_codebook.")
     state = {name.removeprefix(prefix): x for name, x in tensors.items()}
     book = owner = None
@@ -72,18 +72,24 @@ def load(
     )
     embed, embed_avg = (state[name].detach().flatten(0, -2) for name in _BUFFERS[:2])
     cluster_size = state["cluster_size"].detach().flatten()
+    check_codes(_WHERE, embed, cluster_size, like=embed)
+    check_fit(
+        _WHERE,
+        functional.finite_rows(embed) & functional.finite_rows(embed_avg) & (cluster_size >= 0),
+    )
     size, dim = embed.shape
     quantizer = MultiModalEMAQuantizer(dim, size, modalities, **settings)
     ours = quantizer.ema_codebook
-    average = embed_avg / laplace_smoothing(cluster_size, ours.eps)[:, None]
+    average = embed_avg / functional.laplace_smoothing(cluster_size, ours.eps)[:, None]
     difference = float((embed - average).abs().max())
-    # far above rounding, far below other kinds; a NaN fails too
+    # far above rounding, far below other kinds
     if not difference <= 1e-3 * float(embed.abs().max()):
         raise ValueError(
             message(
                 _WHERE,
                 "embed must be the moving average embed_avg / cluster_size",
-                hint="learnable or cosine codes are not: train a quantizer anew",
+                hint="pass the eps that it was trained with; learnable or cosine codes are not "
+                "an average: train a quantizer anew",
                 largest_difference=difference,
             )
         )

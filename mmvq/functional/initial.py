@@ -12,7 +12,7 @@ from mmvq.functional.statistics import code_statistics, finite_rows
 from mmvq_kernels.backends import one_after_another, transformed
 from mmvq_kernels.hashing import mix
 
-_STEPS = 1024  # of k-means++; with more codes, a step takes several
+_MANY = 1024  # codes; with more, a step of k-means++ weighs only two candidates
 
 
 def sample_rows(x: Tensor, num_codes: int, usable: Tensor | None = None) -> Tensor:
@@ -88,33 +88,34 @@ def _spread_rows_torch(x: Tensor, usable: Tensor, num_codes: int) -> Tensor:
     """k-means++: int64 `[num_codes]` distinct rows, -1 where there is none left.
 
     A step draws candidates in proportion to the squared distance from the rows chosen so far, and
-    chooses those that leave the least sum of it. The weights are whole numbers, so that their sums
-    are exact: rows of weight 0, which the unusable are, change nothing.
+    chooses the one that leaves the least sum of it. The weights are whole numbers, so that their
+    sums are exact: rows of weight 0, which the unusable are, change nothing.
     """
-    N, device, exact = len(x), x.device, "donot_use_mm_for_euclid_dist"
-    x = torch.where(usable[:, None], x, 0).to(torch.promote_types(x.dtype, torch.float32))
-    taken = -(-num_codes // _STEPS)  # rows a step
-    drawn = max(2 + int(math.log(num_codes)), 2 * taken)  # the number that scikit-learn draws
-    limits, largest_weight = torch.finfo(x.dtype), 2.0 ** (52 - N.bit_length())
+    N, device = len(x), x.device
+    x = torch.where(usable[:, None], x, 0).double()
+    x = x - x[usable.int().argmax(0, keepdim=True)]  # about the first usable one
+    squares = x.square().sum(1)
+    candidates = 2 + int(math.log(num_codes)) if num_codes <= _MANY else 2  # as scikit-learn has it
+    largest_weight = 2.0 ** (52 - N.bit_length())
+    limits = torch.finfo(x.dtype)
     distance = x.new_full((N,), limits.max).masked_fill_(~usable, 0)  # squared, to what is chosen
 
     chosen = []
-    for start in range(0, drawn * -(-num_codes // taken), drawn):
-        largest = distance.amax().clamp(min=limits.tiny)
-        ends = (distance / largest * largest_weight).round().cumsum(0, dtype=torch.float64)
-        keys = mix(torch.arange(start, start + drawn, device=device))
+    for start in range(0, candidates * num_codes, candidates):
+        scale = largest_weight / distance.amax().clamp(min=limits.tiny)
+        ends = (distance * scale).round().long().cumsum(0)
+        keys = mix(torch.arange(start, start + candidates, device=device))
         places = (keys >> 11).bitwise_and_(2**53 - 1).double() / 2**53  # in [0, 1)
-        if taken > 1:  # at once: in different parts
-            places = (places + torch.arange(drawn, device=device)) / drawn
-        rows = torch.searchsorted(ends, (places * ends[-1]).floor(), right=True).clamp(max=N - 1)
-        apart = torch.cdist(x[rows], x, compute_mode=exact).square()  # [drawn, N]
+        places = (places * ends[-1]).floor().long()
+        rows = torch.searchsorted(ends, places, right=True).clamp(max=N - 1)
+        both = squares + squares[rows, None]  # [candidates, N]
+        apart = torch.addmm(both, x[rows], x.T, alpha=-2)
+        apart = torch.where(apart > 1e-14 * both, apart, 0)  # less is rounding
         left = torch.minimum(apart, distance)
-        sums = (left / largest * largest_weight).round().sum(1, dtype=torch.float64)
-        best = sums.argsort(stable=True)[:taken]
-        distance = left[best].amin(0)
-        copies = (apart[best][:, rows[best]] == 0).tril(-1).any(1)
-        chosen.append(torch.where(copies | (ends[-1] <= 0), -1, rows[best]))
-    return torch.cat(chosen)[:num_codes]
+        best = (left * scale).round().long().sum(1).argmin(0, keepdim=True)
+        distance = left[best][0]
+        chosen.append(torch.where(ends[-1] > 0, rows[best], -1))
+    return torch.cat(chosen)
 
 
 def _range(x: Tensor, usable: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def advance_ages(ages: Tensor, counts: Tensor) -> Tensor:
     return torch.where(present, torch.where(counts > 0, 0, ages.clamp(min=0) + 1), ages)
 
 
-def inactive_codes(ages: Tensor, reset_after: int, rule: Literal["all", "any"]) -> Tensor:
+def inactive_codes(ages: Tensor, reset_after: float, rule: Literal["all", "any"]) -> Tensor:
     """Bool `[L]`: the codes to reset.
 
     `"all"` keeps a code only if every modality chose it within the last `reset_after` batches (the

@@ -7,6 +7,13 @@ from cases.form import Case, both, codes, finite, nan, quantizer, whole, z
 
 import mmvq
 
+
+def cast_in_a_transform() -> object:
+    book = mmvq.EMACodebook(4, 8)
+    book.codes.data = book.codes.bfloat16()
+    return torch.vmap(book.search)(z)
+
+
 CODEBOOK = [
     *(
         Case(
@@ -103,7 +110,8 @@ CODEBOOK = [
         Case(
             lambda given=given: mmvq.EMACodebook(4, 8).set_codes(*given),
             ValueError,
-            "EMACodebook.set_codes: codes must be finite, and counts finite and not below 0",
+            "EMACodebook.set_codes: codes must be finite and below 1e15, and counts finite and not "
+            "below 0",
             "rows_that_are_not: 8",
             "look for a damaged file, or for a division by a count of 0",
         )
@@ -111,7 +119,16 @@ CODEBOOK = [
             (torch.full((8, 4), torch.nan),),
             (codes, torch.full((8,), -1.0)),
             (codes, torch.full((8,), torch.inf)),
+            (codes + 1e16,),
+            (codes + 1e10, torch.full((8,), 1e36)),
         )
+    ),
+    Case(
+        cast_in_a_transform,
+        RuntimeError,
+        "EMACodebook: a framework has cast the codebook, which no graph or transform can undo",
+        "codes: bfloat16[8, 4]",
+        "leave out fullgraph=True, or call the module once outside of it",
     ),
     Case(
         lambda: quantizer(update="manual")._replicate_for_data_parallel()(both),

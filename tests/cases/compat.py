@@ -206,15 +206,22 @@ FOREIGN = [
         ValueError,
         "vector_quantize_pytorch.load: embed must be the moving average embed_avg / cluster_size",
         "largest_difference: 0.5",
-        "learnable or cosine codes are not: train a quantizer anew",
+        "pass the eps that it was trained with; learnable or cosine codes are not an average: "
+        "train a quantizer anew",
     ),
-    Case(
-        lambda: vector_quantize_pytorch.load(
-            {**BUFFERS, "embed_avg": torch.full((1, 8, 4), torch.nan)}
-        ),
-        ValueError,
-        "vector_quantize_pytorch.load: embed must be the moving average embed_avg / cluster_size",
-        "largest_difference: nan",
-        "learnable or cosine codes are not: train a quantizer anew",
+    *(
+        Case(
+            lambda damaged=damaged: vector_quantize_pytorch.load({**BUFFERS, **damaged}),
+            ValueError,
+            "vector_quantize_pytorch.load: codes must be finite and below 1e15, and counts finite "
+            "and not below 0",
+            "rows_that_are_not: 8",
+            "look for a damaged file, or for a division by a count of 0",
+        )
+        for damaged in (
+            {"embed_avg": torch.full((1, 8, 4), torch.nan)},
+            {"embed": torch.full((1, 8, 4), torch.inf)},
+            {"cluster_size": torch.full((1, 8), -1.0)},
+        )
     ),
 ]

@@ -361,9 +361,6 @@ def callback(way: str) -> Any:
     return WeightAveraging() if way == "mean" else EMAWeightAveraging(decay=KEEP)
 
 
-QUIET = [pytest.mark.filterwarnings(f"ignore:{text}") for text in ("nothing",)]
-
-
 @quiet
 @pytest.mark.parametrize("way", ["mean", "ema"])
 def test_lightning_averages(tmp_path: Path, way: str) -> None:

@@ -91,12 +91,17 @@ def test_integers_beyond_float_survive_a_cast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "use", ["forward", "encode", "decode", "codebook", "state_dict", "to", "copy"]
+    "use",
+    ["forward", "encode", "decode", "codebook", "state_dict", "to", "copy", "apply", "set_codes"],
 )
 def test_a_cast_behind_the_modules_back_costs_no_bit(use: str, dtype: torch.dtype) -> None:
     """FSDP assigns `.data`."""
     quantizer = trained()
-    book, before, other = book_of(quantizer), state(quantizer), trained()
+    other = trained()
+    if use == "apply":  # what was accumulated before the cast
+        for each in (quantizer, other):
+            book_of(each).accumulate(batch()["audio"], each.encode(batch()["audio"]))
+    book, before = book_of(quantizer), state(quantizer)
     pointers = {name: getattr(book, name).data_ptr() for name in FLOATS}
     for name in FLOATS:
         x = getattr(book, name)
@@ -112,6 +117,12 @@ def test_a_cast_behind_the_modules_back_costs_no_bit(use: str, dtype: torch.dtyp
         result = [quantizer.codebook], [other.codebook]
     elif use == "state_dict":
         result = [*quantizer.state_dict().values()], [*before.values()]
+    elif use == "apply":
+        result = [book.apply().weight], [book_of(other).apply().weight]
+    elif use == "set_codes":
+        codes = uniform(L, D, dtype=torch.float32)
+        quantizer.set_codes(codes), other.set_codes(codes)
+        result = [quantizer.codebook], [codes]
     elif use == "to":
         result = [*quantizer.to("cpu").buffers()], [*before.values()]
     else:
@@ -330,12 +341,6 @@ def test_replicas_of_data_parallel() -> None:
     assert dtypes(quantizer) == kinds(torch.float32)
 
 
-def test_data_parallel_without_a_gpu() -> None:
-    quantizer, alone = trained(), trained()
-    nn.DataParallel(quantizer)(batch()), alone(batch())
-    assert same(state(quantizer), state(alone))
-
-
 # Devices
 
 
@@ -461,6 +466,17 @@ def test_a_call_with_other_buffers_moves_those() -> None:
     again = trained()
     again(batch(seed=9))
     assert same(state(quantizer), state(again))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_call_with_narrow_buffers_leaves_the_modules_own_alone(training: bool) -> None:
+    quantizer = trained().train(training)
+    own = state(quantizer)
+    given = {n: x.half() if x.is_floating_point() else x for n, x in state(quantizer).items()}
+    torch.func.functional_call(quantizer, given, (batch(),))
+    assert same(state(quantizer), own)
+    moved = given["ema_codebook.steps"] > own["ema_codebook.steps"]
+    assert bool(moved) is training
 
 
 @pytest.mark.parametrize("trained_first", [False, True])

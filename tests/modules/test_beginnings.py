@@ -43,7 +43,8 @@ def test_given_codes_are_the_codes(kind: str, dtype: torch.dtype, counted: bool)
     smoothed = functional.laplace_smoothing(book.counts, book.eps)[:, None]
     close(book.sums, book.codes * smoothed, rounding(book.sums.dtype, 4, 9))
     assert book.initialized == 1
-    assert not any(x.any() for x in (book.ages, book.usage, book.steps))
+    assert not any(x.any() for x in (book.usage, book.steps))
+    assert (book.ages == functional.UNSEEN).all()
 
 
 @KINDS
@@ -75,6 +76,29 @@ def test_given_codes_survive_a_schedule_of_resets() -> None:
     for _ in range(6):
         quantizer({"audio": codes[None], "video": codes[None]})
     close(quantizer.codebook, codes, 0.0)
+
+
+def test_given_codes_do_not_make_an_absent_modality_vote() -> None:
+    """By the rule "any", one that was never seen keeps no code alive: all come into use."""
+    quantizer = MultiModalEMAQuantizer(D, L, NAMES, reset_after=3, reset_rule="any", partner="none")
+    far = uniform(L, D, dtype=torch.float32)
+    far[2:] += 100
+    quantizer.set_codes(far)
+    for seed in range(20):
+        quantizer({"audio": batch(seed=seed)["audio"]})
+    assert not quantizer.usage().dead.any()
+    assert (quantizer.codebook.abs() < 2).all()
+
+
+def test_codes_without_any_count_and_without_smoothing() -> None:
+    book = EMACodebook(D, L, eps=0.0)
+    codes = uniform(L, D, dtype=torch.float32)
+    book.set_codes(codes, torch.zeros(L))
+    x = uniform(40, D, dtype=torch.float32, seed=1)
+    book.accumulate(x, index := book.search(x))
+    book.apply()
+    assert book.weight.isfinite().all()
+    assert torch.equal((book.weight != codes).any(1), torch.bincount(index, minlength=L) > 0)
 
 
 def clusters(number: int, rows: int, spread: float = 0.01) -> Tensor:
@@ -226,3 +250,60 @@ def test_tokens_of_any_integer_dtype(dtype: torch.dtype) -> None:
     if dtype != torch.uint8:
         masked = torch.tensor([-1, 2]).to(dtype)
         assert not quantizer.decode(masked)[0].any()
+
+
+class Taught(MultiModalEMAQuantizer):
+    """A subclass with a part of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.head = torch.nn.Linear(D, 2)
+
+
+class Turned(torch.nn.Module):
+    """A partner with parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = torch.nn.Linear(D, D)
+
+    def forward(self, z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
+        out: Tensor = self.turn(z)
+        return out
+
+
+def test_extended_takes_along_parts_with_parameters() -> None:
+    old = Taught(D, L, NAMES, partner=Turned())
+    old(batch())
+    with torch.device("meta"):  # where it is built is where the old one is
+        new = old.extended(modalities=(name for name in (*NAMES, "depth")), codebook_size=L + 2)
+    assert isinstance(new.partner, Turned)
+    assert new.partner is not old.partner
+    assert torch.equal(new.partner.turn.weight, old.partner.turn.weight)
+    assert torch.equal(new.head.weight, old.head.weight)
+    assert new.head is not old.head
+    new(batch(names=new.modalities))
+
+
+def test_what_is_built_in_cannot_be_set() -> None:
+    """Rather than do nothing."""
+    quantizer = trained()
+    for holder in (quantizer, quantizer.ema_codebook):
+        with pytest.raises(AttributeError):
+            holder.update_from = None  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        quantizer.modalities = NAMES  # type: ignore[misc]
+
+
+def test_where_first_codes_come_from_may_change_until_they_have_come() -> None:
+    data, drawn = (MultiModalEMAQuantizer(D, L, NAMES, init=i) for i in ("uniform", "kmeans"))
+    data.init, drawn.init = "kmeans", "uniform"
+    data(batch())
+    drawn(batch())
+    assert (data.ema_codebook.counts >= 0.99).all()  # N starts from 1 where codes are from data
+    assert (drawn.ema_codebook.counts < 0.99).all()
+    for quantizer in (data, drawn):
+        trained, quantizer.init = quantizer.codebook, "samples"
+        assert torch.equal(quantizer.extended().codebook, trained)
+        quantizer(batch(seed=1))
+        assert quantizer.ema_codebook.steps == 2

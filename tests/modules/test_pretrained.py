@@ -226,7 +226,7 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_loaded(
     with pytest.raises(RuntimeError, match=rule + r"\n  Hint: build the module with"):
         module.load_state_dict(state)
     assert all(torch.equal(x, before[key]) for key, x in module.state_dict().items())
-    assert module.ema_codebook._ready
+    assert module.ema_codebook.ready
 
 
 def test_a_part_of_the_state_loads_when_asked() -> None:

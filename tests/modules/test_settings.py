@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from quantizers import NAMES, D, L, batch, trained
-from support import same, state
+from support import close, rounding, same, state
 from torch._dynamo.utils import counters
 
 from mmvq import CrossCPC, CrossModalCommitmentLoss, MultiModalEMAQuantizer
@@ -99,8 +99,11 @@ def compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+SCHEDULED = ["decay", "eps", "partner_weight", "partner_temperature", "beta", "reset_after"]
+
+
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("name", ["decay", "eps", "partner_weight", "partner_temperature", "beta"])
+@pytest.mark.parametrize("name", SCHEDULED)
 def test_a_schedule_compiles_twice_at_most(name: str) -> None:
     """For the first value, and then for any: to the bit what eager does."""
     quantizer = trained(reset_after=2, partner_temperature=2.0)
@@ -109,7 +112,7 @@ def test_a_schedule_compiles_twice_at_most(name: str) -> None:
     for step in range(12):
         for each in (quantizer, eager):
             holder: Any = each.commitment if name == "beta" else each
-            setattr(holder, name, 0.9 - step / 20)
+            setattr(holder, name, step + 1 if name == "reset_after" else 0.9 - step / 20)
         z = batch(seed=step)
         assert torch.equal(compiled(z).loss, eager(z).loss)
         assert same(state(quantizer), state(eager))
@@ -133,3 +136,22 @@ def test_the_settings_of_cross_cpc_show() -> None:
     text = repr(CrossCPC(D, NAMES, temperature=0.1, normalize=True, num_steps=2))
     for setting in ("temperature=0.1", "normalize=True", "num_steps=2", "normalize_over='targets'"):
         assert setting in text
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_step_undoes_a_cast_that_it_was_not_told_of(backend: str) -> None:
+    """As FSDP1 casts buffers: once, behind the module's back. The graph gives way to eager code."""
+    cast, plain = trained(decay=0.999), trained(decay=0.999)
+    compiled = torch.compile(cast, backend=backend)
+    for step in range(4):
+        if step == 2:
+            for buffer in cast.buffers():
+                if buffer.is_floating_point():
+                    buffer.data = buffer.to(torch.bfloat16)
+        compiled(batch(seed=step))
+        plain(batch(seed=step))
+        assert cast.codebook.dtype == torch.float32
+    for name, x in state(plain).items():
+        close(state(cast)[name], x, rounding(torch.float32, 100, 50))

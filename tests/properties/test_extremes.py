@@ -108,10 +108,7 @@ def test_codes_that_are_all_the_same_part_again(start: str) -> None:
     if start == "constant":
         module({name: torch.ones(8, 5, 4) for name in names})
     else:
-        module.ema_codebook.codes.fill_(0.5)
-        module.ema_codebook.sums.fill_(0.5)
-        module.ema_codebook.initialized.fill_(True)
-        module.ema_codebook._ready = True
+        module.set_codes(torch.full((L, 4), 0.5))
     assert (module.codebook - module.codebook[0]).abs().max() < 1e-4
     events = torch.randn(L, 4)
     for step in range(120):
