@@ -12,8 +12,6 @@ from mmvq.functional.statistics import code_statistics, finite_rows
 from mmvq_kernels.backends import one_after_another, transformed
 from mmvq_kernels.hashing import mix
 
-_MANY = 1024  # codes; with more, a step of k-means++ weighs only two candidates
-
 
 def sample_rows(x: Tensor, num_codes: int, usable: Tensor | None = None) -> Tensor:
     """`num_codes` rows of `x` `[N, D]`, drawn without a generator: same rows, same draw.
@@ -95,7 +93,7 @@ def _spread_rows_torch(x: Tensor, usable: Tensor, num_codes: int) -> Tensor:
     x = torch.where(usable[:, None], x, 0).double()
     x = x - x[usable.int().argmax(0, keepdim=True)]  # about the first usable one
     squares = x.square().sum(1)
-    candidates = 2 + int(math.log(num_codes)) if num_codes <= _MANY else 2  # as scikit-learn has it
+    candidates = 2 + int(math.log(num_codes))  # as scikit-learn has it
     largest_weight = 2.0 ** (52 - N.bit_length())
     limits = torch.finfo(x.dtype)
     distance = x.new_full((N,), limits.max).masked_fill_(~usable, 0)  # squared, to what is chosen
@@ -109,10 +107,9 @@ def _spread_rows_torch(x: Tensor, usable: Tensor, num_codes: int) -> Tensor:
         places = (places * ends[-1]).floor().long()
         rows = torch.searchsorted(ends, places, right=True).clamp(max=N - 1)
         both = squares + squares[rows, None]  # [candidates, N]
-        apart = torch.addmm(both, x[rows], x.T, alpha=-2)
-        apart = torch.where(apart > 1e-14 * both, apart, 0)  # less is rounding
-        left = torch.minimum(apart, distance)
-        best = (left * scale).round().long().sum(1).argmin(0, keepdim=True)
+        left = torch.addmm(both, x[rows], x.T, alpha=-2, beta=1 - 1e-13)  # 0 for equal rows
+        left = left.clamp_(min=0).minimum(distance)
+        best = (left * scale).round_().sum(1).argmin(0, keepdim=True)
         distance = left[best][0]
         chosen.append(torch.where(ends[-1] > 0, rows[best], -1))
     return torch.cat(chosen)
