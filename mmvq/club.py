@@ -65,6 +65,7 @@ class CLUBEstimator(OverRanks, Pretrained):
     hidden_dim: int
     logvar_bound: float | None
     gather: bool
+    process_group: dist.ProcessGroup | None
     p_mu: nn.Sequential
     p_logvar: nn.Sequential
 

@@ -82,8 +82,9 @@ class EMACodebook(CodebookState):
     dim: int
     size: int
     groups: int
-    decay = Setting[float](check_fraction)
-    reset_rule = Setting[ResetRule](partial(check_choice, choices=get_args(ResetRule)))
+    process_group: dist.ProcessGroup | None
+    decay: Setting[float] = Setting(check_fraction)
+    reset_rule: Setting[ResetRule] = Setting(partial(check_choice, choices=get_args(ResetRule)))
 
     def __init__(
         self,

@@ -108,10 +108,11 @@ class CrossCPC(OverRanks, Pretrained):
     num_layers: int
     num_steps: int
     first_step: int
-    self_weight = Setting[float](check_not_negative)
-    temperature = Setting[float](check_positive)
+    self_weight: Setting[float] = Setting(check_not_negative)
+    temperature: Setting[float] = Setting(check_positive)
     normalize: bool
     gather: bool
+    process_group: dist.ProcessGroup | None
     contexts: nn.ModuleDict
     predictors: Predictors
 

@@ -46,7 +46,7 @@ class CrossModalCommitmentLoss(nn.Module):
         tensor(1.5000)
     """
 
-    beta = Setting[float](check_not_negative)
+    beta: Setting[float] = Setting(check_not_negative)
     cross_ratio: float | Mapping[tuple[str, str], float]
 
     if TYPE_CHECKING:
@@ -189,6 +189,7 @@ class CrossModalCodeMatchingLoss(OverRanks):
     """
 
     gather: bool
+    process_group: dist.ProcessGroup | None
 
     if TYPE_CHECKING:
 

@@ -136,21 +136,23 @@ class MultiModalEMAQuantizer(Pretrained):
         (torch.Size([4, 10, 16]), torch.Size([4, 10]))
     """
 
-    partner = Setting["Literal['attention', 'aligned', 'none'] | Partner"](check_partner)
-    partner_weight = Setting[float](check_fraction)
-    partner_temperature = Setting[float | None](check_temperature)
-    gradient = Setting[Literal["straight_through", "rotation"]](
+    partner: Setting[Literal["attention", "aligned", "none"] | Partner] = Setting(check_partner)
+    partner_weight: Setting[float] = Setting(check_fraction)
+    partner_temperature: Setting[float | None] = Setting(check_temperature)
+    gradient: Setting[Literal["straight_through", "rotation"]] = Setting(
         partial(check_choice, choices=_GRADIENTS)
     )
-    update = Setting[Literal["auto", "manual"]](partial(check_choice, choices=("auto", "manual")))
+    update: Setting[Literal["auto", "manual"]] = Setting(
+        partial(check_choice, choices=("auto", "manual"))
+    )
     commitment: Commitment | None
     ema_codebook: EMACodebook
-    decay = Setting[float](part="ema_codebook")
-    eps = Setting[float](part="ema_codebook")
-    reset_after = Setting[int | None](part="ema_codebook")
-    reset_rule = Setting[ResetRule](part="ema_codebook")
-    init = Setting[Init](part="ema_codebook")
-    process_group = Setting["dist.ProcessGroup | None"](part="ema_codebook")
+    decay: Setting[float] = Setting(part="ema_codebook")
+    eps: Setting[float] = Setting(part="ema_codebook")
+    reset_after: Setting[int | None] = Setting(part="ema_codebook")
+    reset_rule: Setting[ResetRule] = Setting(part="ema_codebook")
+    init: Setting[Init] = Setting(part="ema_codebook")
+    process_group: Setting[dist.ProcessGroup | None] = Setting(part="ema_codebook")
 
     if TYPE_CHECKING:
 

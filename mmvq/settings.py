@@ -31,6 +31,10 @@ class Setting(Generic[T]):
           Hint: pass a number from 0 to 1.
     """
 
+    check: Callable[..., None] | None
+    part: str | None
+    name: str
+
     def __init__(
         self, check: Callable[..., None] | None = None, *, part: str | None = None
     ) -> None:

@@ -62,7 +62,7 @@ class CodebookState(OverRanks, Pretrained):
     usage: Tensor
     steps: Tensor
     initialized: Tensor
-    eps = Setting[float](check_fraction)
+    eps: Setting[float] = Setting(check_fraction)
     _pending: Tensor | None  # statistics not yet applied: in no file, as gradients are
     _seen: (
         Tensor | None
