@@ -65,7 +65,7 @@ def centre_kernel(
             m = tl.where(m - m != 0, other.to(tl.float32), m)
             row += 1
         finite = e - e == 0
-        unfit += tl.sum((~finite).to(tl.int32), axis=1)
+        unfit += tl.sum((e - e != 0).to(tl.int32), axis=1)
         centred = tl.where(inside & finite, e - m[None, :], 0.0)
         tl.store(codes + cells, centred, mask=inside)
         products += centred * (centred * 0.5 + m[None, :])
