@@ -350,7 +350,7 @@ class MultiModalEMAQuantizer(Pretrained):
             hint = "train it, load a state, or start from codes of your own with set_codes"
             text = message("MultiModalEMAQuantizer.encode", rule, hint=hint, init=self.init)
             warnings.warn(text, stacklevel=2)
-        return book.search(x)
+        return F.nearest_code(x, book.weight)
 
     def decode(self, indices: Tensor) -> Tensor:
         """The codes of indices: any integer dtype, `[...]` -> `[..., D]`; zeros for -1 (masked).

@@ -5,6 +5,7 @@ The Triton kernel is in `mmvq_kernels/gpu/nearest.py`, which only a GPU imports.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -114,10 +115,10 @@ one_after_another(_nearest_code)
 
 
 def _search_torch(x: Tensor, codebook: Tensor) -> Tensor:
+    if readable(x) and len(x) <= _FEW:
+        return _search_few(x, codebook)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if readable(x) and len(x) <= _FEW:
-            return _search_few(x, codebook)
-        dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
         return _nearest_code_torch(x, codebook.to(dtype))
 
 
@@ -129,13 +130,13 @@ def _search_few(x: Tensor, codebook: Tensor) -> Tensor:
     """
     single, exact = torch.finfo(torch.float32), "donot_use_mm_for_euclid_dist"
     if torch.float64 not in (x.dtype, codebook.dtype):
-        distances = torch.cdist(x.float(), codebook.float(), compute_mode=exact)
-        least, index = distances.min(1, keepdim=True)
-        if ((least > single.tiny**0.25) & (least < torch.inf)).numpy().all():  # no NaN either
+        distances = torch.cdist(x.float(), codebook.float(), compute_mode=exact).numpy()
+        least = distances.min(1, keepdims=True)
+        if ((least > single.tiny**0.25) & (least < math.inf)).all():  # no NaN either
             near = distances <= least * (1 + (x.shape[1] + 8) * single.eps)
-            if near.sum(1).eq(1).numpy().all():
-                return index[:, 0]
-            codes = near.any(0).nonzero()[:, 0]
+            if (near.sum(1) == 1).all():
+                return torch.from_numpy(distances.argmin(1))
+            codes = torch.from_numpy(near.any(0)).nonzero()[:, 0]
             apart = torch.cdist(x.double(), codebook[codes].double(), compute_mode=exact)
             return codes[apart.argmin(1)]
     blocks = codebook.split(max(1, _BLOCK_BYTES // (8 * codebook.shape[1])))
