@@ -98,4 +98,5 @@ def _settling(update: Callable[[AveragedModel, nn.Module], None]) -> Callable[..
     return update_parameters
 
 
+# mypy takes no method for a variable
 AveragedModel.update_parameters = _settling(AveragedModel.update_parameters)  # type: ignore[method-assign]

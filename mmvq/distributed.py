@@ -43,6 +43,7 @@ class OverRanks(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if isinstance(name := state.get("process_group"), _GroupName):
             state = {**state, "process_group": _find_group(type(self).__name__, name)}
+        # torch has no types for it
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
@@ -54,9 +55,7 @@ def _find_group(where: str, name: str) -> dist.ProcessGroup | None:
     try:
         from torch._C import _distributed_c10d
 
-        resolve: Any = (
-            _distributed_c10d._resolve_process_group
-        )  # takes a name, of a type of its own
+        resolve: Any = _distributed_c10d._resolve_process_group  # its names have their own type
         group: dist.ProcessGroup = resolve(name)
         return group
     except (ImportError, RuntimeError):

@@ -87,9 +87,9 @@ class MultiModalEMAQuantizer(Pretrained):
     (the first codes are gathered before). A rank's batch may be empty, masked, of other modalities
     or not finite; but all ranks take the same steps, in the same mode and dtype, from the same
     state (`DistributedDataParallel` hands out rank 0's; else seed alike). An error on one rank
-    ends that rank, and the others with torch's error for a lost peer. The state is never sharded
-    or averaged, and is safe under `DistributedDataParallel`, whose `forward_sync_buffers=False`
-    saves a broadcast of what is equal anyway, and under `fully_shard`.
+    ends that rank, and the others with torch's error for a lost peer. The state is never sharded,
+    nor averaged over ranks. It is safe under `fully_shard`, and under `DistributedDataParallel`,
+    whose `forward_sync_buffers=False` saves a broadcast of what is equal anyway.
 
     Args:
         dim: D.
