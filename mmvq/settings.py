@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import Generic, Self, TypeVar, cast, overload
 
 from torch import nn
 
@@ -34,6 +34,7 @@ class Setting(Generic[T]):
     check: Callable[..., None] | None
     part: str | None
     name: str
+    kept: str  # where a module keeps the value: under another name, or dynamo of torch 2.11 loops
 
     def __init__(
         self, check: Callable[..., None] | None = None, *, part: str | None = None
@@ -41,7 +42,7 @@ class Setting(Generic[T]):
         self.check, self.part = check, part
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+        self.name, self.kept = name, f"_{name}"
 
     @overload
     def __get__(self, module: None, owner: type) -> Self: ...
@@ -51,10 +52,11 @@ class Setting(Generic[T]):
         if module is None:
             return self
         if self.part is not None:
-            kept: T = getattr(getattr(module, self.part), self.name)
-            return kept
-        modules: dict[str, Any] = module._modules  # where nn.Module keeps a value that is one
-        value: T = (modules if self.name in modules else module.__dict__)[self.name]
+            value: T = getattr(getattr(module, self.part), self.name)
+        elif self.name in module._modules:  # where nn.Module keeps a value that is one
+            value = cast(T, module._modules[self.name])
+        else:
+            value = getattr(module, self.kept)
         return value
 
     def __set__(self, module: nn.Module, value: T) -> None:
@@ -63,4 +65,4 @@ class Setting(Generic[T]):
             return
         if self.check is not None:
             self.check(type(module).__name__, **{self.name: value})
-        module.__dict__[self.name] = value
+        module.__dict__[self.kept] = value
