@@ -126,7 +126,8 @@ def table(rows: list[dict[str, Any]], clock: str) -> str:
             ms = row["ms"]
             cells.append(f"{ms['mmvq'][clock]:,.2f}")
             for name in peers_seen:
-                ratio = ms["mmvq"][clock] / ms[name][clock] if name in ms else None
+                timed_too = clock in ms.get(name, {})
+                ratio = ms["mmvq"][clock] / ms[name][clock] if timed_too else None
                 cells.append("" if ratio is None else f"{ratio:.2f}")
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -49,6 +49,12 @@ def product(x: Tensor, codebook: Tensor) -> None:
             torch.mm(block, codes.T, out=scores[: len(block), : len(codes)])
 
 
+def _by_addmm(x: Tensor, codebook: Tensor) -> Tensor:
+    """As torch alone would do it fast: `x . e - |e|^2 / 2`, the greatest in blocks of rows."""
+    half = codebook.square().sum(1) * -0.5
+    return torch.cat([torch.addmm(half, rows, codebook.T).max(1)[1] for rows in x.split(1 << 14)])
+
+
 def searches(x: Tensor, codebook: Tensor) -> dict[str, Search]:
     """The peers that search these tensors."""
     found: dict[str, Search] = {}
@@ -65,6 +71,8 @@ def searches(x: Tensor, codebook: Tensor) -> dict[str, Search]:
         found["scikit-learn"] = lambda x, codebook: torch.from_numpy(
             sklearn.pairwise_distances_argmin(x.numpy(), codebook.numpy())
         )
+    if not on_cpu:
+        found["addmm and max"] = _by_addmm
     if x.shape[0] * codebook.shape[0] * x.element_size() <= _FULL_BYTES:
         found["cdist"] = lambda x, codebook: torch.cdist(x, codebook).argmin(1)
     return found

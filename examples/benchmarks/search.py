@@ -88,7 +88,7 @@ def summary(rows: list[dict[str, Any]], clock: str) -> dict[str, Any]:
     names = sorted({name for row in ours for name in row["ms"]} - {"mmvq"})
     means = {}
     for name in names:
-        both = [row["ms"] for row in ours if name in row["ms"]]
+        both = [row["ms"] for row in ours if clock in row["ms"].get(name, {})]
         means[name] = round(geometric_mean([r["mmvq"][clock] / r[name][clock] for r in both]), 3)
     powers = {}
     for D in sorted({row["D"] for row in ours}):
