@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from mmvq_kernels.checks import check_below, readable
+from mmvq_kernels.checks import check_below, is_cpu_readable
 from mmvq_kernels.messages import message
 
 __all__ = [
@@ -34,8 +34,8 @@ __all__ = [
     "check_positive",
     "check_same_length",
     "check_vectors",
+    "is_cpu_readable",
     "message",
-    "readable",
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmvq import functional as F
+from mmvq import functional
 from mmvq.checks import (
     check_choice,
     check_finite,
@@ -18,7 +18,7 @@ from mmvq.checks import (
     check_number,
     message,
 )
-from mmvq.distributed import OverRanks, meet
+from mmvq.distributed import OverRanks, gather_batch_sizes
 from mmvq.pretrained import Pretrained
 
 
@@ -149,18 +149,18 @@ class CLUBEstimator(OverRanks, Pretrained):
         x, y, mask = self._check(x, y, mask)
         mu, logvar = self.posterior(x)
         if self.negatives == "all":
-            return F.club(mu, logvar, y, mask, batch=self._batch(y))
+            return functional.club(mu, logvar, y, mask, batch=self._batch(y))
         B, device = y.shape[0], y.device
         if generator is None:  # as an argument, None would compile a graph for each B
             order = torch.randperm(B, device=device)
         else:
             order = torch.randperm(B, generator=generator, device=device)
-        return F.club_shuffled(mu, logvar, y, order, mask)
+        return functional.club_shuffled(mu, logvar, y, order, mask)
 
     def log_likelihood(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean of ln q(y | x) over the valid rows, in nats, with all constants."""
         x, y, mask = self._check(x, y, mask)
-        return F.gaussian_log_likelihood(*self.posterior(x), y, mask, batch=self._batch(y))
+        return functional.gaussian_log_likelihood(*self.posterior(x), y, mask, batch=self._batch(y))
 
     def learning_loss(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """`-log_likelihood`, to fit q; x and y are detached, so that no encoder can follow it."""
@@ -171,10 +171,12 @@ class CLUBEstimator(OverRanks, Pretrained):
         """The settings."""
         return f"negatives={self.negatives!r}, logvar_bound={self.logvar_bound}"
 
-    def _batch(self, y: Tensor) -> F.Batch:
+    def _batch(self, y: Tensor) -> functional.Batch:
         if not self.gather:
-            return F.WHOLE
-        return meet("CLUBEstimator", y, self.process_group, T=y.shape[1] if y.ndim == 3 else 1)
+            return functional.WHOLE
+        return gather_batch_sizes(
+            "CLUBEstimator", y, self.process_group, T=y.shape[1] if y.ndim == 3 else 1
+        )
 
     def _check(
         self, x: Tensor, y: Tensor, mask: Tensor | None

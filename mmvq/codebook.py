@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mmvq import functional as F
+from mmvq import functional
 from mmvq.checks import (
     check_choice,
     check_count_or_none,
@@ -21,10 +21,10 @@ from mmvq.checks import (
     check_int,
     check_mask,
     check_vectors,
+    is_cpu_readable,
     message,
-    readable,
 )
-from mmvq.distributed import all_reduce_, meet, world_size
+from mmvq.distributed import all_reduce_, gather_batch_sizes, world_size
 from mmvq.settings import Setting
 from mmvq.state import CodebookState, Init
 
@@ -150,7 +150,7 @@ class EMACodebook(CodebookState):
             TypeError: x is no floating point tensor.
         """
         check_vectors("EMACodebook.search", x, self.codes)
-        return F.nearest_code(x, self.weight)
+        return functional.nearest_code(x, self.weight)
 
     @torch.no_grad()
     def initialize(
@@ -197,14 +197,14 @@ class EMACodebook(CodebookState):
             self._seen = self.initialized  # it came without load_state_dict: DDP's broadcast, say
             return None
         values, groups = values.reshape(-1, self.dim), groups.flatten()
-        keep = usable.flatten() & F.finite_rows(values) & self._updating(groups)
+        keep = usable.flatten() & functional.finite_rows(values) & self._updating(groups)
         self.match_dtype(values.dtype)
-        ranks = meet("EMACodebook", values, self.process_group)
+        ranks = gather_batch_sizes("EMACodebook", values, self.process_group)
         rows, keep, groups = (ranks.gather(x) for x in (values.detach(), keep, groups))
         if rows.shape[0] == 0:
             return None
         order = groups.argsort(stable=True)  # by group, then rank: as one process would have them
-        make = F.kmeans if self.init == "kmeans" else F.sample_rows
+        make = functional.kmeans if self.init == "kmeans" else functional.sample_rows
         codes = make(rows[order].to(self.codes.dtype), self.size, keep[order])
         fresh = keep.any() & (self.initialized == 0)
         return FirstCodes(torch.where(fresh, codes, self.codes), fresh)
@@ -249,11 +249,11 @@ class EMACodebook(CodebookState):
         self.mend()
         self.match_dtype(values.dtype)
         values, indices, groups = values.reshape(-1, self.dim), indices.flatten(), groups.flatten()
-        indices = torch.where(F.finite_rows(values), indices, -1)
+        indices = torch.where(functional.finite_rows(values), indices, -1)
         values = values.to(self.codes.dtype)
         if len(self._sources) < self.groups:  # the others are counted, but add nothing
             values = torch.where(self._updating(groups)[:, None], values, 0)
-        counts, sums = F.code_statistics(
+        counts, sums = functional.code_statistics(
             values,
             indices,
             self.size,
@@ -301,9 +301,9 @@ class EMACodebook(CodebookState):
         batch_counts = self._of_updating(counts).sum(0)  # [L]
 
         self.usage.add_(counts.long())
-        self.ages.copy_(F.advance_ages(self.ages, counts))
+        self.ages.copy_(functional.advance_ages(self.ages, counts))
         dead, replacement = self._find_resets(sums, batch_counts)
-        F.ema_update_(
+        functional.ema_update_(
             self.codes,
             self.sums,
             self.counts,
@@ -323,12 +323,12 @@ class EMACodebook(CodebookState):
         if self._patience is None:
             return None, None
         ages = self._of_updating(self.ages)
-        idle = F.inactive_codes(ages, self._patience, self.reset_rule)
+        idle = functional.dead_codes(ages, self._patience, self.reset_rule)
         dead = idle & (batch_counts.sum() > 0)
-        if readable(dead) and not dead.numpy().any():  # a GPU would have to be waited for
+        if is_cpu_readable(dead) and not dead.numpy().any():  # a GPU would have to be waited for
             return None, None
         self.ages.masked_fill_(dead & (self.ages >= 0), 0)
-        return dead, F.replacement_codes(self.codes, dead, sums, batch_counts, self.steps)
+        return dead, functional.replacement_codes(self.codes, dead, sums, batch_counts, self.steps)
 
     def _updating(self, groups: Tensor) -> Tensor:
         """Whether the vectors of a group enter N and o: int64 `[N]` -> bool `[N]`."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmvq import functional as F
+from mmvq import functional
 from mmvq.checks import (
     check_choice,
     check_features,
@@ -21,7 +21,7 @@ from mmvq.checks import (
     check_same_length,
     message,
 )
-from mmvq.distributed import OverRanks, exchange, meet
+from mmvq.distributed import OverRanks, exchange, gather_batch_sizes
 from mmvq.pretrained import Pretrained
 from mmvq.settings import Setting
 
@@ -214,9 +214,9 @@ class CrossCPC(OverRanks, Pretrained):
         z = {m: x.to(self.predictors[m].dtype) for m, x in z.items()}
         x = next(iter(z.values()))
         K, T, device = self.num_steps, x.shape[1], x.device
-        group, batch = self.process_group, F.WHOLE
+        group, batch = self.process_group, functional.WHOLE
         if self.gather:
-            batch = meet("CrossCPC", x, group, names=z, T=T)
+            batch = gather_batch_sizes("CrossCPC", x, group, names=z, T=T)
         first, last = self._starts(T, start, generator)
         if self.gather:
             first, last = exchange((first, last), device, group)[0]
@@ -246,12 +246,12 @@ class CrossCPC(OverRanks, Pretrained):
             "batch": batch,
         }
         symmetric = self.normalize_over == "both"
-        nce = F.info_nce(query, key, symmetric=symmetric, reduction="none", **score)
+        nce = functional.info_nce(query, key, symmetric=symmetric, reduction="none", **score)
         summed, count = batch.sum(_sum(nce, mask), _sum(mask, mask))  # [P]
         losses, some, n = summed / count.clamp(min=1), count > 0, len(across)
         loss = _mean(losses[:n], some[:n]) + self.self_weight * _mean(losses[n:], some[n:])
         with torch.no_grad():
-            (summed,) = batch.sum(_sum(F.matched(query, key, **score), mask).to(losses))
+            (summed,) = batch.sum(_sum(functional.top1_hits(query, key, **score), mask).to(losses))
             accuracy = dict(zip(pairs, summed / count.clamp(min=1), strict=True))
         return CPCOutput(loss, accuracy)
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmvq.checks import message
+from mmvq.deprecation import renamed
 from mmvq.functional.batch import WHOLE, Batch
 
 
@@ -136,7 +137,7 @@ class Ranks(Batch):
         return [part.view_as(x) for part, x in zip(parts, tensors, strict=True)]
 
 
-def meet(
+def gather_batch_sizes(
     where: str,
     x: Tensor,
     group: dist.ProcessGroup | None = None,
@@ -220,3 +221,7 @@ class _Gather(torch.autograd.Function):
         mine = torch.empty_like(grad[0], memory_format=torch.contiguous_format)
         dist.reduce_scatter(mine, list(grad.contiguous()), group=ctx.group)
         return mine, None
+
+
+def __getattr__(name: str) -> object:
+    return renamed(__name__, name, meet=gather_batch_sizes)

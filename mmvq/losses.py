@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmvq import functional as F
+from mmvq import functional
 from mmvq.checks import (
     check_choice,
     check_features,
@@ -17,7 +17,7 @@ from mmvq.checks import (
     check_same_length,
     message,
 )
-from mmvq.distributed import OverRanks, meet
+from mmvq.distributed import OverRanks, gather_batch_sizes
 from mmvq.settings import Setting
 
 
@@ -137,7 +137,7 @@ class CrossModalCommitmentLoss(nn.Module):
                 )
             )
         check_finite(where, **z)
-        return F.commitment_terms(
+        return functional.commitment_terms(
             z,
             {name: codes[name].view_as(z[name]) for name in z},
             None if masks is None else valid,
@@ -256,7 +256,7 @@ class CrossModalCodeMatchingLoss(OverRanks):
                 )
             )
         check_finite(where, **z)
-        batch = F.WHOLE
+        batch = functional.WHOLE
         if self.gather:
-            batch = meet(where, next(iter(z.values())), self.process_group, names=z)
-        return F.code_matching(z, codebook, None if masks is None else valid, batch=batch)
+            batch = gather_batch_sizes(where, next(iter(z.values())), self.process_group, names=z)
+        return functional.code_matching(z, codebook, None if masks is None else valid, batch=batch)

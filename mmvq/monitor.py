@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmvq import functional as F
+from mmvq import functional
 from mmvq.checks import check_instance, check_int, message
 from mmvq.club import CLUBEstimator
 from mmvq.distributed import all_reduce_
@@ -90,7 +90,7 @@ class CodebookMonitor:
 
     steps: int
     history: dict[str, list[float]]
-    usage: F.CodeUsage | None
+    usage: functional.CodeUsage | None
     _unread: int  # steps since the last reading
     _lasting: dict[str, int]  # fault -> steps in a row
     quantizer: MultiModalEMAQuantizer
@@ -173,7 +173,7 @@ class CodebookMonitor:
             tally.totals.zero_()
         return taken
 
-    def _figures(self, usage: F.CodeUsage) -> dict[str, Tensor]:
+    def _figures(self, usage: functional.CodeUsage) -> dict[str, Tensor]:
         """Scalars on the device, NaN without data; `rows/<modality>` are the vectors behind it."""
         tallies = self._take_tallies()
         all_reduce_(tallies, self.quantizer.ema_codebook.process_group)
@@ -259,7 +259,7 @@ class _Agreement(_Tally):
         for row, (a, b) in enumerate(self.pairs):
             found = {name: output.indices[name] for name in (a, b) if name in output.indices}
             if len(found) == 2 and found[a].shape == found[b].shape:
-                equal, positions = F.code_agreement(found)
+                equal, positions = functional.code_agreement(found)
                 self.add(row, equal[a, b], positions[a, b])
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmvq import functional as F
+from mmvq import functional
 from mmvq.checks import (
     check_choice,
     check_features,
@@ -24,8 +24,8 @@ from mmvq.checks import (
     check_modalities,
     check_same_length,
     check_vectors,
+    is_cpu_readable,
     message,
-    readable,
 )
 from mmvq.codebook import EMACodebook, ResetRule, recomputing
 from mmvq.growth import extend
@@ -43,7 +43,7 @@ from mmvq.state import Init
 
 Commitment = Callable[[Tensors, Tensors, Tensors | None], Tensor]
 
-_GRADIENTS = {"straight_through": F.straight_through, "rotation": F.rotate}
+_GRADIENTS = {"straight_through": functional.straight_through, "rotation": functional.rotate}
 
 
 class QuantizerOutput(NamedTuple):
@@ -289,7 +289,7 @@ class MultiModalEMAQuantizer(Pretrained):
             values, groups, usable = self._contributions(rows, z, valid)  # Sec. 4.3
             first = book.first_codes(values, groups, usable)
             weight = book.weight if first is None else first.codes
-        index = F.nearest_code(rows, weight)  # Eq. 2
+        index = functional.nearest_code(rows, weight)  # Eq. 2
         codes = _unflat(weight.index_select(0, index), z)  # the snapshot
         if self.commitment is None:
             loss = weight.new_zeros(())
@@ -321,7 +321,7 @@ class MultiModalEMAQuantizer(Pretrained):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the vectors give to o, the group of each, and which are fit to enter."""
         self.ema_codebook.match_dtype(rows.dtype)
-        usable = _flat(valid) & F.finite_rows(rows)
+        usable = _flat(valid) & functional.finite_rows(rows)
         masks = _unflat(usable, z)
         wide = _unflat(rows.to(self.ema_codebook.codes.dtype), z)
         mixed = mix_partners(
@@ -345,12 +345,12 @@ class MultiModalEMAQuantizer(Pretrained):
         """
         check_vectors("MultiModalEMAQuantizer.encode", x, self.ema_codebook.codes)
         book = self.ema_codebook
-        if readable(book.initialized) and not book.ready:
+        if is_cpu_readable(book.initialized) and not book.ready:
             rule = "the codebook has seen no data yet, and its codes mean nothing"
             hint = "train it, load a state, or start from codes of your own with set_codes"
             text = message("MultiModalEMAQuantizer.encode", rule, hint=hint, init=self.init)
             warnings.warn(text, stacklevel=2)
-        return F.nearest_code(x, book.weight)
+        return functional.nearest_code(x, book.weight)
 
     def decode(self, indices: Tensor) -> Tensor:
         """The codes of indices: any integer dtype, `[...]` -> `[..., D]`; zeros for -1 (masked).
@@ -417,7 +417,7 @@ class MultiModalEMAQuantizer(Pretrained):
         """Width of `quantized`: D."""
         return self.ema_codebook.dim
 
-    def usage(self, *, reset: bool = False) -> F.CodeUsage:
+    def usage(self, *, reset: bool = False) -> functional.CodeUsage:
         """Who used which code since the last reset of the counts, over all ranks.
 
         Counts are kept in training only, of valid, finite vectors.
@@ -431,7 +431,7 @@ class MultiModalEMAQuantizer(Pretrained):
         counts = dict(zip(self._sorted, self.ema_codebook.usage.clone(), strict=True))
         if reset:
             self.ema_codebook.reset_usage()
-        return F.code_usage({name: counts[name] for name in self.modalities})
+        return functional.code_usage({name: counts[name] for name in self.modalities})
 
     def update_codebook(self) -> None:
         """With `update="manual"`: one step of Eq. 7 with all that was accumulated."""

@@ -19,14 +19,14 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from mmvq import functional as F
+from mmvq import functional
 from mmvq.checks import (
     check_choice,
     check_codes,
     check_fit,
     check_fraction,
+    is_cpu_readable,
     message,
-    readable,
 )
 from mmvq.distributed import OverRanks
 from mmvq.pretrained import Pretrained
@@ -112,7 +112,7 @@ class CodebookState(OverRanks, Pretrained):
         uniform(self.codes, -bound, bound)
         for x in (self.sums, self.counts, self.usage, self.steps):
             fill(x, 0)
-        fill(self.ages, F.UNSEEN)
+        fill(self.ages, functional.UNSEEN)
         fill(self.initialized, int(self.init == "uniform"))
         self._pending = self._seen = None
         self.mend()
@@ -120,7 +120,7 @@ class CodebookState(OverRanks, Pretrained):
     @property
     def ready(self) -> bool:
         """Whether the codes need no data to start from, as far as the host knows."""
-        if readable(self.initialized):
+        if is_cpu_readable(self.initialized):
             self._seen = self.initialized if self.initialized.numpy() else None
         return self._seen is self.initialized or self.init == "uniform"
 
@@ -146,9 +146,16 @@ class CodebookState(OverRanks, Pretrained):
         self.match_dtype(codes.dtype)
         codes = codes.detach().to(self.codes)
         counts = torch.ones_like(codes[:, 0]) if counts is None else counts.detach().to(codes)
-        smoothed = F.laplace_smoothing(counts, self.eps).nan_to_num()  # 0 where all of N is 0
+        smoothed = functional.laplace_smoothing(
+            counts, self.eps
+        ).nan_to_num()  # 0 where all of N is 0
         sums = codes * smoothed[:, None]
-        fit = F.finite_rows(codes) & F.finite_rows(sums) & (counts >= 0) & counts.sum().isfinite()
+        fit = (
+            functional.finite_rows(codes)
+            & functional.finite_rows(sums)
+            & (counts >= 0)
+            & counts.sum().isfinite()
+        )
         check_fit("EMACodebook.set_codes", fit)
         self.begin(codes, counts, sums)
 
@@ -157,7 +164,7 @@ class CodebookState(OverRanks, Pretrained):
         self.codes.copy_(codes)
         self.counts.copy_(counts)
         self.sums.copy_(sums)
-        self.ages.fill_(F.UNSEEN)
+        self.ages.fill_(functional.UNSEEN)
         self.usage.zero_()
         self.steps.zero_()
         self.initialized.fill_(1)
@@ -208,7 +215,7 @@ class CodebookState(OverRanks, Pretrained):
         code; a code without any N stays.
         """
         self.mend()
-        smoothed = F.laplace_smoothing(self.counts, self.eps)
+        smoothed = functional.laplace_smoothing(self.counts, self.eps)
         mass = torch.where(self.counts > FADED * self.eps, smoothed, self.counts)[:, None]
         some = mass > torch.finfo(mass.dtype).tiny ** 0.5
         self.codes.copy_(torch.where(some, self.sums / mass, self.codes))

@@ -86,7 +86,7 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def one_after_another(operator: Any) -> None:
+def register_sequential_vmap(operator: Any) -> None:
     """Teach an operator `torch.vmap`: it is called for each slice in turn, and the results stacked.
 
     A batch of rows, which it takes at once anyway, is the faster way where the codebook is one.

@@ -9,7 +9,7 @@ from mmvq_kernels.backends import transformed
 from mmvq_kernels.messages import message
 
 
-def readable(x: Tensor) -> bool:
+def is_cpu_readable(x: Tensor) -> bool:
     """Whether the host can read `x` as its memory: on the CPU, in no graph and no transform."""
     plain = type(x) is Tensor and x.device.type == "cpu"  # a fake tensor is of another class
     return plain and not (torch.compiler.is_compiling() or transformed())
@@ -20,13 +20,13 @@ def check_below(
 ) -> None:
     """Each tensor of int64 holds numbers below `size`, and none below 0 unless `signed`.
 
-    They are looked at only if `readable`.
+    They are looked at only if `is_cpu_readable`.
 
     Raises:
         IndexError: one does not.
     """
     for name, x in indices.items():
-        if not readable(x) or x.numel() == 0:
+        if not is_cpu_readable(x) or x.numel() == 0:
             continue
         if (largest := int(x.numpy().max())) >= size:
             rule = f"{name} must be below {size}"

@@ -16,16 +16,16 @@ from torch.nn.functional import pad
 
 from mmvq_kernels.backends import (
     Backend,
-    one_after_another,
+    register_sequential_vmap,
     require,
     runs_triton,
     through_operator,
     transformed,
 )
-from mmvq_kernels.checks import readable
+from mmvq_kernels.checks import is_cpu_readable
 from mmvq_kernels.messages import message
-from mmvq_kernels.products import product
-from mmvq_kernels.rounding import lost_share
+from mmvq_kernels.products import matmul_t
+from mmvq_kernels.rounding import cancellation_threshold
 
 _BLOCK_BYTES = 1 << 23  # of distances held at a time, of one clip at least
 
@@ -144,8 +144,8 @@ def _distances(x: Tensor, codes: Tensor, norms: Tensor) -> tuple[Tensor, Tensor 
     """
     own = x.square().sum(-1, keepdim=True)
     squares = _product(x, codes).mul_(-2).add_(own).add_(norms)
-    floor = lost_share(x.dtype, x.shape[-1]) * own
-    if readable(squares) and not (squares.amin(-1, keepdim=True) <= floor).numpy().any():
+    floor = cancellation_threshold(x.dtype, x.shape[-1]) * own
+    if is_cpu_readable(squares) and not (squares.amin(-1, keepdim=True) <= floor).numpy().any():
         return squares.sqrt_(), None  # as a rule: two passes less
     lost = squares <= floor
     return squares.masked_fill_(lost, 0).sqrt_(), lost
@@ -154,7 +154,7 @@ def _distances(x: Tensor, codes: Tensor, norms: Tensor) -> tuple[Tensor, Tensor 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T`, as exact under autocast as elsewhere."""
     with torch.autocast(a.device.type, enabled=False):
-        return product(a, b)
+        return matmul_t(a, b)
 
 
 def _blocks(x: Tensor, codes: Tensor) -> Iterator[slice]:
@@ -185,7 +185,7 @@ def _(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     return log_p, x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-one_after_another(_code_log_probabilities)
+register_sequential_vmap(_code_log_probabilities)
 
 
 @torch.library.custom_op("mmvq::code_log_probabilities_backward", mutates_args=())
@@ -232,7 +232,7 @@ def _(
     return x.new_empty(x.shape), codebook.new_empty(codebook.shape if of_codes else 0)
 
 
-one_after_another(_backward)
+register_sequential_vmap(_backward)
 
 
 def _backward_torch(

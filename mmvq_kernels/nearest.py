@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from mmvq_kernels.backends import Backend, one_after_another, require, runs_triton, through_operator
-from mmvq_kernels.checks import readable
+from mmvq_kernels.backends import (
+    Backend,
+    register_sequential_vmap,
+    require,
+    runs_triton,
+    through_operator,
+)
+from mmvq_kernels.checks import is_cpu_readable
 from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
-from mmvq_kernels.products import product
+from mmvq_kernels.products import matmul_t
 from mmvq_kernels.rounding import rounded_mean
 
 _FEW = 8  # vectors on a CPU for which to prepare the codes would be most of the work
@@ -111,11 +117,11 @@ def _(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.long)
 
 
-one_after_another(_nearest_code)
+register_sequential_vmap(_nearest_code)
 
 
 def _search_torch(x: Tensor, codebook: Tensor) -> Tensor:
-    if readable(x) and len(x) <= _FEW:
+    if is_cpu_readable(x) and len(x) <= _FEW:
         return _search_few(x, codebook)
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -147,7 +153,7 @@ def _search_few(x: Tensor, codebook: Tensor) -> Tensor:
 def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
     """Blocks of rows against tiles of codes; one block of scores exists at a time."""
     mean, substitutes = rounded_mean(codebook), None
-    if not (readable(mean) and mean.isfinite().numpy().all()):
+    if not (is_cpu_readable(mean) and mean.isfinite().numpy().all()):
         substitutes = _substitutes(codebook)
         codebook = codebook[substitutes]
         mean = rounded_mean(codebook)
@@ -162,7 +168,7 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
         rows, best, index = (t[start : start + length] for t in (x, greatest, indices))
         block[: len(rows), :D] = rows
         for i, codes in enumerate(tiles):
-            score, code = _best(product(codes, block[: len(best)]))
+            score, code = _best(matmul_t(codes, block[: len(best)]))
             torch.where(score > best, code + i * _TILE, index, out=index)
             torch.maximum(score, best, out=best)  # keeps a NaN
     if substitutes is not None:

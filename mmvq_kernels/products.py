@@ -8,7 +8,7 @@ from torch import Tensor
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def matmul_t(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T` of `[..., K]` and `[N, K]`; for use without autocast and without a gradient."""
     traced = torch.compiler.is_compiling()  # inductor takes the operator for constant `b` alone
     if ONEDNN and not traced and a.device.type == "cpu" and a.dtype == torch.float32:

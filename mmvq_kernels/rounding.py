@@ -22,7 +22,7 @@ def rounded_mean(codebook: Tensor) -> Tensor:
     return torch.where(step == 0, mean, (mean / step).round() * step)
 
 
-def lost_share(dtype: torch.dtype, D: int) -> float:
+def cancellation_threshold(dtype: torch.dtype, D: int) -> float:
     """Below this share of `|x|^2`, `|x|^2 - 2 x.e + |e|^2` is rounding, and no distance.
 
     The rounding of a sum of D terms grows as the root of D; with `x = e`, eight times that is more

@@ -8,7 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvq_kernels.backends import Backend, one_after_another, require, runs_triton, through_operator
+from mmvq_kernels.backends import (
+    Backend,
+    register_sequential_vmap,
+    require,
+    runs_triton,
+    through_operator,
+)
 from mmvq_kernels.checks import check_below
 from mmvq_kernels.messages import message
 
@@ -129,7 +135,7 @@ def _(
     return counts, values.new_empty((num_codes, values.shape[1]), dtype=dtype)
 
 
-one_after_another(_code_statistics)
+register_sequential_vmap(_code_statistics)
 
 
 def _code_statistics_torch(

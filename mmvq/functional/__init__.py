@@ -1,5 +1,6 @@
 """The paper as pure functions, about one equation a file, with slow `*_ref` twins to read."""
 
+from mmvq.deprecation import renamed
 from mmvq.functional.attention import aligned_partner, cross_attend, cross_attend_ref
 from mmvq.functional.batch import WHOLE, Batch
 from mmvq.functional.club import (
@@ -9,7 +10,7 @@ from mmvq.functional.club import (
     gaussian_log_likelihood,
 )
 from mmvq.functional.commitment import commitment, commitment_ref, commitment_terms
-from mmvq.functional.contrastive import info_nce, info_nce_ref, matched, similarities
+from mmvq.functional.contrastive import info_nce, info_nce_ref, similarities, top1_hits
 from mmvq.functional.ema import ema_update_, ema_update_ref, laplace_smoothing
 from mmvq.functional.initial import kmeans, sample_rows
 from mmvq.functional.matching import (
@@ -22,7 +23,7 @@ from mmvq.functional.nearest import nearest_code, nearest_code_ref
 from mmvq.functional.reset import (
     UNSEEN,
     advance_ages,
-    inactive_codes,
+    dead_codes,
     jittered,
     replacement_codes,
 )
@@ -54,17 +55,16 @@ __all__ = [
     "commitment_terms",
     "cross_attend",
     "cross_attend_ref",
+    "dead_codes",
     "ema_update_",
     "ema_update_ref",
     "finite_rows",
     "gaussian_log_likelihood",
-    "inactive_codes",
     "info_nce",
     "info_nce_ref",
     "jittered",
     "kmeans",
     "laplace_smoothing",
-    "matched",
     "nearest_code",
     "nearest_code_ref",
     "replacement_codes",
@@ -72,4 +72,9 @@ __all__ = [
     "sample_rows",
     "similarities",
     "straight_through",
+    "top1_hits",
 ]
+
+
+def __getattr__(name: str) -> object:
+    return renamed(__name__, name, inactive_codes=dead_codes, matched=top1_hits)

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mmvq.functional.contrastive import unit_length
 from mmvq_kernels.backends import transformed
-from mmvq_kernels.checks import readable
+from mmvq_kernels.checks import is_cpu_readable
 
 
 def cross_attend(
@@ -65,7 +65,7 @@ def cross_attend(
     r = z * (present == 0)[:, None, None]
     for (name, other), some, share in zip(others.items(), seen, shares, strict=True):
         mask, values, valid = masks[name], other, None
-        if not (readable(mask) and mask.numpy().all()):  # a GPU would have to be waited for
+        if not (is_cpu_readable(mask) and mask.numpy().all()):  # a GPU would have to be waited for
             values = other.masked_fill(~mask[..., None], 0)
             # a softmax over nothing may be NaN: then it is over all keys, and its share is 0
             valid = mask | ~some[:, None]  # [B, S]

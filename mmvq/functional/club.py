@@ -25,7 +25,8 @@ def gaussian_log_likelihood(
         logvar: `[..., D]`.
         y: `[..., D]`.
         mask: bool `[...]`, True = valid.
-        batch: `mmvq.distributed.meet(...)` where the rows are split over ranks: the mean of all.
+        batch: `mmvq.distributed.gather_batch_sizes(...)` where
+            the rows are split over ranks: the mean of all.
 
     Examples:
         >>> zero = torch.zeros(4, 2)  # at the mean of a standard normal: -ln(2 pi) / 2 a dimension
@@ -59,7 +60,8 @@ def club(
         logvar: its log-variance, shaped as mu.
         y: the samples, shaped as mu.
         mask: bool `[B, T]` (or `[B]`), True = valid, as sample and as negative.
-        batch: `mmvq.distributed.meet(...)` where B is split over ranks: mean, variance and bound
+        batch: `mmvq.distributed.gather_batch_sizes(...)` where
+            B is split over ranks: mean, variance and bound
             are those of the whole batch.
 
     Returns:

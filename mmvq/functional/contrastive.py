@@ -80,7 +80,8 @@ def info_nce(
         normalize: cosine similarity instead of the dot product.
         symmetric: the mean of both directions, query to key and key to query.
         reduction: `"mean"` over all valid queries, or `"none"`.
-        batch: `mmvq.distributed.meet(...)` where N is split over ranks, each with a mask or none:
+        batch: `mmvq.distributed.gather_batch_sizes(...)` where
+            N is split over ranks, each with a mask or none:
             the queries here pick among the keys of all, and the mean is over all queries.
 
     Returns:
@@ -123,7 +124,7 @@ def info_nce(
     return total / count.clamp(min=1)
 
 
-def matched(
+def top1_hits(
     query: Tensor,
     key: Tensor,
     *,
@@ -135,7 +136,7 @@ def matched(
     """Whether each query scores its own key highest: bool `[..., N]`; see `info_nce`.
 
     Examples:
-        >>> matched(torch.eye(3), torch.eye(3)[[0, 2, 1]])
+        >>> top1_hits(torch.eye(3), torch.eye(3)[[0, 2, 1]])
         tensor([ True, False, False])
     """
     candidates = None if mask is None else batch.gather(mask, -1)

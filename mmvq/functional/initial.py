@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmvq.functional.nearest import nearest_code
 from mmvq.functional.statistics import code_statistics, finite_rows
-from mmvq_kernels.backends import one_after_another, transformed
+from mmvq_kernels.backends import register_sequential_vmap, transformed
 from mmvq_kernels.hashing import mix
 
 
@@ -79,7 +79,7 @@ def _(x: Tensor, usable: Tensor, num_codes: int) -> Tensor:
     return x.new_empty(num_codes, dtype=torch.long)
 
 
-one_after_another(_spread_rows)
+register_sequential_vmap(_spread_rows)
 
 
 def _spread_rows_torch(x: Tensor, usable: Tensor, num_codes: int) -> Tensor:

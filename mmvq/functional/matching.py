@@ -60,7 +60,8 @@ def code_matching(
         features: name -> `[B, T, D]`; T may differ.
         codebook: `[L, D]`, or one for each modality, tied by index.
         masks: name -> bool `[B, T]`, True = valid.
-        batch: `mmvq.distributed.meet(...)` where the clips are split over ranks: those of all are
+        batch: `mmvq.distributed.gather_batch_sizes(...)` where
+            the clips are split over ranks: those of all are
             candidates for each, and the mean is over all.
 
     Returns:

@@ -32,7 +32,7 @@ def advance_ages(ages: Tensor, counts: Tensor) -> Tensor:
     return torch.where(present, torch.where(counts > 0, 0, ages.clamp(min=0) + 1), ages)
 
 
-def inactive_codes(ages: Tensor, reset_after: float, rule: Literal["all", "any"]) -> Tensor:
+def dead_codes(ages: Tensor, reset_after: float, rule: Literal["all", "any"]) -> Tensor:
     """Bool `[L]`: the codes to reset.
 
     `"all"` keeps a code only if every modality chose it within the last `reset_after` batches (the
@@ -41,7 +41,7 @@ def inactive_codes(ages: Tensor, reset_after: float, rule: Literal["all", "any"]
 
     Examples:
         >>> ages = torch.tensor([[0, 9, 9], [0, 0, 9]])  # of three codes, for two modalities
-        >>> inactive_codes(ages, 5, "all"), inactive_codes(ages, 5, "any")
+        >>> dead_codes(ages, 5, "all"), dead_codes(ages, 5, "any")
         (tensor([False,  True,  True]), tensor([False, False,  True]))
     """
     idle, seen = ages >= reset_after, ages > UNSEEN

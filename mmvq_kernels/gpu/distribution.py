@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
-from mmvq_kernels.rounding import lost_share
+from mmvq_kernels.rounding import cancellation_threshold
 
 _MOST_PARTS = 8
 
@@ -210,7 +210,7 @@ def forward(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms = _centre(x, codebook)
     (N, D), flags, log_lengths = rows.shape, *_lengths(used)
-    sizes, tiles = (N, L, D, lost_share(torch.float32, width)), _tiles(D)
+    sizes, tiles = (N, L, D, cancellation_threshold(torch.float32, width)), _tiles(D)
     parts, share = _split(rows, cdiv(N, 64), L)
     partial = norms.new_empty(parts, N)
     args: tuple[Any, ...] = rows, codes, norms, code_norms, partial, *sizes, share
@@ -235,7 +235,7 @@ def backward(
     (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms = _centre(x, codebook)
     (N, D), flags, log_lengths = rows.shape, *_lengths(used)
-    sizes, tiles = (T, N, L, D, lost_share(torch.float32, width)), _tiles(D)
+    sizes, tiles = (T, N, L, D, cancellation_threshold(torch.float32, width)), _tiles(D)
     known = normalizers.contiguous(), flags, log_lengths, log_p.contiguous(), grad.contiguous()
     parts, share = _split(rows, cdiv(N, 64), L)
     partial = norms.new_empty(parts, N)

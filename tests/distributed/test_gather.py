@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import mmvq
-from mmvq import functional as F
-from mmvq.distributed import average_, meet
+from mmvq import functional
+from mmvq.distributed import average_, gather_batch_sizes
 
 ATOL = 1e-12
 B, T, D, S, L = 11, 5, 6, 3, 8
@@ -136,8 +136,8 @@ def in_another_order(rank: int) -> Tensor:
     """L_cmcm where odd ranks name their modalities the other way round."""
     x, _ = batch(False, *BOUNDS[4][rank : rank + 2])
     x = dict(reversed(x.items())) if rank % 2 else x
-    clips = meet("a test", x["audio"], names=tuple(x))
-    return F.code_matching(x, codes(), batch=clips)
+    clips = gather_batch_sizes("a test", x["audio"], names=tuple(x))
+    return functional.code_matching(x, codes(), batch=clips)
 
 
 def before_init() -> None:
@@ -183,7 +183,7 @@ def test_a_process_outside_the_group_is_alone(case: str, results: list[dict[str,
 
 
 def test_ranks_may_name_modalities_in_any_order(results: list[dict[str, Any]]) -> None:
-    alone = F.code_matching(batch(False, 0, B)[0], codes())
+    alone = functional.code_matching(batch(False, 0, B)[0], codes())
     for result in results:
         torch.testing.assert_close(result["test_gather"]["turned"], alone, atol=ATOL, rtol=0)
 

@@ -13,7 +13,7 @@ import torch
 from support import DTYPES, bools, close, rounding, strided, uniform, wide
 from torch import Tensor
 
-from mmvq import functional as F
+from mmvq import functional
 
 B, T, D = 6, 4, 3
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -47,11 +47,15 @@ def loop(mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_reference(dtype: torch.dtype) -> None:
     triple = batch(dtype)
-    bound = F.club(*triple)
+    bound = functional.club(*triple)
     assert bound.dtype == wide(dtype)
-    close(bound, F.club_ref(*(x.double() for x in triple)), atol(dtype))
+    close(bound, functional.club_ref(*(x.double() for x in triple)), atol(dtype))
     flat = tuple(x[:, 0] for x in triple)
-    close(F.club(*flat), F.club_ref(*(x[:, :1].double() for x in triple)), atol(dtype))
+    close(
+        functional.club(*flat),
+        functional.club_ref(*(x[:, :1].double() for x in triple)),
+        atol(dtype),
+    )
 
 
 def test_masks_equal_the_loop() -> None:
@@ -60,7 +64,7 @@ def test_masks_equal_the_loop() -> None:
     mask[:, 2] = False
     expected = loop(mu, logvar, y, mask)
     spoilt = [torch.where(mask[..., None], x, torch.nan).requires_grad_() for x in (mu, logvar, y)]
-    bound = F.club(*spoilt, mask)
+    bound = functional.club(*spoilt, mask)
     close(bound, expected, atol(mu.dtype))
     bound.backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in spoilt)
@@ -69,8 +73,8 @@ def test_masks_equal_the_loop() -> None:
 def test_one_negative_averages_to_all() -> None:
     """The B shifts of the batch bring every pair once."""
     triple = batch()
-    shifts = [F.club_shuffled(*triple, torch.arange(B).roll(s)) for s in range(B)]
-    close(torch.stack(shifts).mean(), F.club(*triple), atol(torch.float64))
+    shifts = [functional.club_shuffled(*triple, torch.arange(B).roll(s)) for s in range(B)]
+    close(torch.stack(shifts).mean(), functional.club(*triple), atol(torch.float64))
     assert shifts[0] == 0
 
 
@@ -83,7 +87,9 @@ def test_one_negative_counts_where_both_are_valid() -> None:
         for t in range(T)
         if mask[i, t] and mask[i - 1, t]
     ]
-    bound = F.club_shuffled(mu, logvar, torch.where(mask[..., None], y, torch.nan), order, mask)
+    bound = functional.club_shuffled(
+        mu, logvar, torch.where(mask[..., None], y, torch.nan), order, mask
+    )
     close(bound, torch.stack(terms).mean(), atol(mu.dtype))
 
 
@@ -92,13 +98,17 @@ def test_log_likelihood_is_the_normal_density(dtype: torch.dtype) -> None:
     mu, logvar, y = batch(dtype)
     normal = torch.distributions.Normal(mu.double(), (logvar.double() / 2).exp())
     density = normal.log_prob(y.double()).sum(-1)
-    out = F.gaussian_log_likelihood(mu, logvar, y)
+    out = functional.gaussian_log_likelihood(mu, logvar, y)
     assert out.dtype == wide(dtype)
     close(out, density.mean(), atol(dtype))
     mask = bools(B, T)
     masked = torch.where(mask[..., None], y, torch.nan)
-    close(F.gaussian_log_likelihood(mu, logvar, masked, mask), density[mask].mean(), atol(dtype))
-    at_the_mean = F.gaussian_log_likelihood(mu, torch.zeros_like(mu), mu)
+    close(
+        functional.gaussian_log_likelihood(mu, logvar, masked, mask),
+        density[mask].mean(),
+        atol(dtype),
+    )
+    at_the_mean = functional.gaussian_log_likelihood(mu, torch.zeros_like(mu), mu)
     close(at_the_mean, -D / 2 * math.log(2 * math.pi), atol(dtype))
 
 
@@ -107,19 +117,23 @@ def test_nothing_constant_and_strided() -> None:
     none = torch.zeros(B, T, dtype=torch.bool)
     order = torch.arange(B)
     for nothing in ((mu[:0], logvar[:0], y[:0], None), (mu, logvar, y, none)):
-        assert F.club(*nothing) == 0
-        assert F.club_shuffled(*nothing[:3], order[: len(nothing[0])], nothing[3]) == 0
-        assert F.gaussian_log_likelihood(*nothing) == 0
-    assert F.club(mu, logvar, y[:1].expand(B, T, D)).abs() <= atol(
+        assert functional.club(*nothing) == 0
+        assert functional.club_shuffled(*nothing[:3], order[: len(nothing[0])], nothing[3]) == 0
+        assert functional.gaussian_log_likelihood(*nothing) == 0
+    assert functional.club(mu, logvar, y[:1].expand(B, T, D)).abs() <= atol(
         mu.dtype
     )  # nothing to tell apart
-    close(F.club(strided(mu), strided(logvar), strided(y)), F.club(mu, logvar, y), atol(mu.dtype))
+    close(
+        functional.club(strided(mu), strided(logvar), strided(y)),
+        functional.club(mu, logvar, y),
+        atol(mu.dtype),
+    )
 
 
 def test_gradient() -> None:
     inputs = [x.requires_grad_() for x in batch()]
     mask, order = bools(B, T), torch.arange(B).roll(2)
-    assert torch.autograd.gradcheck(lambda *x: F.club(*x, mask), inputs)
-    assert torch.autograd.gradcheck(lambda *x: F.club(*x), inputs)
-    assert torch.autograd.gradcheck(lambda *x: F.club_shuffled(*x, order, mask), inputs)
-    assert torch.autograd.gradcheck(lambda *x: F.gaussian_log_likelihood(*x, mask), inputs)
+    assert torch.autograd.gradcheck(lambda *x: functional.club(*x, mask), inputs)
+    assert torch.autograd.gradcheck(lambda *x: functional.club(*x), inputs)
+    assert torch.autograd.gradcheck(lambda *x: functional.club_shuffled(*x, order, mask), inputs)
+    assert torch.autograd.gradcheck(lambda *x: functional.gaussian_log_likelihood(*x, mask), inputs)

@@ -15,7 +15,7 @@ import torch
 from support import DTYPES, bools, close, rounding, strided, uniform, wide
 from torch import Tensor
 
-from mmvq import functional as F
+from mmvq import functional
 
 B, T, D, L = 4, 5, 4, 7
 Tensors = dict[str, Tensor]
@@ -36,11 +36,13 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensors, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_reference(dtype: torch.dtype) -> None:
     z, codebook = batch(dtype)
-    expected = F.code_matching_ref({m: x.double() for m, x in z.items()}, codebook.double())
-    loss = F.code_matching(z, codebook)
+    expected = functional.code_matching_ref(
+        {m: x.double() for m, x in z.items()}, codebook.double()
+    )
+    loss = functional.code_matching(z, codebook)
     assert loss.dtype == wide(dtype)
     close(loss, expected, atol(dtype))
-    per_name = F.code_matching(z, {m: codebook for m in z})
+    per_name = functional.code_matching(z, {m: codebook for m in z})
     assert torch.equal(per_name, loss)
 
 
@@ -50,28 +52,30 @@ def test_probabilities_equal_the_definition(dtype: torch.dtype) -> None:
     mask = bools(B, T, seed=2)
     mask[:, 0] = True
     x = torch.where(mask[..., None], z["audio"], torch.nan)
-    p = F.code_probabilities(x, codebook, mask)
+    p = functional.code_probabilities(x, codebook, mask)
     distance = (z["audio"].double()[:, :, None] - codebook.double()).norm(dim=-1)
     each = torch.softmax(-distance, -1)
     expected = torch.stack([each[b][mask[b]].mean(0) for b in range(B)])
     assert p.dtype == wide(dtype)
     close(p, expected, atol(dtype))
     close(p.sum(-1), [1.0] * B, rounding(wide(dtype), 4 * L))
-    close(F.code_log_probabilities(x, codebook, mask).exp(), p, atol(dtype))
+    close(functional.code_log_probabilities(x, codebook, mask).exp(), p, atol(dtype))
 
 
 def test_probabilities_are_even_between_equal_codes() -> None:
     codebook = uniform(1, D).expand(L, D)
-    p = F.code_probabilities(uniform(B, T, D, seed=1), codebook)
+    p = functional.code_probabilities(uniform(B, T, D, seed=1), codebook)
     close(p, torch.full((B, L), 1 / L, dtype=torch.float64), rounding(torch.float64, 10))
 
 
 def test_clips_alike_cost_ln_b_and_clips_apart_less() -> None:
     z = uniform(1, T, D).expand(B, T, D)
     codebook = uniform(L, D, seed=5)
-    close(F.code_matching({"a": z, "b": z}, codebook), math.log(B), atol(torch.float64))
+    close(functional.code_matching({"a": z, "b": z}, codebook), math.log(B), atol(torch.float64))
     apart = 20 * torch.eye(B, D, dtype=torch.float64)[:, None]  # clip i on code i
-    loss = F.code_matching({"a": apart, "b": apart}, 20 * torch.eye(D, dtype=torch.float64))
+    loss = functional.code_matching(
+        {"a": apart, "b": apart}, 20 * torch.eye(D, dtype=torch.float64)
+    )
     # the other codes lie 28.3 away: S_ij = S_ii - 2 * 28.3, so at most B exp(-56)
     assert 0 <= loss < 1e-20
 
@@ -80,8 +84,8 @@ def test_three_modalities_average_over_pairs() -> None:
     z, codebook = batch()
     z["text"] = uniform(B, 2, D, seed=7)
     pairs = [("audio", "video"), ("audio", "text"), ("video", "text")]
-    each = [F.code_matching({a: z[a], b: z[b]}, codebook) for a, b in pairs]
-    close(F.code_matching(z, codebook), sum(each) / 3, rounding(torch.float64, 10, 4))
+    each = [functional.code_matching({a: z[a], b: z[b]}, codebook) for a, b in pairs]
+    close(functional.code_matching(z, codebook), sum(each) / 3, rounding(torch.float64, 10, 4))
 
 
 def test_masks_leave_clips_and_segments_out() -> None:
@@ -92,8 +96,8 @@ def test_masks_leave_clips_and_segments_out() -> None:
     keep = [0, 1, 3]
     short = {"audio": z["audio"][keep, :3], "video": z["video"][keep]}
     close(
-        F.code_matching(spoilt, codebook, masks),
-        F.code_matching(short, codebook),
+        functional.code_matching(spoilt, codebook, masks),
+        functional.code_matching(short, codebook),
         atol(torch.float64),
     )
 
@@ -102,7 +106,7 @@ def test_masks_leave_clips_and_segments_out() -> None:
 def test_finite_at_a_code(dtype: torch.dtype) -> None:
     _, codebook = batch(dtype)
     z = {m: codebook[:B, None].expand(B, T, D).clone().requires_grad_() for m in "ab"}
-    loss = F.code_matching(z, codebook)
+    loss = functional.code_matching(z, codebook)
     loss.backward()
     assert loss.isfinite()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in z.values())
@@ -110,22 +114,22 @@ def test_finite_at_a_code(dtype: torch.dtype) -> None:
 
 def test_nothing_to_match_is_zero() -> None:
     z, codebook = batch(torch.float16)
-    alone = F.code_matching({"audio": z["audio"]}, codebook)
+    alone = functional.code_matching({"audio": z["audio"]}, codebook)
     assert alone == 0
     assert alone.dtype == torch.float32
     none = {m: torch.zeros(B, T, dtype=torch.bool) for m in z}
-    assert F.code_matching(z, codebook, none) == 0
-    assert F.code_matching({m: x[:0] for m, x in z.items()}, codebook) == 0
-    assert F.code_probabilities(z["audio"][:0], codebook).shape == (0, L)
+    assert functional.code_matching(z, codebook, none) == 0
+    assert functional.code_matching({m: x[:0] for m, x in z.items()}, codebook) == 0
+    assert functional.code_probabilities(z["audio"][:0], codebook).shape == (0, L)
 
 
 def test_strides_and_autocast_do_not_matter() -> None:
     z, codebook = ({m: x.float() for m, x in batch()[0].items()}, batch()[1].float())
-    expected = F.code_matching(z, codebook)
-    loose = F.code_matching({m: strided(x) for m, x in z.items()}, strided(codebook))
+    expected = functional.code_matching(z, codebook)
+    loose = functional.code_matching({m: strided(x) for m, x in z.items()}, strided(codebook))
     close(loose, expected, atol(torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(F.code_matching(z, codebook), expected)
+        assert torch.equal(functional.code_matching(z, codebook), expected)
 
 
 def test_gradient() -> None:
@@ -137,6 +141,6 @@ def test_gradient() -> None:
 
     def loss(a: Tensor, v: Tensor, codes: Tensor) -> Tensor:
         # the centre is a constant of the search, so that the gradient of codes is taken around it
-        return F.code_matching({"audio": a, "video": v}, codes, masks)
+        return functional.code_matching({"audio": a, "video": v}, codes, masks)
 
     assert torch.autograd.gradcheck(loss, (*inputs, codebook.clone().requires_grad_()))

@@ -7,7 +7,7 @@ import torch
 from support import uniform
 
 from mmvq_kernels.distribution import _distances
-from mmvq_kernels.rounding import lost_share, rounded_mean
+from mmvq_kernels.rounding import cancellation_threshold, rounded_mean
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
@@ -37,6 +37,6 @@ def test_a_vector_on_a_code_is_at_distance_0_and_one_beside_it_is_not(
     assert (on[0].diagonal() == 0).all()
     assert lost is not None
     assert torch.equal(lost, on == 0)
-    beside = codes * (1 + 2 * lost_share(dtype, D) ** 0.5)  # four times the share
+    beside = codes * (1 + 2 * cancellation_threshold(dtype, D) ** 0.5)  # four times the share
     off, _ = _distances(beside[None], codes, norms)
     assert (off[0].diagonal() > 0).all()

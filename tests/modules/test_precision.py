@@ -17,8 +17,8 @@ from mmvq import (
     CrossModalCodeMatchingLoss,
     CrossModalCommitmentLoss,
     MultiModalEMAQuantizer,
+    functional,
 )
-from mmvq import functional as F
 
 B, T, D, L = 4, 5, 4, 8
 NAMES = ("audio", "text", "video")
@@ -88,20 +88,26 @@ PARTS: dict[str, Callable[[Tensors], Tensor]] = {
         z["audio"], z["text"]
     ),
     "CLUB's likelihood": lambda z: CLUBEstimator(D, D, 8).log_likelihood(z["audio"], z["text"]),
-    "F.commitment": lambda z: F.commitment(z, dict.fromkeys(z, z["text"])),
-    "F.code_matching": lambda z: F.code_matching(z, CODES),
-    "F.code_probabilities": lambda z: F.code_probabilities(z["text"], CODES).square().sum(),
-    "F.info_nce": lambda z: F.info_nce(z["audio"], z["text"], mask=MASKS["text"], symmetric=True),
-    "F.club": lambda z: F.club(z["audio"], z["text"], z["video"], MASKS["text"]),
-    "F.gaussian_log_likelihood": lambda z: F.gaussian_log_likelihood(*z.values()),
+    "functional.commitment": lambda z: functional.commitment(z, dict.fromkeys(z, z["text"])),
+    "functional.code_matching": lambda z: functional.code_matching(z, CODES),
+    "functional.code_probabilities": lambda z: (
+        functional.code_probabilities(z["text"], CODES).square().sum()
+    ),
+    "functional.info_nce": lambda z: functional.info_nce(
+        z["audio"], z["text"], mask=MASKS["text"], symmetric=True
+    ),
+    "functional.club": lambda z: functional.club(z["audio"], z["text"], z["video"], MASKS["text"]),
+    "functional.gaussian_log_likelihood": lambda z: functional.gaussian_log_likelihood(*z.values()),
 }
 NARROW = {  # what is in the dtype of its arguments, or of the module's parameters
-    "F.cross_attend": lambda z: F.cross_attend(z["audio"], {"b": z["text"]}, {"b": MASKS["text"]}),
-    "F.aligned_partner": lambda z: F.aligned_partner(
+    "functional.cross_attend": lambda z: functional.cross_attend(
         z["audio"], {"b": z["text"]}, {"b": MASKS["text"]}
     ),
-    "F.straight_through": lambda z: F.straight_through(z["audio"], z["text"]),
-    "F.rotate": lambda z: F.rotate(z["audio"], z["text"]),
+    "functional.aligned_partner": lambda z: functional.aligned_partner(
+        z["audio"], {"b": z["text"]}, {"b": MASKS["text"]}
+    ),
+    "functional.straight_through": lambda z: functional.straight_through(z["audio"], z["text"]),
+    "functional.rotate": lambda z: functional.rotate(z["audio"], z["text"]),
 }
 
 

@@ -15,7 +15,7 @@ from properties.strategies import EPS, NAMES, Draw, assert_near, draws, randn
 from torch import Tensor, nn
 
 from mmvq import CrossCPC
-from mmvq.functional import info_nce, info_nce_ref, matched
+from mmvq.functional import info_nce, info_nce_ref, top1_hits
 
 every_number = pytest.mark.parametrize("names", [NAMES[:2], NAMES])
 every_axis = pytest.mark.parametrize("axis", ["targets", "contexts", "both"])
@@ -187,14 +187,14 @@ def test_info_nce_is_its_reference(draw: Draw, temperature: float, normalize: bo
     assert_near(both, (each.mean() + back.mean()) / 2, atol)
     mask = draw.masks(["query"])["query"]
     found = info_nce(query, key, mask=mask, reduction="none", **settings)
-    hits = matched(query, key, mask=mask, **settings)
+    hits = top1_hits(query, key, mask=mask, **settings)
     for problem in range(draw.B):
         kept = mask[problem]
         q, k = (x[problem, kept] for x in (query, key))
         alone = info_nce(q, k, reduction="none", **settings)
         assert_near(found[problem, kept], alone, atol)
         assert not found[problem, ~kept].any()
-        assert torch.equal(hits[problem, kept], matched(q, k, **settings))
+        assert torch.equal(hits[problem, kept], top1_hits(q, k, **settings))
         assert not hits[problem, ~kept].any()
 
 

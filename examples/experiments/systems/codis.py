@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cmg.model import Features, UniCode
-from mmvq import functional as F
+from mmvq import functional
 
 from .base import TEMPERATURE, Alignment, clip_vectors
 
@@ -53,7 +53,7 @@ class CODIS(Alignment):
         losses = []
         for a, b in permutations(students, 2):
             scores = students[a] @ prototypes.T  # [B, K]
-            contrast = F.info_nce(students[a], teachers[b], temperature=TEMPERATURE)
+            contrast = functional.info_nce(students[a], teachers[b], temperature=TEMPERATURE)
             guided = nn.functional.cross_entropy(scores / TEMPERATURE, plans[b])
             cost = (plans[a] * (1 - scores)).sum(-1).mean()
             losses.append(contrast + guided + cost)

@@ -19,7 +19,7 @@ from functools import partial
 from torch import Tensor
 
 from cmg.model import Features, UniCode
-from mmvq import functional as F
+from mmvq import functional
 
 from .base import TEMPERATURE, Alignment, clip_vectors, over_pairs
 
@@ -47,5 +47,5 @@ class MST(Alignment):
         self, model: UniCode, x: Mapping[str, Tensor], features: Features, *, quantize: bool
     ) -> Tensor:
         """The mean over all pairs of modalities."""
-        contrast = partial(F.info_nce, temperature=TEMPERATURE, symmetric=True)
+        contrast = partial(functional.info_nce, temperature=TEMPERATURE, symmetric=True)
         return over_pairs(contrast, clip_vectors(features.semantic))
