@@ -1,8 +1,8 @@
-"""What the site needs beyond plain pages: formulas, links to the reference, and the notebook.
+"""MkDocs hooks: draw formulas, link names to the reference, and insert the notebook.
 
-Formulas are drawn while the site is built: its pages need no script and nothing from elsewhere,
-and read the same offline. Names of mmvq in code style become links, so that the pages in docs/
-stay plain where they are read as files. The notebook shows what its file holds of its last run.
+Formulas are drawn as SVG while the site is built, so pages need no script and no network.
+Names of mmvq in code style become links, so the pages in docs/ stay plain Markdown. The notebook
+page shows the outputs that are stored in its file.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from mkdocs.structure.pages import Page
 from ziamath.operators import operators
 from ziamath.tex import tex2mml
 
-# of the pages that name functions without their module
+# page -> module of the functions that it names without a module
 MODULES = {"equations.md": "mmvq.functional", "kernels.md": "mmvq_kernels"}
 STORY = Path(__file__).parents[1] / "examples" / "story.ipynb"
 FORMULA = re.compile(r'(?s)<(span|div) class="arithmatex">(.*?)</\1>')
-SIZE = 17  # of a formula's letters where those around it measure 16
-# a name alone or with arguments; what stands in a block, a link or a title is left as it is
+SIZE = 17  # font size of formulas, where the text has 16
+# a name, with or without arguments; code blocks, links and headings are skipped
 NAME = re.compile(
     r"(?s)<pre.*?</pre>|<a\b.*?</a>|<h\d.*?</h\d>|<code>([A-Za-z_][\w.]*)(\(.*?\))?</code>"
 )
 
-ziamath.config.svg2 = False  # else the formulas of a page share ids
-operators["‖", "infix"]["stretchy"] = "false"  # else a norm is as tall as its line
+ziamath.config.svg2 = False  # otherwise the formulas of a page share ids
+operators["‖", "infix"]["stretchy"] = "false"  # otherwise a norm is as tall as its line
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pictures of the notebook."""
+    """Add the images of the notebook."""
     for name, picture in story(json.loads(STORY.read_text()))[1].items():
         files.append(File.generated(config, name, content=picture))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Put the notebook's text where its page is."""
+    """Replace the content of story.md by the notebook."""
     ours = page.file.src_uri == "story.md"
     return story(json.loads(STORY.read_text()))[0] if ours else markdown
 
 
 def on_page_content(content: str, page: Page, **_: object) -> str:
-    """Draw the formulas of a page, and link the names."""
+    """Draw the formulas of a page and link its names."""
     content = FORMULA.sub(lambda found: formula(html.unescape(found[2]).strip()), content)
     module = MODULES.get(page.file.src_uri)
     return NAME.sub(lambda found: _link(found, module), content)
@@ -61,9 +61,9 @@ def on_page_content(content: str, page: Page, **_: object) -> str:
 def formula(delimited: str) -> str:
     r"""SVG of `\(inline\)` or `\[display\]` TeX, in the colour and size of the text."""
     tex, inline = delimited[2:-2].strip(), delimited.startswith(r"\(")
-    if "\\" in tex2mml(tex):  # what the renderer does not know, it would print
+    if "\\" in tex2mml(tex):  # commands that ziamath does not know are printed as text
         raise PluginError(f"the site cannot draw {tex}")
-    signed = re.sub(r"(^|[=(\[]\s*)-", r"\1{-}", tex)  # a sign, which has no space after it
+    signed = re.sub(r"(^|[=(\[]\s*)-", r"\1{-}", tex)  # a minus sign has no space after it
     svg = ziamath.Latex(signed, size=SIZE, inline=inline, color="currentColor").svgxml()
     _, top, width, height = map(float, svg.attrib["viewBox"].split())
     em = {"width": width, "height": height, "vertical-align": -(top + height)}
@@ -75,11 +75,11 @@ def formula(delimited: str) -> str:
 
 
 def _link(found: re.Match[str], module: str | None) -> str:
-    """`<code>` as a link to the name in it; without one where the reference has no such name."""
+    """Link `<code>` to the name in it. The link is optional: unknown names stay as they are."""
     name = found[1]
     if name and module and re.fullmatch(r"[a-z_]+", name) and name not in ("mmvq", "mmvq_kernels"):
         name = f"{module}.{name}"
-    if name and re.match(r"[A-Z][a-z]*[A-Z]", name) and "." not in name:  # of a class
+    if name and re.match(r"[A-Z][a-z]*[A-Z]", name) and "." not in name:  # a class
         name = f"mmvq.compat.cmg.{name}" if name.startswith("CMG") else f"mmvq.{name}"
     if not name or not re.match(r"mmvq(_kernels)?\.", name):
         return found[0]
@@ -87,9 +87,9 @@ def _link(found: re.Match[str], module: str | None) -> str:
 
 
 def story(notebook: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
-    """A notebook as markdown, and the pictures that its cells left.
+    """Convert a notebook to Markdown and its images {name: PNG}.
 
-    A cell tagged `hide-input` is folded; `alt` in its metadata says what its picture shows.
+    Cells tagged `hide-input` are folded. The metadata `alt` is the alternative text of the image.
     """
     parts: list[str] = []
     pictures: dict[str, bytes] = {}

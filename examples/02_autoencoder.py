@@ -1,8 +1,8 @@
-"""Drop a quantizer into an autoencoder that exists already.
+"""Add a quantizer to an existing autoencoder.
 
-Three lines do it: build the quantizer, put it between encoder and decoder, add its loss. A grid of
-features is a sequence of its cells, and a single modality is a dict of one. Then a picture is a few
-integers, and the decoder draws it from them.
+It takes three lines: build the quantizer, call it between encoder and decoder, and add its loss.
+A feature map `[B, D, H, W]` becomes a sequence `[B, H W, D]`, and a single modality is a dict with
+one entry. Each picture is then four integers, from which the decoder reconstructs it.
 """
 
 import torch
@@ -16,7 +16,7 @@ torch.manual_seed(0)
 
 
 class Autoencoder(nn.Module):
-    """What exists already: pictures of 8 x 8 to 2 x 2 cells of 16 numbers, and back."""
+    """The existing model: pictures of 8 x 8 pixels to feature maps of 2 x 2, and back."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -31,22 +31,22 @@ class Autoencoder(nn.Module):
 
 
 class QuantizedAutoencoder(Autoencoder):
-    """The same, through 64 codes."""
+    """The same model with a codebook of 64 codes."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__(width)
         self.quantizer = mmvq.MultiModalEMAQuantizer(width, 64, ("picture",))  # 1.
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures `[B, 1, 8, 8]` -> the same drawn again, tokens `[B, 4]`, the loss."""
+        """Pictures `[B, 1, 8, 8]` -> reconstructions, tokens `[B, 4]`, loss."""
         z = rearrange(self.encoder(x), "b d h w -> b (h w) d")
         quantized, indices, commitment = self.quantizer({"picture": z})  # 2.
-        drawn = self.draw(quantized["picture"])
-        loss = nn.functional.mse_loss(drawn, x) + commitment  # 3.
-        return drawn, indices["picture"], loss
+        reconstruction = self.decode(quantized["picture"])
+        loss = nn.functional.mse_loss(reconstruction, x) + commitment  # 3.
+        return reconstruction, indices["picture"], loss
 
-    def draw(self, codes: Tensor) -> Tensor:
-        """Codes `[B, 4, D]` -> pictures."""
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes `[B, 4, D]` -> pictures `[B, 1, 8, 8]`."""
         return self.decoder(rearrange(codes, "b (h w) d -> b d h w", h=2))
 
 
@@ -63,8 +63,9 @@ for _ in range(200):
     losses.append(loss.item())
 
 with torch.no_grad():
-    drawn, tokens, _ = model.eval()(test)
-    again = model.draw(model.quantizer.decode(tokens))  # from the integers alone
-error, spread = (drawn - test).square().mean().item(), (train.mean(0) - test).square().mean().item()
-print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-print(f"test pictures from 4 codes of 6 bits: squared error {error:.3f}, the mean's {spread:.3f}")
+    reconstruction, tokens, _ = model.eval()(test)
+    from_tokens = model.decode(model.quantizer.decode(tokens))  # from the integers alone
+error = (reconstruction - test).square().mean().item()
+baseline = (train.mean(0) - test).square().mean().item()
+print(f"training loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+print(f"test error of 4 codes of 6 bits {error:.3f}, of the mean picture {baseline:.3f}")

@@ -1,8 +1,8 @@
-"""Train with Lightning, and watch the codebook's health.
+"""Train with Lightning and monitor the codebook.
 
-Log what each loss is about, the accuracy of Cross-CPC against chance, and what a `CodebookMonitor`
-reads: perplexity, shared and dead codes, agreement. The monitor lives in a hook; with several ranks
-all hold the same figures, and one logs them.
+The module logs each loss term, the accuracy of Cross-CPC, and what a `CodebookMonitor` measures:
+perplexity, shared codes, dead codes and agreement. The monitor runs in a hook after each batch.
+With several ranks all have the same values, so rank 0 alone logs them.
 """
 
 import lightning as L  # pip install 'mmvq[samples]'
@@ -16,7 +16,7 @@ WIDTHS, D = {"audio": 24, "video": 40}, 16
 
 
 class SharedCodes(L.LightningModule):
-    """Encoders, a codebook, decoders."""
+    """An encoder and a decoder for each modality, and one codebook."""
 
     def __init__(self, codes: int = 16) -> None:
         super().__init__()
@@ -33,36 +33,44 @@ class SharedCodes(L.LightningModule):
         )
 
     def training_step(self, x: dict[str, Tensor]) -> Tensor:
-        """One batch; with accumulate_grad_batches, `update="manual"` and `update_codebook()`."""
+        """Return the loss of a batch.
+
+        With gradient accumulation, build the quantizer with `update="manual"` and call its
+        `update_codebook()` once for each optimizer step.
+        """
         z = {name: self.encode[name](v) for name, v in x.items()}
         quantized, _, commitment = self.quantizer(z)
         errors = [nn.functional.mse_loss(self.decode[m](quantized[m]), x[m]) for m in x]
         cpc, accuracy = self.cpc(z, start="all")
-        terms = {"error": torch.stack(errors).mean(), "commitment": commitment, "cpc": cpc}
-        terms["matching"] = 3 * self.matching(z, self.quantizer.codebook)
+        terms = {
+            "reconstruction": torch.stack(errors).mean(),
+            "commitment": commitment,
+            "cpc": cpc,
+            "matching": 3 * self.matching(z, self.quantizer.codebook),
+        }
         self.log_dict({f"loss/{name}": term for name, term in terms.items()})
         self.log_dict({f"accuracy/{a}-{b}": share for (a, b), share in accuracy.items()})
         return torch.stack(list(terms.values())).sum()
 
     def on_train_batch_end(self, *_: object) -> None:
-        """Count the step; every 20, read the codebook and log."""
+        """Count the step; every 20 steps the monitor logs."""
         self.monitor.step()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """No optimiser moves the codebook."""
+        """Return an optimizer of all parameters; the codebook is a buffer and not among them."""
         return torch.optim.Adam(self.parameters(), 3e-3)
 
 
 torch.manual_seed(0)
-meaning = torch.randint(12, (1024, 10))  # pairs of clips: both are about the same, seen differently
-views = {m: torch.randn(12, width)[meaning] for m, width in WIDTHS.items()}
+events = torch.randint(12, (1024, 10))  # of 1024 clips; both modalities show the same
+views = {m: torch.randn(12, width)[events] for m, width in WIDTHS.items()}
 clips = [{m: v[i] + 0.5 * torch.randn_like(v[i]) for m, v in views.items()} for i in range(1024)]
 
 model = SharedCodes()
 trainer = L.Trainer(
     max_epochs=5,
     accelerator="cpu",
-    logger=False,  # a CSVLogger, TensorBoardLogger, ... gets the same figures
+    logger=False,  # or a CSVLogger, a TensorBoardLogger, ...
     enable_checkpointing=False,
     enable_model_summary=False,
     enable_progress_bar=False,

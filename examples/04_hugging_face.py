@@ -1,8 +1,8 @@
-"""Hugging Face on both sides: an encoder of `transformers` in front, the Hub behind.
+"""Quantize the features of a `transformers` encoder, and save everything as for the Hub.
 
-A feature extractor pads sounds of any length and says what is padding; an encoder makes features of
-them; the quantizer makes tokens. All three are saved to a folder and loaded again, as they would be
-on the Hub. The weights are random here, so that nothing is downloaded.
+A feature extractor pads sounds of different lengths and returns a padding mask. An encoder turns
+them into features, and the quantizer turns these into tokens. All three are saved to a folder and
+loaded again, which works the same way with the Hub. The weights are random, to avoid a download.
 """
 
 import math
@@ -25,7 +25,7 @@ extractor = hf.Wav2Vec2FeatureExtractor(return_attention_mask=True)
 
 
 def tones(clips: int, rate: int = 16_000) -> list[np.ndarray]:
-    """Sounds of 0.3 to 1 s: one of eight notes each."""
+    """Sounds of 1/3 to 1 second, each with one of eight pitches."""
     return [
         np.sin(2 * math.pi * 220 * 2 ** (rng.integers(8) / 4) * np.arange(n) / rate)
         for n in rng.integers(rate // 3, rate, clips)
@@ -34,15 +34,15 @@ def tones(clips: int, rate: int = 16_000) -> list[np.ndarray]:
 
 @torch.no_grad()
 def features(sounds: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Features `[B, T, D]`, and `[B, T]`, True = valid."""
+    """Features `[B, T, D]` and a mask `[B, T]`, True = valid."""
     batch = extractor(sounds, sampling_rate=16_000, padding=True, return_tensors="pt")
     z = encoder(**batch).last_hidden_state
-    first = batch["attention_mask"][:, :: encoder.config.inputs_to_logits_ratio]  # of each frame
-    return z, first[:, : z.shape[1]].bool()
+    mask = batch["attention_mask"][:, :: encoder.config.inputs_to_logits_ratio]  # one per frame
+    return z, mask[:, : z.shape[1]].bool()
 
 
 quantizer = mmvq.MultiModalEMAQuantizer(config.hidden_size, 64, ("audio",), decay=0.9)
-for _ in range(20):  # the encoder is frozen: only the codebook moves
+for _ in range(20):  # the encoder is frozen: only the codebook learns
     z, valid = features(tones(16))
     quantizer({"audio": z}, {"audio": valid})
 quantizer.eval()

@@ -1,9 +1,9 @@
-"""Tokens for a sequence model: a corpus of clips to a parquet file, and back.
+"""Write tokens for a sequence model to a parquet file, and read them back.
 
-One vocabulary serves all modalities: code 7 is token 7 wherever it comes from, so that what a model
-learns of it in sound holds in pictures too. A marker before each run says which modality speaks.
-(Give each modality an offset, `token + L * m`, only if its codes are not to be shared.) Padding at
-the end of a clip has no token: left out on the way in, it comes back as -1, which decodes to zeros.
+All modalities share one vocabulary: code 7 is token 7 in audio and in video, so that a sequence
+model can carry over what it learns about a code. A marker token before each run names its modality.
+(To keep the modalities apart, add an offset: `token + L * m` for modality m.) Padding is not
+written. After reading, shorter clips are padded with the index -1, which decodes to zeros.
 """
 
 import tempfile
@@ -18,20 +18,20 @@ import mmvq
 
 torch.manual_seed(0)
 NAMES, D, L = ("audio", "video"), 16, 64
-MARKER = {name: L + m for m, name in enumerate(NAMES)}  # <audio> and <video> come after the codes
-END = L + len(NAMES)  # and <end>: a vocabulary of L + 3
+MARKER = {name: L + m for m, name in enumerate(NAMES)}  # <audio> and <video> follow the L codes
+END = L + len(NAMES)  # <end>; the vocabulary has L + 3 tokens
 
 
 def clips(B: int, T: int = 12) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Features, and masks: 4 to 12 segments are valid; sound may end before the picture."""
-    shown = torch.randn(B, T, D)
-    z = {name: shown + 0.1 * torch.randn(B, T, D) for name in NAMES}
+    """Features and masks: in each modality of a clip, the first 4 to 12 segments are valid."""
+    events = torch.randn(B, T, D)
+    z = {name: events + 0.1 * torch.randn(B, T, D) for name in NAMES}
     masks = {name: torch.arange(T) < torch.randint(4, T + 1, (B, 1)) for name in NAMES}
     return z, masks
 
 
 def sentence(clip: dict[str, list[int]]) -> list[int]:
-    """What the sequence model reads: <audio> 3 8 8 <video> 3 3 8 8 <end>."""
+    """The input of the sequence model, such as <audio> 3 8 8 <video> 3 3 8 8 <end>."""
     return [token for name in NAMES for token in (MARKER[name], *clip[name])] + [END]
 
 
@@ -50,16 +50,16 @@ with tempfile.TemporaryDirectory() as folder:
     corpus = Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)
 
 sentences = [sentence(clip) for clip in corpus]
-back = {
+padded = {
     name: pad_sequence(
         [torch.tensor(run) for run in corpus[name]], batch_first=True, padding_value=-1
     )
     for name in NAMES
 }
-codes = {name: quantizer.decode(back[name]) for name in NAMES}  # [B, T, D]
+codes = {name: quantizer.decode(padded[name]) for name in NAMES}  # [B, T, D]
 
 count = sum(map(len, sentences))
-same = all(torch.equal(back[name], tokens[name]) for name in NAMES)
-print(f"{len(sentences)} clips are {count} tokens of {END + 1}, {size} bytes of parquet")
-print(f"the first: {sentences[0]}")
-print(f"the same indices after the round trip: {same}")
+same = all(torch.equal(padded[name], tokens[name]) for name in NAMES)
+print(f"{len(sentences)} clips: {count} tokens, a vocabulary of {END + 1}, {size} bytes of parquet")
+print(f"the first clip: {sentences[0]}")
+print(f"the same indices after reading: {same}")

@@ -1,4 +1,4 @@
-"""`python -m mmvq`: versions, devices and backends, as a bug report needs them."""
+"""`python -m mmvq` prints versions, devices and backends, for a bug report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("triton", "numpy", "safetensors", "huggingface_hub", "onnx")
 
 
 def report() -> Iterator[tuple[str, str]]:
-    """(what, its state), a line each."""
+    """Yield the name and state of each line."""
     yield "mmvq", mmvq.__version__
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     toolkits = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}

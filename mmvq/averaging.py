@@ -1,9 +1,9 @@
-"""Averages of weights (SWA, EMA of a model): what a codebook needs after one.
+"""Codebooks in averaged models (SWA, EMA of the weights).
 
-A mean of codes is not the code of the mean counts and sums, and steps, ages and usage have no mean.
-torch averages every buffer alike, without a hook, so importing mmvq lets
-`torch.optim.swa_utils.AveragedModel` call `settle_averaged` after each update of its buffers.
-Lightning's callbacks build on that class.
+The mean of several codes is not the code of their mean counts and sums, and the mean of steps, ages
+or usage has no meaning. `torch.optim.swa_utils.AveragedModel` averages all buffers alike and has no
+hook. Importing mmvq therefore makes it call `settle_averaged` after each update of its buffers.
+Lightning's callbacks use that class.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from mmvq.codebook import EMACodebook
 
 
 def settle_averaged(averaged: nn.Module, newest: nn.Module) -> None:
-    r"""Make codebooks whole after their buffers were averaged: $e = o / \tilde N$, integers copied.
+    r"""Make averaged codebooks consistent: $e = o / \tilde N$, integers copied from the newest.
 
-    `AveragedModel` and Lightning need no call. Call it after an average of your own, a loop over
-    `state_dict` or buffers that `lerp`s each.
+    `AveragedModel` and Lightning call it themselves. Call it after a custom average, such as a loop
+    that applies `lerp` to each buffer.
 
     Args:
-        averaged: the model that holds the means; written.
-        newest: the model that was averaged last, with the same codebooks in the same order.
+        averaged: model that holds the means; its codebooks are changed in place.
+        newest: model that was averaged last, with the same codebooks in the same order.
 
     Raises:
         ValueError: the two hold different numbers of codebooks.
@@ -66,8 +66,8 @@ def _copy_integers(mine: EMACodebook, theirs: EMACodebook) -> None:
 
 
 @contextmanager
-def _floats_alone(books: Iterable[EMACodebook]) -> Iterator[None]:
-    """Without their integers: what torch takes to average many tensors on a GPU refuses them."""
+def _only_floats(books: Iterable[EMACodebook]) -> Iterator[None]:
+    """Hide their integer buffers, which torch's average of many tensors on a GPU refuses."""
     whole = [(book, book._buffers) for book in books]
     try:
         for book, buffers in whole:
@@ -78,17 +78,17 @@ def _floats_alone(books: Iterable[EMACodebook]) -> Iterator[None]:
             book._buffers = buffers
 
 
-def _settling(update: Callable[[AveragedModel, nn.Module], None]) -> Callable[..., None]:
+def _settled(update: Callable[[AveragedModel, nn.Module], None]) -> Callable[..., None]:
     @wraps(update)
     def update_parameters(self: AveragedModel, model: nn.Module) -> None:
-        if not self.use_buffers:  # torch copies them
+        if not self.use_buffers:  # then torch copies all buffers
             update(self, model)
             return
-        averaging = bool(self.n_averaged > 0)  # the first time, torch copies too
+        averaging = bool(self.n_averaged > 0)  # the first update copies
         pairs = _pairs(self.module, model)
-        for mine, theirs in pairs:  # which float64 data may have made wider since
+        for mine, theirs in pairs:  # float64 data may have made the newest wider
             mine.match_dtype(theirs.codes.dtype)
-        with _floats_alone(book for pair in pairs for book in pair):
+        with _only_floats(book for pair in pairs for book in pair):
             update(self, model)
         for mine, theirs in pairs:
             _copy_integers(mine, theirs)
@@ -98,5 +98,5 @@ def _settling(update: Callable[[AveragedModel, nn.Module], None]) -> Callable[..
     return update_parameters
 
 
-# mypy takes no method for a variable
-AveragedModel.update_parameters = _settling(AveragedModel.update_parameters)  # type: ignore[method-assign]
+# mypy refuses to assign to a method
+AveragedModel.update_parameters = _settled(AveragedModel.update_parameters)  # type: ignore[method-assign]

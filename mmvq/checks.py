@@ -27,6 +27,7 @@ __all__ = [
     "check_instance",
     "check_int",
     "check_integers",
+    "check_loss",
     "check_mask",
     "check_modalities",
     "check_not_negative",
@@ -36,6 +37,7 @@ __all__ = [
     "check_vectors",
     "is_cpu_readable",
     "message",
+    "without_padding",
 ]
 
 
@@ -139,49 +141,36 @@ def check_features(
     dim: int | None = None,
     modalities: Sequence[str] | None = None,
     device: torch.device | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Features as `[B, T, D]` and masks as bool `[B, T]`, in the sorted order of the names.
 
-    `[B, D]` becomes T = 1; a missing mask becomes all True; features under a False are set to 0, so
-    that nothing a user leaves in the padding (NaN included) can reach a result.
+    `[B, D]` becomes T = 1. With masks, a missing one becomes all True; without any they are None.
+    Features are not masked: see `without_padding`.
     """
     if not isinstance(features, Mapping) or not features:
-        raise TypeError(
-            message(
-                where,
-                "features must be a non-empty mapping from modality to tensor",
-                hint='pass {"audio": z_audio, "video": z_video}',
-                features=features,
-            )
-        )
-    masks = {} if masks is None else masks
-    if not isinstance(masks, Mapping):
-        raise TypeError(
-            message(
-                where,
-                "masks must be a mapping from modality to mask, or None",
-                hint='pass {"audio": mask_audio}; a modality without a mask is valid throughout',
-                masks=masks,
-            )
-        )
+        rule = "features must be a non-empty mapping from modality to tensor"
+        hint = 'pass {"audio": z_audio, "video": z_video}'
+        raise TypeError(message(where, rule, hint=hint, features=features))
+    if not isinstance(masks, Mapping | None):
+        rule = "masks must be a mapping from modality to mask, or None"
+        hint = 'pass {"audio": mask_audio}; a modality without a mask is valid throughout'
+        raise TypeError(message(where, rule, hint=hint, masks=masks))
     of_module = "use the names that the module was built with"
     _check_names(where, "features", features, modalities, hint=of_module)
     of_call = "give a mask only to a modality whose features come in the same call"
-    _check_names(where, "masks", masks, tuple(features), hint=of_call)
+    _check_names(where, "masks", masks or {}, tuple(features), hint=of_call)
     z: dict[str, Tensor] = {}
     valid: dict[str, Tensor] = {}
     for name in sorted(features):
-        x, mask = features[name], masks.get(name)
+        x = features[name]
         _check_feature(where, f"features[{name!r}]", x, dim)
-        if mask is not None:
+        z[name] = x[:, None] if x.ndim == 2 else x
+        if masks and name in masks:
+            mask = masks[name]
             check_mask(where, f"masks[{name!r}]", mask, x)
-            x = torch.where(mask[..., None], x, 0)
-        flat = x.ndim == 2
-        z[name] = x[:, None] if flat else x
-        if mask is None:
+            valid[name] = mask[:, None] if x.ndim == 2 else mask
+        elif masks:
             valid[name] = torch.ones(z[name].shape[:2], dtype=torch.bool, device=x.device)
-        else:
-            valid[name] = mask[:, None] if flat else mask
     devices = {name: x.device for name, x in z.items()}
     devices |= {} if device is None else {"the module": device}
     rule = "all features must be on one device, and the module too"
@@ -189,7 +178,24 @@ def check_features(
     rule = "all modalities must have the same batch size"
     hint = "pass clips of one batch; leave out a modality that is missing, or mask it"
     _check_equal(where, rule, hint, {name: x.shape[0] for name, x in z.items()})
-    return z, valid
+    return z, valid or None
+
+
+def without_padding(
+    z: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The features with 0 under a False, so that no padding (NaN included) reaches a result."""
+    if masks is None:
+        return dict(z)
+    return {name: torch.where(masks[name][..., None], x, 0) for name, x in z.items()}
+
+
+def check_loss(where: str, loss: Tensor) -> Tensor:
+    """What a commitment of the user returned: a scalar tensor."""
+    if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
+        rule = "the commitment must return a floating point scalar"
+        raise ValueError(message(where, rule, hint="return loss.mean() or loss.sum()", loss=loss))
+    return loss
 
 
 def check_same_length(where: str, features: Mapping[str, Tensor], otherwise: str = "") -> None:
@@ -280,20 +286,16 @@ def check_mask(where: str, name: str, mask: Tensor, x: Tensor) -> None:
         )
 
 
-def check_finite(where: str, /, **tensors: Tensor) -> None:
-    """Values are finite; looked at only under MMVQ_CHECK=1, since it waits for the device."""
+def check_finite(
+    where: str, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
+) -> None:
+    """Valid values are finite. Checked only if MMVQ_CHECK=1, since it waits for the device."""
     if os.environ.get("MMVQ_CHECK") != "1":
         return
-    for name, x in tensors.items():
+    for name, x in without_padding(tensors, masks).items():
         if not bool(x.isfinite().all()):
-            raise ValueError(
-                message(
-                    where,
-                    f"{name} must be finite",
-                    hint="look for a division by zero or an overflow upstream",
-                    **{name: x},
-                )
-            )
+            hint = "look for a division by zero or an overflow upstream"
+            raise ValueError(message(where, f"{name} must be finite", hint=hint, **{name: x}))
 
 
 def _check_equal(where: str, rule: str, hint: str, values: Mapping[str, object]) -> None:

@@ -195,7 +195,7 @@ class CLUBEstimator(OverRanks, Pretrained):
             )
         if mask is not None:
             check_mask("CLUBEstimator", "mask", mask, x)
-        check_finite("CLUBEstimator", x=x, y=y)
+        check_finite("CLUBEstimator", {"x": x, "y": y})
         return x if mask is None else torch.where(mask[..., None], x, 0), y, mask
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor, nn
 
 from mmvq import functional
@@ -20,6 +21,7 @@ from mmvq.checks import (
     check_positive,
     check_same_length,
     message,
+    without_padding,
 )
 from mmvq.distributed import OverRanks, exchange, gather_batch_sizes
 from mmvq.pretrained import Pretrained
@@ -210,8 +212,8 @@ class CrossCPC(OverRanks, Pretrained):
             "CrossCPC", features, masks, dim=self.dim, modalities=self.modalities
         )
         check_same_length("CrossCPC", z)
-        check_finite("CrossCPC", **z)
-        z = {m: x.to(self.predictors[m].dtype) for m, x in z.items()}
+        check_finite("CrossCPC", z, valid)
+        z = {m: x.to(self.predictors[m].dtype) for m, x in without_padding(z, valid).items()}
         x = next(iter(z.values()))
         K, T, device = self.num_steps, x.shape[1], x.device
         group, batch = self.process_group, functional.WHOLE
@@ -224,9 +226,7 @@ class CrossCPC(OverRanks, Pretrained):
         seen = torch.arange(first - 1, last, device=device)  # [S], the last observed segments
         ahead = seen + self.first_step + torch.arange(K, device=device)[:, None]  # [K, S]
         prediction = {m: self._predict(m, x, first, last) for m, x in z.items()}  # [K, S, B, D]
-        future = {m: x[:, ahead].permute(1, 2, 0, 3) for m, x in z.items()}
-        observed = {m: mask[:, seen].T for m, mask in valid.items()}  # [S, B]
-        arrived = {m: mask[:, ahead].permute(1, 2, 0) for m, mask in valid.items()}  # [K, S, B]
+        future = {m: rearrange(x[:, ahead], "b k s d -> k s b d") for m, x in z.items()}
 
         across = [(a, b) for a in z for b in z if a != b]
         pairs = across + [(m, m) for m in z if self.self_weight]
@@ -236,7 +236,11 @@ class CrossCPC(OverRanks, Pretrained):
         with torch.autocast(device.type, enabled=False):  # its `stack` does not take every dtype
             query = torch.stack([prediction[a] for a, _ in pairs])  # [P, K, S, B, D]
             key = torch.stack([future[b] for _, b in pairs])
-        mask = torch.stack([observed[a] & arrived[b] for a, b in pairs])  # [P, K, S, B]
+        mask = torch.ones(query.shape[:-1], dtype=torch.bool, device=device)  # [P, K, S, B]
+        if valid is not None:
+            observed = {m: rearrange(mask[:, seen], "b s -> s b") for m, mask in valid.items()}
+            arrived = {m: rearrange(mask[:, ahead], "b k s -> k s b") for m, mask in valid.items()}
+            mask = torch.stack([observed[a] & arrived[b] for a, b in pairs])
         if self.normalize_over == "contexts":
             query, key = key, query
         score: dict[str, Any] = {

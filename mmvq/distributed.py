@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmvq.checks import message
-from mmvq.deprecation import renamed
 from mmvq.functional.batch import WHOLE, Batch
+from mmvq_kernels.deprecation import renamed
 
 
 class OverRanks(nn.Module):

@@ -1,4 +1,4 @@
-"""Pictures of a codebook (by matplotlib): whose codes the codes are, and how use changes."""
+"""Figures of a codebook by matplotlib: use by modality, and use over training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmvq.checks import message
+from mmvq.optional import optional_import
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,22 +32,22 @@ _LEGEND: dict[str, Any] = {
 
 
 def plot_codes(codebook: Tensor, counts: Mapping[str, Tensor]) -> Figure:
-    """Draw which modalities hold each code, after the paper's Fig. 4.
+    """Plot which modalities use each code, after the paper's Fig. 4.
 
-    Left, the codes on their first two principal axes, a dot's area growing with use: in a
-    modality's colour where more than 80 % of the code's vectors are that modality's, green where
-    no modality has so many, a small cross where the code is unused. Right, the same shares in
-    full: a thin column per used code.
+    Left: the codes on the first two principal axes of the used codes. The area of a dot grows with
+    use. A code has a modality's colour if more than 80 % of its vectors are that modality's, and is
+    green otherwise; a small cross is an unused code. Right: the share of each modality, one thin
+    column for each used code.
 
     Args:
-        codebook: `[L, D]`, such as `quantizer.codebook`.
-        counts: modality -> `[L]`, how often each chose each code: `quantizer.usage().counts`.
+        codebook: codes `[L, D]`, such as `quantizer.codebook`.
+        counts: modality -> choices of each code `[L]`, such as `quantizer.usage().counts`.
 
     Raises:
-        TypeError: counts that are no mapping.
+        TypeError: `counts` is not a non-empty mapping.
         ImportError: matplotlib is not installed.
 
-    Source: Fig. 4; the paper does not say how it lays codes out.
+    Source: Fig. 4; the paper does not say how it places the codes.
     """
     if not (isinstance(counts, Mapping) and counts):
         rule = "counts must map one or more modalities to tensors [L]"
@@ -96,14 +97,14 @@ def plot_codes(codebook: Tensor, counts: Mapping[str, Tensor]) -> Figure:
 
 
 def plot_usage(history: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw how the use of a codebook changes over training.
+    """Plot how the use of a codebook changes over training.
 
-    Left, the codes that two modalities share, that serve one, and that none chose, as parts of the
-    codebook; then the perplexity of each modality; and, of two modalities or more, the share of
-    positions at which they agree. Where a figure has no data there is a gap.
+    Left: the shares of codes that several modalities use, that one uses, and that are dead. Middle:
+    the perplexity of each modality. Right: the share of positions at which two modalities chose the
+    same code. A line has a gap where there are no data.
 
     Args:
-        history: `CodebookMonitor.history`.
+        history: readings of a monitor, `CodebookMonitor.history`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -137,22 +138,15 @@ def plot_usage(history: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, of no window and no backend."""
-    try:
+    """Create an empty figure, sizes in inches, without a window or a backend."""
+    rule, hint = "pictures need matplotlib, which is not installed", "pip install matplotlib"
+    with optional_import("mmvq.figures", rule, hint):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        text = message(
-            "mmvq.figures",
-            "pictures need matplotlib, which is not installed",
-            hint="pip install matplotlib",
-            missing=error.name,
-        )
-        raise ImportError(text) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def tidy(axes: Axes) -> None:
-    """Quiet spines, ticks and title."""
+    """Style spines, ticks and title."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -162,7 +156,7 @@ def tidy(axes: Axes) -> None:
 
 
 def _principal_plane(codebook: Tensor, used: Tensor) -> Tensor:
-    """All codes on the two axes along which the used ones vary most: [L, 2]."""
+    """Project all codes on the first two principal axes of the used ones: `[L, 2]`."""
     seen = codebook[used] if used.any() else codebook
     centred = codebook - seen.mean(0)
     axes = torch.linalg.svd(seen - seen.mean(0), full_matrices=False).Vh[:2]
@@ -171,6 +165,6 @@ def _principal_plane(codebook: Tensor, used: Tensor) -> Tensor:
 
 
 def _gradual_order(share: Tensor, used: Tensor) -> Tensor:
-    """Used codes from those of the first modality to those of the last, evenly mixed in between."""
+    """Order the used codes from those of the first modality to those of the last."""
     centre = torch.arange(len(share), dtype=share.dtype) @ share
     return centre.masked_fill(~used, torch.inf).argsort(stable=True)[: int(used.sum())]

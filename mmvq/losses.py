@@ -127,23 +127,13 @@ class CrossModalCommitmentLoss(nn.Module):
             check_same_length(where, z, "; or drop the cross term with cross_ratio=0")
         given = codes if isinstance(codes, Mapping) else {}
         if any(getattr(given.get(name), "shape", None) != features[name].shape for name in z):
-            raise ValueError(
-                message(
-                    where,
-                    "codes must have the names and shapes of features",
-                    hint="pass the code of every feature, codebook[indices]",
-                    features=features,
-                    codes=codes,
-                )
-            )
-        check_finite(where, **z)
+            rule = "codes must have the names and shapes of features"
+            hint = "pass the code of every feature, codebook[indices]"
+            raise ValueError(message(where, rule, hint=hint, features=features, codes=codes))
+        check_finite(where, z, valid)
+        e = {name: codes[name].view_as(x) for name, x in z.items()}
         return functional.commitment_terms(
-            z,
-            {name: codes[name].view_as(z[name]) for name in z},
-            None if masks is None else valid,
-            beta=self.beta,
-            cross_ratio=self.cross_ratio,
-            reduction=self.reduction,
+            z, e, valid, beta=self.beta, cross_ratio=ratio, reduction=self.reduction
         )
 
     def _json(self) -> dict[str, Any]:
@@ -255,8 +245,8 @@ class CrossModalCodeMatchingLoss(OverRanks):
                     **{name: codes for name, codes in codebooks.items()},
                 )
             )
-        check_finite(where, **z)
+        check_finite(where, z, valid)
         batch = functional.WHOLE
         if self.gather:
             batch = gather_batch_sizes(where, next(iter(z.values())), self.process_group, names=z)
-        return functional.code_matching(z, codebook, None if masks is None else valid, batch=batch)
+        return functional.code_matching(z, codebook, valid, batch=batch)

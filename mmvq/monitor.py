@@ -1,4 +1,4 @@
-"""The health of a codebook while it trains: figures at an interval, and a warning when it fails."""
+"""Monitoring a codebook during training: figures at an interval, warnings of lasting faults."""
 
 from __future__ import annotations
 
@@ -17,64 +17,63 @@ from mmvq.club import CLUBEstimator
 from mmvq.distributed import all_reduce_
 from mmvq.quantizer import MultiModalEMAQuantizer, QuantizerOutput
 
-PATIENCE = 300  # steps in a row that a fault lasts before it is one; resets get three chances too
-COLLAPSED = 0.05  # share of the codes in reach; a perplexity below it is a collapse
-FEW = 4  # codes in reach, below which nothing is said
-SATURATED = 0.99  # share of its bound; a log-variance beyond it lies at the bound
-MOST = 0.5  # share of log-variances at the bound that is a fault
+PATIENCE = 300  # steps in a row after which a fault is warned of; at least 3 * reset_after
+COLLAPSED = 0.05  # share of the reachable codes; a perplexity below it is a collapse
+FEW = 4  # reachable codes, below which a collapse is not judged
+SATURATED = 0.99  # share of the bound, above which a log-variance counts as saturated
+MOST = 0.5  # share of saturated log-variances, above which CLUB is at fault
 
 
 class HealthWarning(UserWarning):
-    """What `CodebookMonitor` warns with: a codebook that collapses, a CLUB at its bound."""
+    """Warning of `CodebookMonitor`: codebook collapse, or a saturated CLUB."""
 
 
 class Writer(Protocol):
-    """What TensorBoard's `SummaryWriter` has."""
+    """A logger such as TensorBoard's `SummaryWriter`."""
 
     def add_scalar(self, tag: str, value: float, step: int, /) -> object:
-        """Keep one figure."""
+        """Record one figure."""
 
 
 class CodebookMonitor:
-    """Watches a quantizer while it trains, and reports every few steps.
+    """Monitors a quantizer during training and reports figures at an interval of steps.
 
-    Forward hooks add up what each training forward chose, on its device; only every `every` steps
-    are the sums reduced over the ranks (one all-reduce) and read (one wait for the device). A
-    reading covers the training forwards since the last one:
+    Forward hooks count the choices of each training forward pass on its device. Every `every`
+    steps the counts are reduced over the ranks (one all-reduce) and read (one synchronisation).
+    The figures of a reading cover the training forward passes since the last reading:
 
-    - `perplexity/<modality>`: codes' worth of use, 1 to L, as in `functional.code_usage`;
-    - `codes/shared`, `codes/single`, `codes/dead`: shares of the codebook, which add up to 1: held
-      by two or more modalities, in use otherwise, chosen by none;
+    - `perplexity/<modality>`: effective number of codes, 1 to L, as in `functional.code_usage`;
+    - `codes/shared`, `codes/single`, `codes/dead`: shares of the codebook, which sum to 1: codes
+      that two or more modalities use, other codes in use, and codes that none chose;
     - `agreement/<a>-<b>`: share of the positions (b, t) at which both modalities chose the same
-      code, see `functional.code_agreement`; of batches that hold both with the same T;
-    - `club/saturated`, or `club/saturated/<name>` for several: share of CLUB's log-variances beyond
-      99% of their bound, of rows that are not all zeros (which is what a mask leaves).
+      code (`functional.code_agreement`), over batches that have both with the same T;
+    - `club/saturated`, or `club/saturated/<name>` for several estimators: share of CLUB's
+      log-variances above 99% of their bound. Rows of zeros, which a mask leaves, do not count.
 
-    A figure without data is NaN, and is not logged. Two faults are warned of (`HealthWarning`),
-    each once, when they last for 300 steps and for 3 `reset_after`: a modality whose perplexity is
-    below 5% of the codes in reach (L, or its vectors in a step if fewer), or below 1.5, and a CLUB
-    with more than half of its log-variances at the bound.
+    A figure without data is NaN and is not logged. Two faults raise a `HealthWarning`, each once,
+    if they last for 300 steps and for 3 `reset_after`. One is a modality whose perplexity is below
+    1.5 or below 5% of the reachable codes (L, or its vectors per step if fewer). The other is a
+    CLUB with more than half of its log-variances saturated.
 
-    Attach it before `torch.compile`, and call `step` outside of what is compiled. It reads by
-    `quantizer.usage(reset=True)`, so `usage()` counts from the last reading.
+    Create the monitor before `torch.compile`, and call `step` outside the compiled function. It
+    reads `quantizer.usage(reset=True)`, so that `usage()` counts from the last reading.
 
     Args:
-        quantizer: what to watch.
-        log: called with (name, value, step) for each figure of a reading, or a TensorBoard
-            `SummaryWriter`; in Lightning, `lambda name, value, step: module.log(name, value)`. With
-            several ranks all hold the same figures: give it to one.
-        every: steps from reading to reading, the same on all ranks.
-        club: a `CLUBEstimator`, or a module that holds some; those without a bound are not watched.
+        quantizer: quantizer to monitor.
+        log: callable (name, value, step) for each figure of a reading, or a TensorBoard
+            `SummaryWriter`; in Lightning `lambda name, value, step: module.log(name, value)`. All
+            ranks have the same figures, so that one rank is enough.
+        every: number of steps between readings, the same on all ranks.
+        club: `CLUBEstimator`, or a module that contains some; those without a bound are ignored.
 
     Attributes:
-        steps: calls of `step`. Set it to go on from a checkpoint.
-        history: `"step"` and the name of each figure -> its value at each reading, for
-            `figures.plot_usage`.
-        usage: `CodeUsage` of the last reading, for `figures.plot_codes`; None before it.
+        steps: number of calls of `step`; set it when training resumes from a checkpoint.
+        history: `"step"` and the name of each figure -> its values, for `figures.plot_usage`.
+        usage: `CodeUsage` of the last reading, for `figures.plot_codes`; None before the first.
 
     Raises:
-        TypeError: an argument of another kind.
-        ValueError: `every` below 1.
+        TypeError: an argument has the wrong type.
+        ValueError: `every` is below 1.
 
     Examples:
         >>> quantizer = MultiModalEMAQuantizer(4, 8)
@@ -92,7 +91,7 @@ class CodebookMonitor:
     history: dict[str, list[float]]
     usage: functional.CodeUsage | None
     _unread: int  # steps since the last reading
-    _lasting: dict[str, int]  # fault -> steps in a row
+    _lasting: dict[str, int]  # rule -> steps in a row at which it was broken
     quantizer: MultiModalEMAQuantizer
     every: int
 
@@ -128,13 +127,13 @@ class CodebookMonitor:
         self.reset()
 
     def step(self) -> dict[str, float]:
-        """Count a training step, after it; at the interval, the figures of `read`, else {}."""
+        """Count a training step, after it. Returns the figures at the interval, {} otherwise."""
         self.steps += 1
         self._unread += 1
         return self.read() if self.steps % self.every == 0 else {}
 
     def read(self) -> dict[str, float]:
-        """Figures since the last reading, now, on all ranks together; {} if nothing was trained."""
+        """Read the figures now, on all ranks at once; {} if nothing was trained since the last."""
         usage = self.quantizer.usage(reset=True)
         figures = self._figures(usage)
         values = torch.stack([value.float() for value in figures.values()]).tolist()
@@ -153,19 +152,19 @@ class CodebookMonitor:
         return reading
 
     def reset(self) -> None:
-        """Forget all: counts, steps, history, and what was warned of."""
+        """Clear counts, steps, history and past warnings."""
         self.steps, self.history, self.usage = 0, {}, None
         self._unread, self._lasting = 0, {}
         self.quantizer.usage(reset=True)
         self._take_tallies()
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _take_tallies(self) -> Tensor:
-        """Hits and trials of this rank, `[pairs + clubs, 2]`; counting starts anew."""
+        """Return and clear the hits and trials of this rank, `[pairs + clubs, 2]`."""
         tallies = (self._agreement, *self._saturation.values())
         device = self.quantizer.ema_codebook.usage.device
         taken = torch.cat([tally.totals.to(device) for tally in tallies])  # a copy
@@ -174,7 +173,7 @@ class CodebookMonitor:
         return taken
 
     def _figures(self, usage: functional.CodeUsage) -> dict[str, Tensor]:
-        """Scalars on the device, NaN without data; `rows/<modality>` are the vectors behind it."""
+        """Compute the figures on the device; `rows/<modality>` is the number of vectors."""
         tallies = self._take_tallies()
         all_reduce_(tallies, self.quantizer.ema_codebook.process_group)
         rows = {name: counts.sum() for name, counts in usage.counts.items()}
@@ -190,8 +189,8 @@ class CodebookMonitor:
         return figures | dict(zip([*names, *self._saturation], shares, strict=True))
 
     def _judge(self, reading: dict[str, float], rows: dict[str, float], window: int) -> None:
-        """Warn of faults that last."""
-        size = self.quantizer.ema_codebook.size
+        """Find the faults of a reading, and warn of those that last."""
+        size = self.quantizer.codebook_size
         low: dict[str, float] = {}
         for name, vectors in rows.items():
             reach = min(size, vectors / window)
@@ -209,31 +208,31 @@ class CodebookMonitor:
         )
         high = {name: round(reading[name], 2) for name in self._saturation if reading[name] > MOST}
         self._warn(
-            "CLUB's log-variance lies at its bound, so that its estimate is not of its data",
-            "standardise y, and leave out features of it that are constant; else raise "
-            "logvar_bound, or lower the learning rate of CLUB",
+            "CLUB's log-variance lies at its bound, so that its estimate does not follow the data",
+            "standardise y and leave out its constant features; otherwise raise logvar_bound, or "
+            "lower the learning rate of CLUB",
             high,
             window,
             share_at_bound=high,
         )
 
     def _warn(
-        self, rule: str, hint: str, fault: dict[str, float], window: int, **came: object
+        self, rule: str, hint: str, fault: dict[str, float], window: int, **got: object
     ) -> None:
         before = self._lasting.get(rule, 0)
         patience = max(PATIENCE, 3 * (self.quantizer.ema_codebook.reset_after or 0))
-        if before >= patience:  # said already
+        if before >= patience:  # warned already
             return
         self._lasting[rule] = before + window if fault else 0
         if self._lasting[rule] >= patience:
-            text = message("CodebookMonitor", rule, hint=hint, **came)
+            text = message("CodebookMonitor", rule, hint=hint, **got)
             warnings.warn(text, HealthWarning, stacklevel=5)
 
 
 class _Tally:
-    """A forward hook that adds up hits and trials, int64 `[rows, 2]`, on the device.
+    """A forward hook that sums hits and trials, int64 `[rows, 2]`, on the device.
 
-    It holds no more than its sums, so that a module with it can still be copied and pickled.
+    It holds nothing else, so that its module can still be copied and pickled.
     """
 
     def __init__(self, rows: int) -> None:
@@ -245,7 +244,7 @@ class _Tally:
 
 
 class _Agreement(_Tally):
-    """Of a quantizer: equal codes and positions of each pair of modalities."""
+    """Counts equal codes and common positions of each pair of modalities in a quantizer."""
 
     def __init__(self, modalities: Sequence[str]) -> None:
         self.pairs = list(combinations(modalities, 2))
@@ -264,9 +263,9 @@ class _Agreement(_Tally):
 
 
 class _Saturation(_Tally):
-    """Of CLUB's log-variance network: outputs at the bound, and all.
+    """Counts saturated outputs and all outputs of CLUB's log-variance network.
 
-    It sees what the tanh of the bound b gets: `b tanh(v / b) > 0.99 b` is `v > b atanh(0.99)`.
+    The outputs v are the input of the bound b: `b tanh(v / b) > 0.99 b` if `v > b atanh(0.99)`.
     """
 
     def __init__(self, bound: float) -> None:

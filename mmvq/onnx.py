@@ -1,23 +1,23 @@
-"""Codes in ONNX: `encode` and `decode` of a quantizer, or the search inside a model of your own.
+"""ONNX models of a quantizer's `encode` and `decode`, or of a model that searches a codebook.
 
-Needs the extra `mmvq[onnx]`; torch.onnx imports it when it is used.
+`torch.onnx` writes the models; the extra `mmvq[onnx]` installs what it needs.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
-from mmvq.checks import check_choice, check_instance, message
+from mmvq.checks import check_choice, check_instance
+from mmvq.optional import optional_import
 from mmvq.quantizer import MultiModalEMAQuantizer
 
-__all__ = ["export", "translation_table"]
+__all__ = ["decompositions", "export", "translation_table"]
 
 
 def export(
@@ -25,110 +25,109 @@ def export(
     path: str | Path,
     method: Literal["encode", "decode"] = "encode",
 ) -> None:
-    """Write one method of a quantizer as an ONNX model, with the codes as they are now.
+    """Write one method of a quantizer as an ONNX model, with the present codes.
 
     `"encode"` has the input `x`, float32 `[N, D]` (float64 if the codes are), and the output
-    `indices`, int64 `[N]`; `"decode"` the reverse, with zeros for -1. Any N. Where two codes are
-    nearest, the model takes the lowest index, as the quantizer does; where they differ by the
-    rounding of a product in float32 it may take the other.
+    `indices`, int64 `[N]`. `"decode"` has the input `indices` and the output `codes`, with zeros
+    for the index -1. N is dynamic. Ties go to the lowest index, as in the quantizer. Of two codes
+    whose distances differ by floating-point error alone, the model may choose the other one.
 
     Args:
-        quantizer: any mode; nothing in it is changed.
-        path: the file to write. Codes of more than half a gigabyte go into a second one beside it,
-            `path` with `.data`.
-        method: `"encode"` or `"decode"`.
+        quantizer: quantizer in any mode; it is not changed.
+        path: file to write. Codes of more than half a gigabyte are written to a second file, `path`
+            with the suffix `.data`.
+        method: method to export, `"encode"` or `"decode"`.
 
     Raises:
-        TypeError: what is not a quantizer.
-        ValueError: an unknown method.
-        ImportError: onnx or onnxscript is missing.
+        TypeError: `quantizer` is not a `MultiModalEMAQuantizer`.
+        ValueError: `method` is unknown.
+        ImportError: onnx or onnxscript is not installed.
     """
-    check_instance("mmvq.onnx.export", MultiModalEMAQuantizer, quantizer=quantizer)
-    check_choice("mmvq.onnx.export", ("encode", "decode"), method=method)
+    where, hint = "mmvq.onnx.export", "pip install 'mmvq[onnx]'"
+    check_instance(where, MultiModalEMAQuantizer, quantizer=quantizer)
+    check_choice(where, ("encode", "decode"), method=method)
+    with optional_import(where, "ONNX needs onnx and onnxscript", hint):
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
     codes = quantizer.codebook
     names, example = ["x", "indices"], codes[:1].repeat(2, 1)
     if method == "decode":
         names, example = ["indices", "codes"], torch.zeros(2, dtype=torch.long, device=codes.device)
-    torch.onnx.export(
+    program = torch.export.export(
         _Method(quantizer, method),
         (example,),
+        dynamic_shapes=({0: torch.export.Dim("N")},),
+        strict=False,
+    )
+    torch.onnx.export(
+        program.run_decompositions(decompositions()),
+        (),
         path,
         input_names=names[:1],
         output_names=names[1:],
-        dynamic_shapes=({0: torch.export.Dim("N")},),
-        custom_translation_table=translation_table(),
         dynamo=True,
-        external_data=codes.nbytes > 1 << 29,  # ONNX ends at 2 GB a file
+        external_data=codes.nbytes > 1 << 29,  # an ONNX file ends at 2 GB
         verbose=False,
     )
 
 
-def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For `torch.onnx.export(model, ..., dynamo=True, custom_translation_table=...)`.
+def decompositions() -> dict[Any, Callable[..., Tensor]]:
+    """The search in torch operators that ONNX has, for `ExportedProgram.run_decompositions`.
 
-    Lets a model that calls `encode`, or a quantizer itself in eval mode, become ONNX. The search is
-    that of `mmvq_kernels.nearest_code` in plain operators, with all `[N, L]` scores at a time.
-
-    Raises:
-        ImportError: onnx or onnxscript is missing.
+    `torch.onnx.export` takes the decomposed program of a model that calls `encode`, or of a
+    quantizer itself in eval mode. The program computes all `[N, L]` scores at a time.
     """
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        rule = "ONNX needs onnx and onnxscript"
-        hint = "pip install 'mmvq[onnx]'"
-        raise ImportError(message("mmvq.onnx", rule, hint=hint, missing=missing))
     return {torch.ops.mmvq.nearest_code.default: _nearest_code}
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """Deprecated, to be removed in the next release: use `decompositions`.
+
+    Registers the decomposition with torch, so that `custom_translation_table` may be empty.
+    """
+    text = "mmvq.onnx.translation_table is deprecated: decompose the exported program by"
+    text = f"{text} mmvq.onnx.decompositions; the next release drops translation_table"
+    warn(text, DeprecationWarning, stacklevel=2)
+    torch._decomp.decomposition_table.update(decompositions())
+    return {}
 
 
 class _Method(nn.Module):
     def __init__(self, quantizer: MultiModalEMAQuantizer, method: str) -> None:
         super().__init__()
         self.quantizer, self.method = quantizer, method
-        self.training = False  # of this module alone: neither method asks for the mode
+        self.training = False  # of this module alone: neither method depends on the mode
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = getattr(self.quantizer, self.method)(x)
         return out
 
 
-def _nearest_code(x: Any, codebook: Any, fast: bool = False) -> Any:
-    """`h - x . e'` over centred codes, its lowest argument; see `mmvq_kernels.nearest`."""
-    import onnx_ir as ir
-    from onnxscript import opset18
+def _nearest_code(x: Tensor, codebook: Tensor, fast: bool = False) -> Tensor:
+    """`argmin_l (h_l - x . e'_l)` over centred codes, as in `mmvq_kernels.nearest_code`.
 
-    op: Any = opset18
-    wide = ir.DataType.DOUBLE in (x.dtype, codebook.dtype)
-    dtype = ir.DataType.DOUBLE if wide else ir.DataType.FLOAT
-    x, codes = op.Cast(x, to=dtype), op.Cast(codebook, to=dtype)
-    last, zero = op.Constant(value_ints=[-1]), op.Constant(value_int=0)
+    The centre is itself a code, so that the codes of a lattice stay on it and exact ties exact.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    x, codes = x.to(dtype), codebook.to(dtype)
+    finite = codes.isfinite().all(1)
+    index = torch.arange(len(codes), device=codes.device)
+    index = torch.where(finite, index, finite.int().argmax())  # of the first finite code otherwise
+    codes = codes[index]
+    centre = codes[(codes - codes.mean(0)).square().sum(1).argmin(0, keepdim=True)]
+    centred = codes - centre
+    half_norm = ((codes + centre) * centred).sum(1) / 2
+    least, nearest = (half_norm - x @ centred.T).min(1)
+    keys = _keys(codes)
+    lowest = (keys[nearest, None] == keys).int().argmax(1)  # scores of equal codes may differ
+    return torch.where(x.isfinite().all(1) & least.isfinite(), index[lowest], 0)
 
-    def number(value: float) -> Any:
-        return op.CastLike(op.Constant(value_float=value), codes)
 
-    def holds(cells: Any) -> Any:
-        """Whether a row of bools holds True."""
-        ones = op.ReduceMax(op.Cast(cells, to=ir.DataType.INT32), last, keepdims=0)
-        return op.Cast(ones, to=ir.DataType.BOOL)
+def _keys(codes: Tensor) -> Tensor:
+    """Int64 `[L]`, equal for equal codes `[L, D]` and almost surely different otherwise.
 
-    # A code that is not finite becomes a copy of the first finite one, which a lower index hides.
-    finite = op.Not(holds(op.Or(op.IsNaN(codes), op.IsInf(codes))))  # [L]
-    first = op.ArgMax(op.Cast(finite, to=ir.DataType.INT32), axis=0, keepdims=0)
-    size = op.Squeeze(op.Shape(finite))
-    own = op.Where(finite, op.Range(zero, size, op.Constant(value_int=1)), first)
-    codes = op.Gather(codes, own)
-    mean = op.ReduceMean(codes, op.Constant(value_ints=[0]), keepdims=1)
-    spread = op.ReduceMax(op.Abs(op.Sub(codes, mean)), keepdims=0)
-    exponent = op.Floor(op.Div(op.Log(spread), number(math.log(2))))
-    step = op.Pow(number(2.0), op.Sub(exponent, number(3.0)))
-    rounded = op.Mul(op.Round(op.Div(mean, step)), step)
-    mean = op.Where(op.Greater(spread, number(0.0)), rounded, mean)
-    centred = op.Sub(codes, mean)
-    norms = op.ReduceSum(op.Mul(op.Add(codes, mean), centred), last, keepdims=0)  # [L]
-    product = op.MatMul(x, op.Transpose(centred, perm=[1, 0]))
-    scores = op.Sub(op.Div(norms, number(2.0)), product)  # [N, L]
-    best = op.ReduceMin(scores, last, keepdims=0)
-    fit = op.Not(op.Or(holds(op.IsNaN(scores)), op.IsInf(best)))
-    chosen = op.ArgMin(scores, axis=1, keepdims=0)
-    _, rows, copies, _ = op.Unique(codes, axis=0)  # the scores of equal codes may differ in a bit
-    lowest = op.Gather(op.Gather(rows, copies), chosen)
-    return op.Where(fit, op.Gather(own, lowest), zero)
+    A projection of the codes in fixed point, as a sum of integers is exact in any order. Its
+    factors, the sines of 1 to D, have no linear relation with integer coefficients.
+    """
+    factors = torch.arange(1, codes.shape[1] + 1, dtype=torch.float64, device=codes.device).sin()
+    return (codes.double() / codes.abs().max() * factors * 2.0**50).long().sum(1)

@@ -1,98 +1,145 @@
-"""What a module leaves on disk: its tensors, its arguments, and how both come back."""
+"""Saving a module with the arguments of its class, and loading it: folders and the Hub."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from mmvq.checks import message
+from mmvq.optional import optional_import
 
-_DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-_DOWNLOAD_0 = ("proxies", "resume_download")  # passed on by huggingface_hub before 1.0
+_HUB = (
+    "mmvq",
+    "the Hub's methods need huggingface_hub and safetensors",
+    "pip install 'mmvq[hub]'",
+)
 
 
 class Pretrained(nn.Module):
     """A module that can be saved to a folder or to the Hugging Face Hub, and loaded from there.
 
-    A folder holds model.safetensors (`state_dict`) and config.json: the class, the version of its
-    state, and the arguments of `__init__`, each read from the attribute of its name at the time of
-    saving. Nothing is pickled. An argument that JSON cannot hold (a callable partner, a loss of
-    your own, a process group) is listed there, and has to be passed again to `from_pretrained`.
+    A folder holds model.safetensors (the `state_dict`) and config.json: the class, the version of
+    its state, and the arguments of `__init__`. Each argument is read from the attribute of its name
+    at the time of saving. Nothing is pickled. An argument that JSON cannot hold (a callable
+    partner, a custom loss, a process group) is listed in config.json and must be passed to
+    `from_pretrained`.
 
-    The names, shapes and meaning of the tensors of `state_dict` are stable: what this version
-    saves, every later one loads. `_version` is that of the class's state; `state_dict` carries it
-    as every `nn.Module` does, and a file of a newer version is refused.
+    The names, shapes and meaning of the tensors of `state_dict` are stable: later versions load
+    what this version saves. `_version` is the version of the class's state. As in every
+    `nn.Module`, `state_dict` carries it; a state of a newer version is refused.
     """
 
     _version = 1
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> str | None:
-        """Write the folder (created if missing): tensors, config.json, README.md (a model card).
+        """Write model.safetensors, config.json and a model card, README.md.
 
         Args:
-            folder: where.
-            **options: of `huggingface_hub.PyTorchModelHubMixin.save_pretrained`, such as
+            folder: folder to write, created if it does not exist.
+            **options: options of `huggingface_hub.PyTorchModelHubMixin.save_pretrained`, such as
                 `push_to_hub=True`.
 
         Returns:
-            None, or with `push_to_hub=True` the address of the commit.
+            None, or with `push_to_hub=True` the URL of the commit.
 
         Raises:
             ImportError: huggingface_hub or safetensors is not installed.
         """
-        saved: str | None = _adapter()(self).save_pretrained(folder, **options)
+        saved: str | None = _hub_model(self).save_pretrained(folder, **options)
         return saved
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes.
+        """Upload the files that `save_pretrained` writes.
 
         Args:
-            repo_id: `"user/name"`; created if missing.
-            **options: of `huggingface_hub.PyTorchModelHubMixin.push_to_hub`: `private`, `token`,
-                `commit_message`, ...
+            repo_id: repository `"user/name"`, created if it does not exist.
+            **options: options of `huggingface_hub.PyTorchModelHubMixin.push_to_hub`: `private`,
+                `token`, `commit_message`, ...
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
             ImportError: huggingface_hub or safetensors is not installed.
         """
-        address: str = _adapter()(self).push_to_hub(repo_id, **options)
-        return address
+        url: str = _hub_model(self).push_to_hub(repo_id, **options)
+        return url
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
-        """The module that `save_pretrained` or `push_to_hub` left, on the CPU, in eval mode.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **arguments: Any,
+    ) -> Self:
+        """Load a module that `save_pretrained` or `push_to_hub` saved, on the CPU, in eval mode.
 
         Args:
-            source: a folder, or `"user/name"` on the Hub.
-            **options: arguments of the class, in place of those saved; or `revision`, `token`,
-                `cache_dir`, `force_download`, `local_files_only`.
+            source: a folder, or a repository `"user/name"` on the Hub.
+            revision: branch, tag or commit of the repository.
+            token: access token of the Hub.
+            cache_dir: folder of the downloaded files.
+            force_download: whether to download files that the cache has.
+            local_files_only: whether to use the cache alone.
+            **arguments: arguments of the class that replace the saved ones.
 
         Raises:
             ImportError: huggingface_hub or safetensors is not installed.
-            FileNotFoundError: there is no such folder, and no such repo (offline: in the cache); or
-                the tensors are not in it.
+            FileNotFoundError: `source` is neither a folder nor a repository (or, offline, not in
+                the cache), or has no model.safetensors.
             ValueError: config.json is missing, of another class or of a newer version; a file is
-                damaged; or an argument that config.json could not hold is not passed again.
+                damaged; or an argument that config.json cannot hold is not passed.
             RuntimeError: the tensors do not fit the arguments.
         """
-        where = f"{cls.__name__}.from_pretrained"
-        module: Self = _adapter().load(where, source, build=cls._build, **options)
-        return module
+        with optional_import(*_HUB):
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        where, folder = f"{cls.__name__}.from_pretrained", Path(source)
+        try:
+            if not folder.is_dir():
+                folder = Path(
+                    snapshot_download(
+                        str(source),
+                        allow_patterns=["config.json", "model.safetensors"],
+                        revision=revision,
+                        token=token,
+                        cache_dir=cache_dir,
+                        force_download=force_download,
+                        local_files_only=local_files_only,
+                    )
+                )
+            path = folder / "config.json"
+            module = cls._build(json.loads(path.read_bytes()) if path.exists() else None, arguments)
+            module.load_state_dict(load_file(folder / "model.safetensors"))
+        except (FileNotFoundError, HFValidationError, RepositoryNotFoundError) as error:
+            rule = "source must be a folder that save_pretrained wrote, or a repo on the Hub"
+            hint = 'check the path: the folder, not a file in it; a repo is named "user/name"'
+            raise FileNotFoundError(message(where, rule, hint=hint, source=str(source))) from error
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            rule = "config.json or model.safetensors in source is damaged"
+            got = {"source": str(source), "error": type(error)}
+            hint = "copy or download it again"
+            raise ValueError(message(where, rule, hint=hint, **got)) from error
+        return module.eval()
 
     def _argument(self, name: str) -> Any:
-        """The present value of an argument of `__init__`."""
+        """Return the present value of an argument of `__init__`."""
         return getattr(self, name)
 
     def _config(self) -> dict[str, Any]:
-        """The content of config.json."""
+        """Return the content of config.json."""
         arguments, again = {}, {}
         for name in parameters(type(self)):
             value = self._argument(name)
@@ -109,14 +156,14 @@ class Pretrained(nn.Module):
 
     @classmethod
     def _build(cls, config: Any, given: Mapping[str, Any]) -> Self:
-        """A module of the saved arguments, those in `given` in place of the saved."""
+        """Build a module from the saved arguments; those in `given` take precedence."""
         where = f"{cls.__name__}.from_pretrained"
         match config:
             case {
                 "class": name,
                 "version": int(version),
-                "arguments": dict(),
-                "pass_again": dict(),
+                "arguments": dict(saved),
+                "pass_again": dict(again),
             }:
                 pass
             case _:
@@ -128,52 +175,29 @@ class Pretrained(nn.Module):
             raise ValueError(message(where, "the file is of another class", hint=hint, found=name))
         if version > cls._version:
             raise ValueError(_newer(where, version, cls._version))
-        missing = {x: was for x, was in config["pass_again"].items() if x not in given}
+        missing = {x: kind for x, kind in again.items() if x not in given}
         if missing:
             rule = f"config.json cannot hold {', '.join(missing)}"
             hint = f"pass {', '.join(f'{x}=...' for x in missing)} to from_pretrained"
             raise ValueError(message(where, rule, hint=hint, **missing))
-        return cls(**{**config["arguments"], **given})
+        return cls(**{**saved, **given})
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Refuse, as a whole and where `nn.Module` collects errors, own tensors that do not fit."""
-        where = f"{type(self).__name__}.load_state_dict"
-        version = local_metadata.get("version") or 1  # a file of bare tensors knows none
-        errors = [_newer(where, version, self._version)] if version > self._version else []
-        for name, mine in (*self._parameters.items(), *self._buffers.items()):
-            found = state_dict.get(prefix + name, mine)  # what is missing is torch's to report
-            if mine is None or (isinstance(found, Tensor) and _kind(found) == _kind(mine)):
-                continue
-            rule = f"{prefix}{name} does not fit this module"
-            hint = "build the module with the arguments that the saved one had"
-            errors.append(message(where, rule, hint=hint, found=found, expected=mine))
-            break  # the others say no more
-        error_msgs += errors
-        if not errors:
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+        """Refuse a state of a newer version; `nn.Module` checks everything else."""
+        version = local_metadata.get("version") or 1  # bare tensors have no version
+        if version > self._version:
+            where = f"{type(self).__name__}.load_state_dict"
+            raise RuntimeError(_newer(where, version, self._version))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
 def parameters(kind: type) -> list[str]:
-    """The arguments of `__init__`; those in `*args` and `**kwargs` are of its base.
+    """Return the names of the arguments of `__init__`; `*args` and `**kwargs` are its base's.
 
-    A subclass that fixes one of these itself, and passes `**kwargs` on, cannot be built from them.
+    A subclass that fixes an argument of its base and passes `**kwargs` on cannot be built from
+    them.
     """
     names: dict[str, None] = {}
     for each in kind.__mro__:
@@ -186,61 +210,19 @@ def parameters(kind: type) -> list[str]:
     return list(names)
 
 
-def _kind(x: Tensor) -> tuple[object, ...]:
-    return x.shape, x.is_floating_point()
-
-
 def _newer(where: str, version: int, known: int) -> str:
     rule = f"the state is of version {version}, this mmvq knows up to {known}"
     return message(where, rule, hint="install the mmvq that saved it", version=version)
 
 
-@functools.cache
-def _adapter() -> Any:
-    """The class that lends us huggingface_hub's mixin, imported when it is first needed."""
-    try:
-        from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
-        from huggingface_hub.errors import HFValidationError
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        rule = "the Hub's methods need huggingface_hub and safetensors"
-        raise ImportError(
-            message("mmvq", rule, hint="pip install 'mmvq[hub]'", missing=error.name)
-        ) from error
+def _hub_model(module: Pretrained) -> Any:
+    """Wrap a module in huggingface_hub's mixin, which saves and uploads it."""
+    with optional_import(*_HUB):
+        from huggingface_hub import PyTorchModelHubMixin
+        from safetensors.torch import save_model  # noqa: F401  # which the mixin imports too late
 
-    class Adapter(PyTorchModelHubMixin, library_name="mmvq"):
-        """The mixin saves the tensors of `self.module`; what it loads, we build."""
+    class HubModel(PyTorchModelHubMixin, library_name="mmvq"):
+        def __init__(self) -> None:
+            self.module, self._hub_mixin_config = module, module._config()
 
-        def __init__(self, module: Pretrained) -> None:
-            self.module = module
-            self._hub_mixin_config = module._config()
-
-        @classmethod
-        def load(cls, where: str, source: str | Path, **options: Any) -> Any:
-            try:
-                return cls.from_pretrained(source, **options)
-            except (FileNotFoundError, HFValidationError) as error:
-                rule = "source must be a folder that save_pretrained wrote, or a repo on the Hub"
-                hint = 'check the path: the folder, not a file in it; a repo is named "user/name"'
-                raise FileNotFoundError(
-                    message(where, rule, hint=hint, source=str(source))
-                ) from error
-            except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-                rule = "config.json or model.safetensors in source is damaged"
-                hint = "copy or download it again"
-                came = {"source": str(source), "error": type(error)}
-                raise ValueError(message(where, rule, hint=hint, **came)) from error
-
-        @classmethod
-        def _from_pretrained(  # type: ignore[override]  # what `load` passes, not all of it
-            cls, *, model_id: str, build: Any, config: Any = None, **rest: Any
-        ) -> Any:
-            options = {name: rest.pop(name) for name in (*_DOWNLOAD, *_DOWNLOAD_0) if name in rest}
-            name, folder = constants.SAFETENSORS_SINGLE_FILE, Path(model_id)
-            path = folder / name if folder.is_dir() else hf_hub_download(model_id, name, **options)
-            module = build(config, rest)
-            module.load_state_dict(load_file(path))
-            return module.eval()
-
-    return Adapter
+    return HubModel()

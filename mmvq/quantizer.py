@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
+from einops import pack, unpack
 from torch import Tensor
 
 from mmvq import functional
@@ -21,13 +22,15 @@ from mmvq.checks import (
     check_indices,
     check_int,
     check_integers,
+    check_loss,
     check_modalities,
     check_same_length,
     check_vectors,
     is_cpu_readable,
     message,
+    without_padding,
 )
-from mmvq.codebook import EMACodebook, ResetRule, recomputing
+from mmvq.codebook import EMACodebook, Init, ResetRule, recomputing
 from mmvq.growth import extend
 from mmvq.losses import CrossModalCommitmentLoss
 from mmvq.partners import (
@@ -39,7 +42,6 @@ from mmvq.partners import (
 )
 from mmvq.pretrained import Pretrained
 from mmvq.settings import Setting
-from mmvq.state import Init
 
 Commitment = Callable[[Tensors, Tensors, Tensors | None], Tensor]
 
@@ -210,7 +212,6 @@ class MultiModalEMAQuantizer(Pretrained):
         self.partner, self.partner_weight = partner, partner_weight
         self.partner_temperature = partner_temperature
         self.gradient, self.update = gradient, update
-        self._update_from = None if update_from is None else tuple(update_from)
         self.commitment = CrossModalCommitmentLoss() if commitment == "default" else commitment
         loss = self.commitment
         ratio = loss.cross_ratio if isinstance(loss, CrossModalCommitmentLoss) else 0
@@ -238,8 +239,9 @@ class MultiModalEMAQuantizer(Pretrained):
 
     @property
     def update_from(self) -> tuple[str, ...] | None:
-        """The modalities whose vectors enter N and o, as given; None: all."""
-        return self._update_from
+        """The modalities whose vectors enter N and o, sorted; None: all."""
+        groups = self.ema_codebook.update_from
+        return None if groups is None else tuple(self._sorted[group] for group in groups)
 
     def forward(
         self,
@@ -273,7 +275,7 @@ class MultiModalEMAQuantizer(Pretrained):
         z, valid = check_features(
             where, features, masks, dim=book.dim, modalities=names, device=device
         )
-        check_finite(where, **z)
+        check_finite(where, z, valid)
         if self.partner == "aligned":
             check_same_length(where, z, '; or build it with partner="attention"')
         updating = self.training and not freeze and not recomputing()
@@ -282,56 +284,61 @@ class MultiModalEMAQuantizer(Pretrained):
             hint = "its statistics are lost with the replica: use DistributedDataParallel"
             raise RuntimeError(message(where, rule, hint=hint, update=self.update))
 
+        z = without_padding(z, valid)
         with torch.autocast(device.type, enabled=False):  # its `cat` does not take every dtype
-            rows = _flat(z)  # [N, D], of all modalities
+            rows, shapes = pack([*z.values()], "* d")  # [N, D], of all modalities
         weight, first = book.weight, None
         if updating:
             values, groups, usable = self._contributions(rows, z, valid)  # Sec. 4.3
             first = book.first_codes(values, groups, usable)
             weight = book.weight if first is None else first.codes
-        index = functional.nearest_code(rows, weight)  # Eq. 2
-        codes = _unflat(weight.index_select(0, index), z)  # the snapshot
-        if self.commitment is None:
-            loss = weight.new_zeros(())
-        else:
-            loss = self.commitment(z, codes, None if masks is None else valid)  # Eq. 8
+        index = book.nearest(rows, weight)  # Eq. 2
+        chosen = dict(zip(z, unpack(index, shapes, "*"), strict=True))
+        # the codes as they were when the step began
+        codes = dict(zip(z, unpack(weight.index_select(0, index), shapes, "* d"), strict=True))
+        loss = weight.new_zeros(())
+        if self.commitment is not None:
+            loss = check_loss(where, self.commitment(z, codes, valid))  # Eq. 8
         if first is not None:  # nothing is written before the loss: a commitment may raise
             book.take_first_codes(first)
         if updating:
-            book.accumulate(values, torch.where(usable, index, -1), groups)  # Eq. 7, brackets
+            book.add_rows(values, torch.where(usable, index, -1), groups)  # Eq. 7, brackets
             if self.update == "auto":
                 book.apply()  # Eq. 7
 
         gradient = _GRADIENTS[self.gradient]
         quantized: dict[str, Tensor] = {}
         indices: dict[str, Tensor] = {}
-        for name, chosen in _unflat(index, z).items():
-            q = gradient(z[name], codes[name].to(z[name].dtype))
-            if masks is not None and name in masks:
+        for name, x in z.items():
+            q, i = gradient(x, codes[name].to(x.dtype)), chosen[name]
+            if valid is not None:
                 q = torch.where(valid[name][..., None], q, 0)
-                chosen = torch.where(valid[name], chosen, -1)
-            flat = features[name].ndim == 2
-            quantized[name] = q.squeeze(1) if flat else q
-            indices[name] = chosen.squeeze(1) if flat else chosen
+                i = torch.where(valid[name], i, -1)
+            shape = features[name].shape
+            quantized[name], indices[name] = q.view(shape), i.view(shape[:-1])
         return QuantizerOutput(quantized, indices, loss)
 
     @torch.no_grad()
     def _contributions(
-        self, rows: Tensor, z: Tensors, valid: Tensors
+        self, rows: Tensor, z: Tensors, valid: Tensors | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the vectors give to o, the group of each, and which are fit to enter."""
-        self.ema_codebook.match_dtype(rows.dtype)
-        usable = _flat(valid) & functional.finite_rows(rows)
-        masks = _unflat(usable, z)
-        wide = _unflat(rows.to(self.ema_codebook.codes.dtype), z)
+        """What each vector adds to o, the group of each, and which may enter."""
+        book = self.ema_codebook
+        book.match_dtype(rows.dtype)
+        usable = functional.finite_rows(rows)
+        shapes: list[Any] = [x.shape[:2] for x in z.values()]
+        if valid is not None:
+            usable = usable & pack([*valid.values()], "*")[0]
+        masks = dict(zip(z, unpack(usable, shapes, "*"), strict=True))
+        wide = dict(zip(z, unpack(rows.to(book.codes.dtype), shapes, "* d"), strict=True))
         mixed = mix_partners(
             wide, masks, self.partner, self.partner_weight, self.partner_temperature
         )
-        groups = {
-            name: torch.full_like(mask, self._sorted.index(name), dtype=torch.long)
+        groups = [
+            torch.full_like(mask, self._sorted.index(name), dtype=torch.long)
             for name, mask in masks.items()
-        }
-        return _flat(mixed), _flat(groups), usable
+        ]
+        return pack([*mixed.values()], "* d")[0], pack(groups, "*")[0], usable
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.
@@ -350,7 +357,7 @@ class MultiModalEMAQuantizer(Pretrained):
             hint = "train it, load a state, or start from codes of your own with set_codes"
             text = message("MultiModalEMAQuantizer.encode", rule, hint=hint, init=self.init)
             warnings.warn(text, stacklevel=2)
-        return functional.nearest_code(x, book.weight)
+        return book.nearest(x.reshape(-1, book.dim)).view(x.shape[:-1])
 
     def decode(self, indices: Tensor) -> Tensor:
         """The codes of indices: any integer dtype, `[...]` -> `[..., D]`; zeros for -1 (masked).
@@ -363,7 +370,7 @@ class MultiModalEMAQuantizer(Pretrained):
         encoded = "pass what encode returned, of one modality"
         check_integers(where, encoded, indices=indices)
         indices = indices.long()
-        check_indices(where, book.size, encoded, indices=indices)
+        check_indices(where, book.codebook_size, encoded, indices=indices)
         codes = book.weight[indices.clamp(min=0)]
         return torch.where((indices < 0)[..., None], 0, codes)
 
@@ -405,7 +412,7 @@ class MultiModalEMAQuantizer(Pretrained):
     @property
     def codebook_size(self) -> int:
         """The number of codes: L."""
-        return self.ema_codebook.size
+        return self.ema_codebook.codebook_size
 
     @property
     def dim(self) -> int:
@@ -465,17 +472,3 @@ class MultiModalEMAQuantizer(Pretrained):
             f"partner_weight={self.partner_weight}, gradient={self.gradient!r}, "
             f"update={self.update!r}"
         )
-
-
-def _flat(z: Tensors) -> Tensor:
-    """`[B, T, ...]` of each modality -> `[N, ...]` of all."""
-    return torch.cat([x.flatten(0, 1) for x in z.values()])
-
-
-def _unflat(rows: Tensor, like: Tensors) -> dict[str, Tensor]:
-    """`[N, ...]` of all -> `[B, T, ...]` of each modality."""
-    parts = rows.split([x.shape[0] * x.shape[1] for x in like.values()])
-    return {
-        name: part.unflatten(0, x.shape[:2])
-        for (name, x), part in zip(like.items(), parts, strict=True)
-    }

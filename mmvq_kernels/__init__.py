@@ -1,8 +1,9 @@
-"""Nearest-code search, code statistics, EMA updates and code distributions: the speed under `mmvq`.
+"""Nearest-code search, code statistics, EMA update and code distribution, optimised.
 
 The functions work on flat tensors, know nothing of modules or modalities, and never import `mmvq`.
-Each file reads in the same order: the obvious reference, then the path that ships;
-the Triton kernels of a file are in the file of that name in `mmvq_kernels/gpu`.
+Each file has a plain reference, the public function, which checks its arguments, the torch path
+(`search_torch`), and the operation without checks (`search`), which `mmvq` calls. The Triton
+kernels of a file are in the file of the same name in `mmvq_kernels/gpu`.
 """
 
 from mmvq_kernels.backends import Backend, available_backends, reason_unavailable

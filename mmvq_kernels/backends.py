@@ -1,9 +1,7 @@
 """Which implementation runs: `auto`, `torch` or `triton`.
 
-`auto` takes the Triton kernels for tensors of up to float32 on a GPU that runs them, the torch path
-for all others. Each operation is a torch custom operator that decides when it runs, so that a
-compiled or exported graph holds the operator and not one of the two. On a CPU without a graph to
-trace, the torch path is called as it is: the first call of an operator imports torch's compiler.
+`auto` takes the Triton kernels for tensors of up to float32 on a GPU that supports them, and the
+torch path otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +17,7 @@ from torch import Tensor
 from mmvq_kernels.messages import message
 
 Backend = Literal["auto", "torch", "triton"]
-"""Who computes: `"auto"` takes Triton where it can run, torch elsewhere."""
+"""The implementation: `"auto"` takes Triton where it can run, and torch otherwise."""
 
 _BACKENDS = get_args(Backend)  # dynamo of older torch cannot trace the call
 
@@ -56,7 +54,7 @@ def require(where: str, backend: str, *tensors: Tensor | None) -> None:
 
     Raises:
         ValueError: the name is not a backend.
-        RuntimeError: it is one, but cannot run; the message says why.
+        RuntimeError: the backend cannot run; the message says why.
     """
     _check(where, backend)
     if backend != "triton":
@@ -75,34 +73,9 @@ def require(where: str, backend: str, *tensors: Tensor | None) -> None:
         )
 
 
-def through_operator(backend: str, x: Tensor) -> bool:
-    """Whether an operation on `x` goes through its custom operator."""
-    traced = torch.compiler.is_compiling() or transformed()
-    return backend != "torch" and (x.device.type == "cuda" or traced)
-
-
 def transformed() -> bool:
-    """Whether a transform of `torch.func` is at work, so that a tensor may be a batch of them."""
+    """Whether a transform of `torch.func` is active, so that a tensor may be a batch of them."""
     return torch._C._are_functorch_transforms_active()
-
-
-def register_sequential_vmap(operator: Any) -> None:
-    """Teach an operator `torch.vmap`: it is called for each slice in turn, and the results stacked.
-
-    A batch of rows, which it takes at once anyway, is the faster way where the codebook is one.
-    """
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        slices = (
-            [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]
-            for i in range(info.batch_size)
-        )
-        outs = [operator(*each) for each in slices]
-        if isinstance(outs[0], Tensor):
-            return torch.stack(outs), 0
-        return tuple(map(torch.stack, zip(*outs, strict=True))), (0,) * len(outs[0])
-
-    operator.register_vmap(rule)
 
 
 def runs_triton(*tensors: Tensor | None) -> bool:
@@ -131,7 +104,7 @@ def _reason_on(gpu: torch.device | None) -> str | None:
 
 
 def _reason_against(tensors: list[Tensor]) -> str | None:
-    """Why the kernels cannot take these tensors. One on another GPU would be read all the same."""
+    """Why the kernels cannot take these tensors; a pointer to another GPU would raise no error."""
     for x in tensors:
         if x.device.type != "cuda":
             return f"a tensor is on the {x.device.type}"

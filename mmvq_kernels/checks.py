@@ -1,4 +1,4 @@
-"""Checks of values, made only where they cost no wait for a device."""
+"""Checks of values, made only where they do not synchronise with a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmvq_kernels.messages import message
 
 
 def is_cpu_readable(x: Tensor) -> bool:
-    """Whether the host can read `x` as its memory: on the CPU, in no graph and no transform."""
+    """Whether the host can read the values of `x`: on a CPU, outside of graphs and transforms."""
     plain = type(x) is Tensor and x.device.type == "cpu"  # a fake tensor is of another class
     return plain and not (torch.compiler.is_compiling() or transformed())
 
@@ -18,12 +18,12 @@ def is_cpu_readable(x: Tensor) -> bool:
 def check_below(
     where: str, size: int, hint: str, *, signed: bool = True, **indices: Tensor
 ) -> None:
-    """Each tensor of int64 holds numbers below `size`, and none below 0 unless `signed`.
+    """Check that int64 tensors hold numbers below `size`, and none below 0 unless `signed`.
 
-    They are looked at only if `is_cpu_readable`.
+    Only tensors that are `is_cpu_readable` are checked.
 
     Raises:
-        IndexError: one does not.
+        IndexError: a number is out of range.
     """
     for name, x in indices.items():
         if not is_cpu_readable(x) or x.numel() == 0:

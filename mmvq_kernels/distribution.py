@@ -1,4 +1,4 @@
-"""How likely a clip is to use each code, the distribution under L_cmcm.
+"""The distribution of a clip over the codes, which L_cmcm compares.
 
 The Triton kernels are in `mmvq_kernels/gpu/distribution.py`, which only a GPU imports.
 """
@@ -14,20 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from mmvq_kernels.backends import (
-    Backend,
-    register_sequential_vmap,
-    require,
-    runs_triton,
-    through_operator,
-    transformed,
-)
+from mmvq_kernels.backends import Backend, require, transformed
 from mmvq_kernels.checks import is_cpu_readable
 from mmvq_kernels.messages import message
+from mmvq_kernels.operators import register, through_operator
 from mmvq_kernels.products import matmul_t
-from mmvq_kernels.rounding import cancellation_threshold
 
-_BLOCK_BYTES = 1 << 23  # of distances held at a time, of one clip at least
+_BLOCK_BYTES = 1 << 23  # of distances at a time, of at least one clip
 
 
 def code_log_probabilities_ref(x: Tensor, codebook: Tensor) -> Tensor:
@@ -39,19 +32,19 @@ def code_log_probabilities_ref(x: Tensor, codebook: Tensor) -> Tensor:
 def code_log_probabilities(
     x: Tensor, codebook: Tensor, mask: Tensor | None = None, *, backend: Backend = "auto"
 ) -> Tensor:
-    r"""The logarithm of how likely a clip is to use each code, finite everywhere.
+    r"""Log-probability of each code for each clip, always finite.
 
     $$\ln P(l) = \ln \frac{1}{T} \sum_t \mathrm{softmax}_l(-\lVert x_t - e_l \rVert_2)$$
 
-    Differentiable (once) in x and the codebook. Where x is so near a code that rounding hides the
-    distance (in float32 and D 256, within 0.4% of |x| about the mean code), it counts as 0, and
-    its gradient is 0. No `[B, T, L]` tensor is made, neither forward nor backward.
+    Differentiable (once) in x and the codebook. A distance that is smaller than its rounding error
+    counts as 0 and has gradient 0 (in float32 with D 256: one below 0.4% of the distance of x from
+    the mean code). No `[B, T, L]` tensor is made, neither forward nor backward.
 
     Args:
         x: features of B clips, `[B, T, D]`, any float dtype.
         codebook: codes, `[L, D]`.
-        mask: bool `[B, T]`, True = valid; the mean is over valid segments, and what lies under a
-            False is not read. A clip without a valid segment (T = 0, too) is one of zeros.
+        mask: bool `[B, T]`, True = valid; the mean is over valid segments, and the others are not
+            read. A clip without a valid segment (or T = 0) counts as one segment of zeros.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
@@ -63,11 +56,28 @@ def code_log_probabilities(
 
     Examples:
         >>> codebook = torch.tensor([[0.0], [2.0]])
-        >>> code_log_probabilities(torch.ones(1, 5, 1), codebook).exp()  # half way between
+        >>> code_log_probabilities(torch.ones(1, 5, 1), codebook).exp()  # halfway between
         tensor([[0.5000, 0.5000]])
     """
-    _check(x, codebook, mask)
-    require("code_log_probabilities", backend, x, codebook, mask)
+    where = "code_log_probabilities"
+    if x.ndim != 3 or codebook.ndim != 2 or x.shape[2] != codebook.shape[1]:
+        rule = "x [B, T, D] and codebook [L, D] must share their last dimension"
+        hint = "give every clip a time axis and project it to the codebook's width"
+        raise ValueError(message(where, rule, hint=hint, x=x, codebook=codebook))
+    if codebook.numel() == 0:
+        hint = "build the codebook with size >= 1 and dim >= 1"
+        raise ValueError(message(where, "codebook must not be empty", hint=hint, codebook=codebook))
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
+        hint = "give every segment one entry, True where it is valid"
+        raise ValueError(message(where, "mask must be bool [B, T]", hint=hint, x=x, mask=mask))
+    require(where, backend, x, codebook, mask)
+    return log_probabilities(x, codebook, mask, backend)
+
+
+def log_probabilities(
+    x: Tensor, codebook: Tensor, mask: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """`code_log_probabilities` without the checks."""
     if mask is None:
         valid = x.new_ones(x.shape[:2], dtype=torch.bool)
     else:
@@ -75,25 +85,23 @@ def code_log_probabilities(
     if x.shape[1] == 0:  # one segment of padding
         x, valid = pad(x, (0, 0, 0, 1)), pad(valid, (0, 1))
     used = valid | ~valid.any(1, keepdim=True)
-    if transformed() or not through_operator(backend, x):
-        run: Any = _LogProbabilities.apply
-    else:
-        run = _code_log_probabilities
+    as_operator = backend != "torch" and through_operator(x) and not transformed()
+    run: Any = forward if as_operator else _LogProbabilities.apply
     log_p: Tensor = run(x, codebook, used)[0]
     return log_p
 
 
 class _LogProbabilities(torch.autograd.Function):
-    """The torch path, a few clips at a time; backward computes their distances anew.
+    """The torch path, a few clips at a time; backward computes their distances again.
 
-    Inside `torch.vmap` it calls the operators, which know how to go through a batch of tensors.
+    Inside `torch.vmap` it calls the operators, which have a rule for it.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-        return (_code_log_probabilities if transformed() else _forward_torch)(x, codebook, used)
+        return (forward if transformed() else forward_torch)(x, codebook, used)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -103,19 +111,26 @@ class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        of_codes: bool = ctx.needs_input_grad[1]
-        run: Any = _backward if transformed() else _backward_torch
-        of_x, of_codebook = run(grad, *ctx.saved_tensors, of_codes)
-        return of_x, of_codebook if of_codes else None, None
+        return _differentiate(backward if transformed() else backward_torch, ctx, grad)
 
 
-def _forward_torch(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    """`ln P`, and the normalizers that the Triton kernel gives to its backward: here, zeros."""
-    log_p = _log_probabilities_torch(x, codebook, used)
-    return log_p, x.new_zeros(x.shape[:2], dtype=torch.float32)
+def _differentiate(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    of_codes: bool = ctx.needs_input_grad[1]
+    of_x, of_codebook = run(grad, *ctx.saved_tensors, of_codes)
+    return of_x, of_codebook if of_codes else None, None
 
 
-def _log_probabilities_torch(x: Tensor, codebook: Tensor, used: Tensor) -> Tensor:
+def cancellation_threshold(dtype: torch.dtype, D: int) -> float:
+    """Below this share of `|x|^2`, `|x|^2 - 2 x.e + |e|^2` is rounding error, and no distance.
+
+    The rounding error of a sum of D terms grows with the root of D. With `x = e`, eight times that
+    is more than any draw left, in float32 as in tf32x3.
+    """
+    return 8 * torch.finfo(dtype).eps * math.sqrt(D)
+
+
+def forward_torch(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """`ln P`, and the normalizers that the backward of the Triton kernels needs: here zeros."""
     x, codes = _centre(x, codebook)
     log_used = _log_used(used, x.dtype)
     log_p, norms = x.new_empty(x.shape[0], codes.shape[0]), codes.square().sum(-1)
@@ -123,22 +138,26 @@ def _log_probabilities_torch(x: Tensor, codebook: Tensor, used: Tensor) -> Tenso
         distance, _ = _distances(x[clips], codes, norms)  # [b, T, L]
         log_p_t = distance.neg_().log_softmax(-1).add_(log_used[clips])
         log_p[clips] = log_p_t.logsumexp(1)
-    return log_p.sub_(log_used.logsumexp(1))
+    return log_p.sub_(log_used.logsumexp(1)), x.new_zeros(x.shape[:2], dtype=torch.float32)
 
 
 def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    dtype = _wider(x, codebook)
     mean = codebook.detach().mean(0).to(dtype)
     return x.to(dtype) - mean, codebook.to(dtype) - mean
 
 
+def _wider(x: Tensor, codebook: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+
+
 def _log_used(used: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logarithm of what a segment counts, 1 or 0, `[B, T, 1]`."""
+    """The logarithm of the weight of a segment, 1 or 0: `[B, T, 1]`."""
     return torch.where(used[..., None], 0.0, -torch.inf).to(dtype)
 
 
 def _distances(x: Tensor, codes: Tensor, norms: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`|x - e|`, `[B, T, L]`, and where it is lost to rounding and 0, if so anywhere.
+    """`|x - e|`, `[B, T, L]`, and where it is below its rounding error and set to 0, if anywhere.
 
     `norms` are |e|^2.
     """
@@ -146,13 +165,13 @@ def _distances(x: Tensor, codes: Tensor, norms: Tensor) -> tuple[Tensor, Tensor 
     squares = _product(x, codes).mul_(-2).add_(own).add_(norms)
     floor = cancellation_threshold(x.dtype, x.shape[-1]) * own
     if is_cpu_readable(squares) and not (squares.amin(-1, keepdim=True) <= floor).numpy().any():
-        return squares.sqrt_(), None  # as a rule: two passes less
+        return squares.sqrt_(), None  # the usual case: two passes less
     lost = squares <= floor
     return squares.masked_fill_(lost, 0).sqrt_(), lost
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b.T`, as exact under autocast as elsewhere."""
+    """`a @ b.T`, at full precision under autocast too."""
     with torch.autocast(a.device.type, enabled=False):
         return matmul_t(a, b)
 
@@ -164,32 +183,7 @@ def _blocks(x: Tensor, codes: Tensor) -> Iterator[slice]:
         yield slice(start, start + clips)
 
 
-@torch.library.custom_op("mmvq::code_log_probabilities", mutates_args=())
-def _code_log_probabilities(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    return _forward_torch(x, codebook, used)
-
-
-@_code_log_probabilities.register_kernel("cuda")
-def _(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    if not runs_triton(x, codebook, used):
-        return _forward_torch(x, codebook, used)
-    from mmvq_kernels.gpu.distribution import forward
-
-    return forward(x, codebook, used)
-
-
-@_code_log_probabilities.register_fake
-def _(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    log_p = x.new_empty((x.shape[0], codebook.shape[0]), dtype=dtype)
-    return log_p, x.new_empty(x.shape[:2], dtype=torch.float32)
-
-
-register_sequential_vmap(_code_log_probabilities)
-
-
-@torch.library.custom_op("mmvq::code_log_probabilities_backward", mutates_args=())
-def _backward(
+def backward_torch(
     grad: Tensor,
     x: Tensor,
     codebook: Tensor,
@@ -198,52 +192,7 @@ def _backward(
     normalizers: Tensor,
     of_codes: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _backward_torch(grad, x, codebook, used, log_p, normalizers, of_codes)
-
-
-@_backward.register_kernel("cuda")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    codebook: Tensor,
-    used: Tensor,
-    log_p: Tensor,
-    normalizers: Tensor,
-    of_codes: bool,
-) -> tuple[Tensor, Tensor]:
-    if not runs_triton(x, codebook, used):
-        return _backward_torch(grad, x, codebook, used, log_p, normalizers, of_codes)
-    from mmvq_kernels.gpu.distribution import backward
-
-    of_x, of_codebook = backward(grad, x, codebook, used, log_p, normalizers, of_codes)
-    return of_x.to(x.dtype), of_codebook.to(codebook.dtype)
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    codebook: Tensor,
-    used: Tensor,
-    log_p: Tensor,
-    normalizers: Tensor,
-    of_codes: bool,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), codebook.new_empty(codebook.shape if of_codes else 0)
-
-
-register_sequential_vmap(_backward)
-
-
-def _backward_torch(
-    grad: Tensor,
-    x: Tensor,
-    codebook: Tensor,
-    used: Tensor,
-    log_p: Tensor,
-    normalizers: Tensor,
-    of_codes: bool,
-) -> tuple[Tensor, Tensor]:
+    """The gradients of x and, if `of_codes`, of the codebook."""
     x_dtype, (x, codes) = x.dtype, _centre(x, codebook)
     log_used, norms = _log_used(used, x.dtype), codes.square().sum(-1)
     shift = log_used.logsumexp(1, keepdim=True) + log_p[:, None]  # [B, 1, L]
@@ -263,43 +212,26 @@ def _backward_torch(
     return of_x.to(x_dtype), of_codebook.to(codebook.dtype)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
-    of_codes: bool = ctx.needs_input_grad[1]
-    of_x, of_codebook = _backward(grad, *ctx.saved_tensors, of_codes)
-    return of_x, of_codebook if of_codes else None, None
-
-
-_setup = _LogProbabilities.setup_context
-_code_log_probabilities.register_autograd(_differentiate, setup_context=_setup)
-
-
-def _check(x: Tensor, codebook: Tensor, mask: Tensor | None) -> None:
-    if x.ndim != 3 or codebook.ndim != 2 or x.shape[2] != codebook.shape[1]:
-        raise ValueError(
-            message(
-                "code_log_probabilities",
-                "x [B, T, D] and codebook [L, D] must share their last dimension",
-                hint="give every clip a time axis and project it to the codebook's width",
-                x=x,
-                codebook=codebook,
-            )
-        )
-    if codebook.numel() == 0:
-        raise ValueError(
-            message(
-                "code_log_probabilities",
-                "codebook must not be empty",
-                hint="build the codebook with size >= 1 and dim >= 1",
-                codebook=codebook,
-            )
-        )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-        raise ValueError(
-            message(
-                "code_log_probabilities",
-                "mask must be bool [B, T]",
-                hint="give every segment one entry, True where it is valid",
-                x=x,
-                mask=mask,
-            )
-        )
+forward = register(
+    "mmvq::code_log_probabilities",
+    forward_torch,
+    gpu="mmvq_kernels.gpu.distribution:forward",
+    fake=lambda x, codebook, _used: (
+        x.new_empty(x.shape[0], codebook.shape[0], dtype=_wider(x, codebook)),
+        x.new_empty(x.shape[:2], dtype=torch.float32),
+    ),
+)
+backward = register(
+    "mmvq::code_log_probabilities_backward",
+    backward_torch,
+    gpu="mmvq_kernels.gpu.distribution:backward",
+    fake=lambda _grad, x, codebook, _used, _log_p, _normalizers, of_codes: (
+        x.new_empty(x.shape),
+        codebook.new_empty(codebook.shape if of_codes else 0),
+    ),
+)
+torch.library.register_autograd(
+    "mmvq::code_log_probabilities",
+    lambda ctx, grad, _: _differentiate(torch.ops.mmvq.code_log_probabilities_backward, ctx, grad),
+    setup_context=_LogProbabilities.setup_context,
+)

@@ -5,14 +5,14 @@ The Triton kernels are in `mmvq_kernels/gpu/ema.py`, which only a GPU imports.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mmvq_kernels.backends import Backend, require, runs_triton, through_operator
+from mmvq_kernels.backends import Backend, require
 from mmvq_kernels.messages import message
-from mmvq_kernels.rounding import FADED
+from mmvq_kernels.operators import register
+
+FADED = 1000  # times eps: an N above it is large enough not to shrink the code by smoothing
 
 
 def ema_update_(
@@ -28,29 +28,29 @@ def ema_update_(
     replacement: Tensor | None = None,
     backend: Backend = "auto",
 ) -> None:
-    """One step of the moving average, reset of dead codes included, in place (Eq. 7).
+    """One step of the moving average, including the reset of dead codes, in place (Eq. 7).
 
         N <- decay N + (1 - decay) n            o <- decay o + (1 - decay) s
         e <- o / smoothed(N)                    smoothed(N) = (N + eps) / (sum N + L eps) * sum N
 
-    Smoothing happens in the division only; N and o keep their plain averages. A code that no vector
-    chose keeps its `e`: its o and N fade alike, and smoothing alone would move it towards zero. A
-    dead code takes `replacement` as its `e`, the mean N of the dead codes as its N, and
-    `o = e smoothed(N)`: the total mass does not change, so that no living code moves. Where that
-    mean has faded to 1000 eps or less, N is 1 - decay at least, as if one vector had chosen the
-    code: otherwise the first vector to choose it would replace it. A batch without a single vector
-    (`batch_counts` all zero) leaves everything as it was.
+    Smoothing is used in the division only; N and o keep their plain averages. A code that no vector
+    chose keeps its `e`: its o and N shrink by the same factor, and smoothing alone would move it
+    towards zero. A dead code takes `replacement` as its `e`, the mean N of the dead codes as its N,
+    and `o = e smoothed(N)`. The sum of N does not change, so the other codes do not move. If that
+    mean has shrunk to 1000 eps or less, N is at least 1 - decay, as if one vector had chosen the
+    code. Otherwise the first vector to choose the code would replace it. A batch without any vector
+    (`batch_counts` all zero) changes nothing.
 
     Args:
-        codes: `e`, `[L, D]`, written.
-        sums: `o`, `[L, D]`, written.
-        counts: `N`, `[L]`, written.
-        batch_sums: `s`, `[L, D]`, from `code_statistics`.
-        batch_counts: `n`, `[L]`.
-        decay: gamma in [0, 1].
-        eps: Laplace smoothing.
-        dead: bool `[L]`, the codes to replace.
-        replacement: `[L, D]`, read where `dead`.
+        codes: codes `e`, `[L, D]`, updated.
+        sums: moving sums `o`, `[L, D]`, updated.
+        counts: moving counts `N`, `[L]`, updated.
+        batch_sums: sums `s` of the batch, `[L, D]`, from `code_statistics`.
+        batch_counts: counts `n` of the batch, `[L]`.
+        decay: decay gamma, in [0, 1].
+        eps: constant of the Laplace smoothing.
+        dead: codes to replace, bool `[L]`.
+        replacement: new codes, `[L, D]`; read only where `dead`.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Raises:
@@ -63,23 +63,28 @@ def ema_update_(
         >>> codes
         tensor([[0.2500, 0.2500]])
     """
-    _check(codes, sums, counts, batch_sums, batch_counts, dead, replacement)
-    state, batch, reset = (codes, sums, counts), (batch_sums, batch_counts), (dead, replacement)
-    require("ema_update_", backend, *state, *batch, *reset)
-    rest: tuple[Any, ...] = *batch, decay, eps, *reset
-    # A compiled graph holds the formula itself: inductor lets reads slip behind an operator that
-    # writes (torch 2.13: a code that was read before the update came out as it was after), and an
-    # operator would take each value of `decay` for a constant.
-    traced = torch.compiler.is_dynamo_compiling()
+    where = "ema_update_"
+    matrices = {"codes": codes, "sums": sums, "batch_sums": batch_sums}
+    vectors = {"counts": counts, "batch_counts": batch_counts}
+    fits = codes.ndim == 2 and all(x.shape == codes.shape for x in matrices.values())
+    if not fits or any(x.shape != codes.shape[:1] for x in vectors.values()):
+        rule = "codes, sums and batch_sums must be [L, D], counts and batch_counts [L]"
+        hint = "take the batch's from code_statistics(values, indices, num_codes=L)"
+        raise ValueError(message(where, rule, hint=hint, **matrices, **vectors))
+    reset = dead, replacement
+    shapes = [None if x is None else x.shape for x in reset]
+    if shapes not in ([None, None], [counts.shape, codes.shape]):
+        rule = "dead [L] and replacement [L, D] must be given together"
+        hint = "give both to reset codes, neither to keep all"
+        given = {"codes": codes, "dead": dead, "replacement": replacement}
+        raise ValueError(message(where, rule, hint=hint, **given))
+    require(where, backend, *matrices.values(), *vectors.values(), *reset)
+    run = update_torch_ if backend == "torch" else update_
     with torch.no_grad():
-        if through_operator(backend, codes) and not traced:
-            _ema_update(*state, *rest)
-        else:
-            _ema_update_torch(*state, *rest)
+        run(codes, sums, counts, batch_sums, batch_counts, decay, eps, *reset)
 
 
-@torch.library.custom_op("mmvq::ema_update_", mutates_args=("codes", "sums", "counts"))
-def _ema_update(
+def update_torch_(
     codes: Tensor,
     sums: Tensor,
     counts: Tensor,
@@ -90,55 +95,7 @@ def _ema_update(
     dead: Tensor | None,
     replacement: Tensor | None,
 ) -> None:
-    _ema_update_torch(codes, sums, counts, batch_sums, batch_counts, decay, eps, dead, replacement)
-
-
-@_ema_update.register_kernel("cuda")
-def _(
-    codes: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    batch_sums: Tensor,
-    batch_counts: Tensor,
-    decay: float,
-    eps: float,
-    dead: Tensor | None,
-    replacement: Tensor | None,
-) -> None:
-    args = codes, sums, counts, batch_sums, batch_counts, decay, eps, dead, replacement
-    if not runs_triton(codes, sums, counts, batch_sums, batch_counts, dead, replacement):
-        return _ema_update_torch(*args)
-    from mmvq_kernels.gpu.ema import update_
-
-    return update_(*args)
-
-
-@_ema_update.register_fake
-def _(
-    codes: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    batch_sums: Tensor,
-    batch_counts: Tensor,
-    decay: float,
-    eps: float,
-    dead: Tensor | None,
-    replacement: Tensor | None,
-) -> None:
-    return None
-
-
-def _ema_update_torch(
-    codes: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    batch_sums: Tensor,
-    batch_counts: Tensor,
-    decay: float,
-    eps: float,
-    dead: Tensor | None,
-    replacement: Tensor | None,
-) -> None:
+    """The formula of `ema_update_`."""
     batch_counts, batch_sums = batch_counts.to(counts.dtype), batch_sums.to(sums.dtype)
     chosen = batch_counts > 0
     some = chosen.any()
@@ -161,41 +118,9 @@ def _ema_update_torch(
     torch.where(moved, sums / smoothed[:, None], codes, out=codes)
 
 
-def _check(
-    codes: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    batch_sums: Tensor,
-    batch_counts: Tensor,
-    dead: Tensor | None,
-    replacement: Tensor | None,
-) -> None:
-    fits = codes.ndim == 2 and sums.shape == batch_sums.shape == codes.shape
-    if not fits or not counts.shape == batch_counts.shape == codes.shape[:1]:
-        raise ValueError(
-            message(
-                "ema_update_",
-                "codes, sums and batch_sums must be [L, D], counts and batch_counts [L]",
-                hint="take the batch's from code_statistics(values, indices, num_codes=L)",
-                codes=codes,
-                sums=sums,
-                batch_sums=batch_sums,
-                counts=counts,
-                batch_counts=batch_counts,
-            )
-        )
-    shapes = (
-        None if dead is None else dead.shape,
-        None if replacement is None else replacement.shape,
-    )
-    if shapes not in ((None, None), (counts.shape, codes.shape)):
-        raise ValueError(
-            message(
-                "ema_update_",
-                "dead [L] and replacement [L, D] must be given together",
-                hint="give both to reset codes, neither to keep all",
-                codes=codes,
-                dead=dead,
-                replacement=replacement,
-            )
-        )
+update_ = register(
+    "mmvq::ema_update_",
+    update_torch_,
+    gpu="mmvq_kernels.gpu.ema:update_",
+    mutates_args=("codes", "sums", "counts"),
+)

@@ -1,4 +1,4 @@
-"""Stateless hashing: the same numbers on every device, rank and run, with no generator to keep."""
+"""Hashing in place of a random generator: the same on every device, rank and run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def repeats_an_earlier_row(rows: Tensor) -> Tensor:
     """Bool `[L]`: whether a row of `[L, D]` (float32 or float64) has the values of one above it.
 
     A row is the sum of its 32-bit words, each times its own odd number, modulo 2^64: rows that
-    differ in one word never meet, others as seldom as random keys do.
+    differ in one word never collide, others as rarely as random keys.
     """
     words = rows.shape[1] * rows.element_size() // 4
     factors = mix(torch.arange(1, words + 1, device=rows.device)).bitwise_or_(1)
@@ -38,11 +38,6 @@ def repeats_an_earlier_row(rows: Tensor) -> Tensor:
         # One to one, and no two words differ in their high bits alone; `>>` copies the sign bit.
         bits = (bits >> 16).bitwise_and_(0xFFFF).bitwise_xor_(bits)
         out.copy_((bits * factors).sum(1))
-    return repeats_an_earlier_key(keys)
-
-
-def repeats_an_earlier_key(keys: Tensor) -> Tensor:
-    """Bool `[L]`: whether an int64 key of `[L]` equals one before it."""
     keys, order = keys.sort(stable=True)
     repeated = torch.zeros_like(order, dtype=torch.bool)
     return repeated.scatter_(0, order.narrow(0, 1, len(order) - 1), keys.diff() == 0)

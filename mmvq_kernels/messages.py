@@ -1,4 +1,4 @@
-"""The one form of every error message: where and the rule; what came; what to do."""
+"""The form of every error message: where and the rule, the values it got, and a hint."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class _Bare(str):
-    """Text that stands without quotes in the repr of what holds it."""
+    """A string whose repr has no quotes."""
 
     __repr__ = str.__str__
 
 
 def describe(value: object) -> object:
-    """What shows, by its repr, a tensor as `float32[800, 256]` and any other object by its type."""
+    """A value whose repr shows a tensor as `float32[800, 256]`, other objects by their type."""
     match value:
         case Tensor():
             place = "" if value.device.type == "cpu" else f" on {value.device}"
@@ -34,7 +34,7 @@ def describe(value: object) -> object:
     return _Bare((value if isinstance(value, type) else type(value)).__name__)
 
 
-def message(where: str, rule: str, /, *, hint: str, **came: object) -> str:
-    """Compose `where: rule.`, the values that came, and the hint, one line each."""
-    values = "   ".join(f"{name}: {describe(value)!r}" for name, value in came.items())
+def message(where: str, rule: str, /, *, hint: str, **got: object) -> str:
+    """Compose `where: rule.`, the values it got, and the hint, one line each."""
+    values = "   ".join(f"{name}: {describe(value)!r}" for name, value in got.items())
     return f"{where}: {rule}.\n  {values}\n  Hint: {hint}."

@@ -12,18 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from mmvq_kernels.backends import (
-    Backend,
-    register_sequential_vmap,
-    require,
-    runs_triton,
-    through_operator,
-)
+from mmvq_kernels.backends import Backend, require
 from mmvq_kernels.checks import is_cpu_readable
 from mmvq_kernels.hashing import repeats_an_earlier_row
 from mmvq_kernels.messages import message
+from mmvq_kernels.operators import register
 from mmvq_kernels.products import matmul_t
-from mmvq_kernels.rounding import rounded_mean
 
 _FEW = 8  # vectors on a CPU for which to prepare the codes would be most of the work
 _TILE = 1024  # codes in a block of scores
@@ -36,9 +30,9 @@ _PRECISIONS = get_args(Precision)  # dynamo of older torch cannot trace the call
 
 
 def nearest_code_ref(x: Tensor, codebook: Tensor) -> Tensor:
-    """`argmin_l |x - e_l|^2` in float64, every difference written out; the lowest index on ties.
+    """`argmin_l |x - e_l|^2` in float64 from all differences; the lowest index wins a tie.
 
-    A code that is not finite is as if it were not there.
+    A code that is not finite is ignored.
 
     Examples:
         >>> x, codebook = torch.randn(9, 4), torch.randn(5, 4)
@@ -58,31 +52,29 @@ def nearest_code(
 ) -> Tensor:
     """Index of the code nearest to each row: `argmin_l |x - e_l|^2` (Eq. 2).
 
-    The search maximises `x . e'_l - h_l` over centred codes `e' = e - mean(e)`, with
-    `h = |e'|^2 / 2 + mean(e) . e'`: the same order as the distance, no `|x|^2`, no clamp, and
-    little rounding where the codes lie close together, away from the origin. Scores are made in
-    blocks; no `[N, L]` tensor exists. On a CPU, up to 8 rows are compared with the codes by
-    differences instead. So of two codes whose scores differ by rounding alone, a row may get the
-    one here and the other in a larger batch.
+    The search maximises `x . e'_l - h_l` over the centred codes `e' = e - mean(e)`, where
+    `h = |e'|^2 / 2 + mean(e) . e'`. This order is that of the distances, and rounding stays small
+    where the codes lie close together far from the origin. Scores are computed in blocks; no
+    `[N, L]` tensor is allocated. On a CPU, up to 8 rows are searched by differences instead. If the
+    scores of two codes differ by rounding only, the result of a row may depend on the batch size.
 
     Args:
-        x: vectors, `[N, D]`, any float dtype. Computed in the wider of its dtype, the codebook's
+        x: vectors, `[N, D]`, any float dtype. Computed in the widest of its dtype, the codebook's
             and float32.
         codebook: codes, `[L, D]`, L >= 1.
         backend: `"auto"`, `"torch"` or `"triton"`.
-        precision: `"exact"` (Triton multiplies in tf32x3, as near as float32), or `"fast"`: on a
-            GPU tf32 products, bf16 ones for a bfloat16 `x`. The torch path is always exact, on a
-            GPU as far as `torch.set_float32_matmul_precision` leaves it at its default.
+        precision: `"exact"`, where Triton multiplies in tf32x3, as accurate as float32; or
+            `"fast"`, where Triton multiplies in tf32, or in bf16 for a bfloat16 `x`. The torch path
+            is always exact, on a GPU unless `torch.set_float32_matmul_precision` was changed.
 
     Returns:
-        int64 `[N]`. Ties go to the lowest index. A row that is not finite gets index 0, as may one
-        whose scores overflow. A code that is not finite is as if it were not there.
+        int64 `[N]`. The lowest index wins a tie. A row that is not finite gets index 0, as may one
+        whose scores overflow. A code that is not finite is ignored.
 
     Raises:
         ValueError: shapes that do not fit, an empty codebook, an unknown backend or precision.
         TypeError: tensors that are not floating point.
-        RuntimeError: the backend cannot run here; under `torch.jit.trace`, and the ONNX exporter
-            that traces.
+        RuntimeError: the backend cannot run here; under `torch.jit.trace`.
 
     Examples:
         >>> codebook = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
@@ -91,41 +83,25 @@ def nearest_code(
     """
     _check(x, codebook, precision)
     require("nearest_code", backend, x, codebook)
-    x, codebook = x.detach(), codebook.detach()
-    if not through_operator(backend, x):
-        return _search_torch(x, codebook)
-    indices: Tensor = _nearest_code(x, codebook, precision == "fast")
-    return indices
+    run = search_torch if backend == "torch" else search
+    return run(x.detach(), codebook.detach(), precision == "fast")
 
 
-@torch.library.custom_op("mmvq::nearest_code", mutates_args=())
-def _nearest_code(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
-    return _search_torch(x, codebook)
-
-
-@_nearest_code.register_kernel("cuda")
-def _(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
-    if not runs_triton(x, codebook):
-        return _search_torch(x, codebook)
-    from mmvq_kernels.gpu.nearest import search
-
-    return search(x, codebook, fast=fast)
-
-
-@_nearest_code.register_fake
-def _(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=torch.long)
-
-
-register_sequential_vmap(_nearest_code)
-
-
-def _search_torch(x: Tensor, codebook: Tensor) -> Tensor:
+def search_torch(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
+    """Int64 `[N]`; always exact."""
     if is_cpu_readable(x) and len(x) <= _FEW:
         return _search_few(x, codebook)
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return _nearest_code_torch(x, codebook.to(dtype))
+        return _search_many(x, codebook.to(dtype))
+
+
+search = register(
+    "mmvq::nearest_code",
+    search_torch,
+    gpu="mmvq_kernels.gpu.nearest:search",
+    fake=lambda x, _codebook, _fast: x.new_empty(x.shape[0], dtype=torch.long),
+)
 
 
 def _search_few(x: Tensor, codebook: Tensor) -> Tensor:
@@ -150,7 +126,7 @@ def _search_few(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(parts, 1).nan_to_num_(torch.inf, torch.inf).argmin(1)
 
 
-def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
+def _search_many(x: Tensor, codebook: Tensor) -> Tensor:
     """Blocks of rows against tiles of codes; one block of scores exists at a time."""
     mean, substitutes = rounded_mean(codebook), None
     if not (is_cpu_readable(mean) and mean.isfinite().numpy().all()):
@@ -174,6 +150,18 @@ def _nearest_code_torch(x: Tensor, codebook: Tensor) -> Tensor:
     if substitutes is not None:
         indices = substitutes[indices]
     return torch.where(greatest.isfinite(), indices, 0)[:N]
+
+
+def rounded_mean(codebook: Tensor) -> Tensor:
+    """The mean of the codes, rounded to a sixteenth of their spread: `[D]`.
+
+    The step is a power of two. So codes on a lattice stay on one, and equal scores stay equal. All
+    NaN if a code is not finite.
+    """
+    mean = codebook.mean(0)
+    spread = (codebook - mean).abs_().amax()
+    step = torch.exp2(torch.floor(torch.log2(spread)) - 3)
+    return torch.where(step == 0, mean, (mean / step).round() * step)
 
 
 def _substitutes(codebook: Tensor) -> Tensor:
@@ -214,52 +202,18 @@ def _pool(scores: Tensor, window: int) -> tuple[Tensor, Tensor]:
 
 
 def _check(x: Tensor, codebook: Tensor, precision: str) -> None:
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-        raise RuntimeError(
-            message(
-                "nearest_code",
-                "torch.jit.trace, and torch.onnx.export(dynamo=False), cannot record the search",
-                hint="use torch.export.export; for ONNX mmvq.onnx.export(quantizer, path), or "
-                "torch.onnx.export(..., dynamo=True) with custom_translation_table="
-                "mmvq.onnx.translation_table()",
-                tracing=True,
-            )
-        )
+    where, given = "nearest_code", {"x": x, "codebook": codebook}
     if not (x.is_floating_point() and codebook.is_floating_point()):
-        raise TypeError(
-            message(
-                "nearest_code",
-                "x and codebook must be floating point",
-                hint="convert with .float()",
-                x=x,
-                codebook=codebook,
-            )
-        )
+        rule = "x and codebook must be floating point"
+        raise TypeError(message(where, rule, hint="convert with .float()", **given))
     if x.ndim != 2 or codebook.ndim != 2 or x.shape[1] != codebook.shape[1]:
-        raise ValueError(
-            message(
-                "nearest_code",
-                "x [N, D] and codebook [L, D] must share their last dimension",
-                hint="flatten x to two dimensions and project it to the codebook's width",
-                x=x,
-                codebook=codebook,
-            )
-        )
+        rule = "x [N, D] and codebook [L, D] must share their last dimension"
+        hint = "flatten x to two dimensions and project it to the codebook's width"
+        raise ValueError(message(where, rule, hint=hint, **given))
     if codebook.numel() == 0:
-        raise ValueError(
-            message(
-                "nearest_code",
-                "codebook must not be empty",
-                hint="build the codebook with size >= 1 and dim >= 1",
-                codebook=codebook,
-            )
-        )
+        hint = "build the codebook with at least one code of at least one dimension"
+        raise ValueError(message(where, "codebook must not be empty", hint=hint, codebook=codebook))
     if precision not in _PRECISIONS:
-        raise ValueError(
-            message(
-                "nearest_code",
-                'precision must be "exact" or "fast"',
-                hint='leave it at "exact" unless a wrong code now and then is fine',
-                precision=precision,
-            )
-        )
+        hint = 'leave it at "exact" unless an occasional wrong code is acceptable'
+        rule = 'precision must be "exact" or "fast"'
+        raise ValueError(message(where, rule, hint=hint, precision=precision))

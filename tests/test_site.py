@@ -11,23 +11,25 @@ import zlib
 from pathlib import Path
 
 import pytest
+from support import ROOT, once
 
 import mmvq
 import mmvq_kernels
 from mmvq.compat import cmg
 
-ROOT = Path(__file__).parents[1]
 ALONE = ("mmvq.figures", "mmvq.onnx", "mmvq.compat", "mmvq.compat.vector_quantize_pytorch.load")
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
+    return once(tmp_path_factory, "site", build)
+
+
+def build(folder: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-d", str(folder)]
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 def pages(site: Path) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""Speed and memory of mmvq beside its peers: `python -m examples.benchmarks --help`."""
+"""Speed and memory of mmvq and its alternatives: `python -m examples.benchmarks --help`."""

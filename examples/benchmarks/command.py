@@ -1,4 +1,4 @@
-"""The command line: what to run, with how many threads, and where the figures go."""
+"""The command line of the benchmarks."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ PARTS = ("search", "step", "losses", "memory")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the parts, print their tables, write the JSON."""
+    """Run the parts, print their tables, and write the JSON file."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.benchmarks",
-        description="Speed and memory beside the peers, as tables and JSON: some minutes.",
+        description="Speed and memory of mmvq and its alternatives. Takes some minutes.",
     )
     parser.add_argument(
         "parts",
         nargs="*",
-        help=f"of {', '.join(PARTS)}, gpu; all but gpu. Or plot: draws the documents' figures",
+        help=f"of {', '.join(PARTS)}, gpu; default: all but gpu. Or plot: draw the figures in docs",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="1 by default")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each call, 5 by default")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each call, 5 by default")
     parser.add_argument(
         "--largest",
         type=int,
         default=1 << 35,
-        help="skip search points of more multiplications, 2**35 by default; the grid ends at 2**40",
+        help="skip searches with more multiplications, 2**35 by default; the largest has 2**40",
     )
     parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="of the tables; cpu is fair for one thread on a machine that others use",
+        help="clock of the tables; cpu is for one thread on a shared machine",
     )
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if min(*options.threads, options.repeats) < 1:
         parser.error("--threads and --repeats must be at least 1")
     if options.output and (options.output.is_dir() or not options.output.parent.is_dir()):
-        parser.error(f"--output {options.output}: must be a file in a folder that there is")
+        parser.error(f"--output {options.output}: must be a file in an existing folder")
     for name in peers.missing():
         print(f"{name} is left out: not installed (pip install 'mmvq[bench]')")
     results: dict[str, Any] = {
@@ -76,14 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if options.output:
                     options.output.write_text(json.dumps(results, indent=1) + "\n")
     except search.DisagreementError as error:
-        sys.exit(f"no speed is shown, as the results disagree: {error}")
+        sys.exit(f"no times are shown, because the results disagree: {error}")
 
 
 def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
     quick, clock = options.quick, "gpu" if part == "gpu" else options.clock
     found: dict[str, Any] = {"part": part, "threads": threads}
     if part == "gpu" and not torch.cuda.is_available():
-        print("gpu: torch sees no GPU here; nothing was run")
+        print("gpu: torch finds no GPU; nothing was run")
         return found
     unit = "" if part == "memory" else f", medians in ms ({clock} clock)"
     print(f"\n{part}, {threads} thread{'s' * (threads > 1)}{unit}", flush=True)
@@ -112,7 +112,7 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]
 
 
 def table(rows: list[dict[str, Any]], clock: str) -> str:
-    """A Markdown table: milliseconds of mmvq, and mmvq's time over that of each peer."""
+    """A Markdown table: milliseconds of mmvq, and its time relative to each alternative."""
     lines: list[list[str]] = []
     peers_seen = dict.fromkeys(n for row in rows for n in row.get("ms", {}) if n != "mmvq")
     keys = dict.fromkeys(k for row in rows for k in row if k not in ("ms", "repeats"))
@@ -126,9 +126,8 @@ def table(rows: list[dict[str, Any]], clock: str) -> str:
             ms = row["ms"]
             cells.append(f"{ms['mmvq'][clock]:,.2f}")
             for name in peers_seen:
-                timed_too = clock in ms.get(name, {})
-                ratio = ms["mmvq"][clock] / ms[name][clock] if timed_too else None
-                cells.append("" if ratio is None else f"{ratio:.2f}")
+                measured = clock in ms.get(name, {})
+                cells.append(f"{ms['mmvq'][clock] / ms[name][clock]:.2f}" if measured else "")
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""The losses of pre-training, forward and backward."""
+"""Time of the pre-training losses, forward and backward."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ B, T, D = 80, 10, 256
 
 
 def matching(size: int) -> Callable[[], Tensor]:
-    """L_cmcm of two modalities and `size` codes."""
+    """Code matching (L_cmcm) of two modalities with `size` codes."""
     z = {m: torch.randn(B, T, D, requires_grad=True) for m in ("audio", "video")}
     codebook, loss = torch.randn(size, D), mmvq.CrossModalCodeMatchingLoss()
     return lambda: _backward(loss(z, codebook), z.values())
 
 
 def club(batch: int) -> Callable[[], Tensor]:
-    """CLUB of `batch` clips, every pair of them."""
+    """CLUB of `batch` clips, with all pairs as negatives."""
     x, y = (torch.randn(batch, T, 64, requires_grad=True) for _ in range(2))
     estimator = mmvq.CLUBEstimator(64, 64, 64)
     return lambda: _backward(estimator(x, y), (x, y))
@@ -62,7 +62,7 @@ def run(*, quick: bool = False, repeats: int = 5) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]], clock: str) -> dict[str, Any]:
-    """The power of B in the cost of CLUB."""
+    """The exponent of B in the cost of CLUB."""
     points = [
         {"B": float(name.split(" ")[-1].replace(",", "")), "t": row["ms"]["mmvq"][clock]}
         for row in rows

@@ -1,4 +1,4 @@
-"""Peak memory above what was there before, each case in a process of its own."""
+"""Additional peak memory of each case, measured in a new process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def case_search(peer: str, N: int, L: int, D: int) -> int:
-    """Bytes above inputs and outputs."""
+    """Bytes of a search, without its inputs and outputs."""
     x, codebook = torch.rand(N, D), torch.rand(L, D)
     searches = {"mmvq": mmvq_kernels.nearest_code, **peers.searches(x, codebook)}
     searches[peer](x[:64], codebook[:64])
@@ -29,7 +29,7 @@ def case_search(peer: str, N: int, L: int, D: int) -> int:
 
 
 def case_matching(L: int) -> int:
-    """Bytes above the inputs, forward and backward."""
+    """Bytes of code matching forward and backward, without its inputs."""
     losses.matching(16)()
     call = losses.matching(L)
     before = peak()
@@ -38,7 +38,7 @@ def case_matching(L: int) -> int:
 
 
 def peak() -> int:
-    """The most bytes this process has held so far (Linux; `ru_maxrss` is inherited by a child)."""
+    """Peak memory of this process in bytes (Linux; a child would inherit `ru_maxrss`)."""
     (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(kib)
 

@@ -1,4 +1,4 @@
-"""The peers, from their own packages; one that is not installed is left out."""
+"""The alternatives to mmvq (peers). Those that are not installed are left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Search = Callable[[Tensor, Tensor], object]
-_FULL_BYTES = 1 << 30  # of [N, L] scores that the usual way may allocate
+_FULL_BYTES = 1 << 30  # maximum bytes of the [N, L] distances of cdist
 _BLOCK = {  # rows and codes in a block of the product: 2 MiB of scores, on a GPU 512
     "cpu": (512, 1024),
     "cuda": (16384, 8192),
@@ -26,7 +26,7 @@ def find(module: str) -> Any | None:
 
 
 def missing() -> list[str]:
-    """Names of the peers that are not installed."""
+    """Names of the packages that are not installed."""
     return [m for m in ("faiss", "sklearn", "vector_quantize_pytorch") if find(m) is None]
 
 
@@ -40,7 +40,7 @@ def use_threads(number: int) -> None:
 
 
 def product(x: Tensor, codebook: Tensor) -> None:
-    """The floor: `torch.mm` of every vector with every code, in blocks of one buffer."""
+    """The lower bound: `torch.mm` of all vectors and all codes, block by block in one buffer."""
     rows, width = _BLOCK[x.device.type]
     rows, width = rows * width // min(width, len(codebook)), min(width, len(codebook))
     scores = x.new_empty(min(rows, x.shape[0]), width)
@@ -50,13 +50,13 @@ def product(x: Tensor, codebook: Tensor) -> None:
 
 
 def _by_addmm(x: Tensor, codebook: Tensor) -> Tensor:
-    """As torch alone would do it fast: `x . e - |e|^2 / 2`, the greatest in blocks of rows."""
+    """A fast search in plain torch: the maximum of `x . e - |e|^2 / 2`, in blocks of rows."""
     half = codebook.square().sum(1) * -0.5
     return torch.cat([torch.addmm(half, rows, codebook.T).max(1)[1] for rows in x.split(1 << 14)])
 
 
 def searches(x: Tensor, codebook: Tensor) -> dict[str, Search]:
-    """The peers that search these tensors."""
+    """The alternatives that can search these tensors, by name."""
     found: dict[str, Search] = {}
     on_cpu = x.device.type == "cpu"
     if on_cpu and x.dtype == torch.float32 and (faiss := find("faiss")):

@@ -1,4 +1,4 @@
-"""The search's figures as an image: the time of each peer over that of mmvq."""
+"""Draw the search benchmark: the time of each alternative relative to mmvq."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ IMAGE = ROOT / "docs" / "images" / "benchmarks.png"
 
 
 def draw(results: dict[str, Any], image: Path) -> None:
-    """A panel for each N and D of the float32 search: each peer's time over mmvq's, by L.
+    """Draw a panel for each N and D of the float32 search: relative times by L.
 
     Args:
-        results: what the benchmarks wrote as JSON; its first search is drawn.
-        image: the file to write; its ending says the format.
+        results: JSON results of the benchmarks; the first search is drawn.
+        image: file to write; its extension is the format.
     """
     from matplotlib.figure import Figure
 
@@ -46,6 +46,6 @@ def draw(results: dict[str, Any], image: Path) -> None:
         codes = sorted({row["L"] for row in rows})
         panel.set_xticks(codes, [f"{L:,}" for L in codes])
         panel.set_xlabel("codes, L")
-    figure.supylabel("times as long as mmvq: above the line mmvq is faster")
+    figure.supylabel("time relative to mmvq (above 1: mmvq is faster)")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     figure.savefig(image, dpi=120)

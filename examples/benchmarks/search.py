@@ -1,4 +1,4 @@
-"""Nearest-code search over a grid of sizes."""
+"""Time of the nearest-code search over a grid of sizes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FLOAT64 = {(1_600, 400, 256), (16_384, 1_024, 64), (16_384, 1_024, 8)}
 
 
 class DisagreementError(Exception):
-    """Two searches chose codes at different distances: no speed is shown."""
+    """Two searches chose codes at different distances, so that no times are shown."""
 
 
 def compare(x: Tensor, codebook: Tensor, chosen: dict[str, Tensor]) -> None:
-    """All chose codes equally near, up to the rounding of their scores.
+    """Check that all chose codes at the same distance, up to rounding error of the scores.
 
     Raises:
-        DisagreementError: one did not.
+        DisagreementError: a search chose a code that is farther.
     """
     distances = {name: _distances(x, codebook, index) for name, index in chosen.items()}
     least = torch.stack(list(distances.values())).amin(0)
@@ -46,7 +46,7 @@ def _distances(x: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
 def run(
     *, quick: bool = False, repeats: int = 5, largest: int = 1 << 35, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """One row for each point of the grid of at most `largest` multiplications."""
+    """One row for each size with at most `largest` multiplications."""
     rows = []
     points = [(*p, torch.float32) for p in grid(*(QUICK if quick else SIZES))]
     points += [(*p, torch.float64) for p in sorted(FLOAT64) if not quick and device == "cpu"]
@@ -75,7 +75,7 @@ def run(
 
 
 def _gpu_memory(x: Tensor, codebook: Tensor) -> int:
-    """MB that a search takes on a GPU at its peak, its result included."""
+    """Peak memory of a search on a GPU in MB, including its result."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     mmvq_kernels.nearest_code(x, codebook)
@@ -83,7 +83,7 @@ def _gpu_memory(x: Tensor, codebook: Tensor) -> int:
 
 
 def summary(rows: list[dict[str, Any]], clock: str) -> dict[str, Any]:
-    """Geometric means of mmvq's time over each peer's, and the powers of N and L in mmvq's."""
+    """Geometric means of relative times, and the exponents of N and L in the time of mmvq."""
     ours = [row for row in rows if row["dtype"] == "float32"]
     names = sorted({name for row in ours for name in row["ms"]} - {"mmvq"})
     means = {}

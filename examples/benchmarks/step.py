@@ -1,4 +1,4 @@
-"""One training step of the quantizer: forward, backward, moving average, reset, commitment."""
+"""Time of a training step: forward, backward, moving average, reset and commitment loss."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NAMES = ("audio", "video")
 
 
 def run(*, quick: bool = False, repeats: int = 30, device: str = "cpu") -> list[dict[str, Any]]:
-    """Two modalities in mmvq, the same vectors as one batch in vector-quantize-pytorch."""
+    """Time a step: two modalities in mmvq, both as one batch in vector-quantize-pytorch."""
     batch, size = (8, 50) if quick else (B, L)
     torch.manual_seed(0)
     z = {m: torch.randn(batch, T, D, device=device, requires_grad=True) for m in NAMES}
     together = torch.cat([x.detach() for x in z.values()]).requires_grad_()  # [2 B, T, D]
-    flow = torch.randn_like(together)  # what arrives from the decoder
+    flow = torch.randn_like(together)  # gradient from the decoder
     flows = dict(zip(NAMES, flow.chunk(2), strict=True))
     quantizer = mmvq.MultiModalEMAQuantizer(D, size, NAMES).to(device)
     quantizer(z)  # k-means start

@@ -1,4 +1,4 @@
-"""Timing of calls that take turns, so that a busy moment hits all of them."""
+"""Time calls in turns, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 def in_turns(
     calls: Mapping[str, Call], repeats: int, *, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each call, by the wall clock and in processor time (all threads).
+    """Median milliseconds of each call, by wall clock and processor time (of all threads).
 
-    Every call runs once unmeasured, then each in turn, `repeats` times. On a GPU each is also
-    replayed as a CUDA graph, without the host: "gpu". A call that cannot be captured has no such
-    time.
+    Each call runs once for warm-up, then all in turn, `repeats` times. On a GPU each is also
+    replayed as a CUDA graph, which excludes the time of the host: "gpu". Calls that cannot be
+    captured have no such time.
     """
     spent: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
     graphs = {name: _captured(call) for name, call in calls.items()} if device == "cuda" else {}
@@ -46,7 +46,7 @@ def _by_clocks(call: Call, device: str) -> dict[str, float]:
 
 
 def _captured(call: Call) -> torch.cuda.CUDAGraph | None:
-    """A graph of the call, warmed up on another stream as capture asks for; None if it waits."""
+    """Capture a call, after warm-up on another stream; None if it synchronises."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -62,7 +62,7 @@ def _captured(call: Call) -> torch.cuda.CUDAGraph | None:
 
 
 def _by_the_gpu(graph: torch.cuda.CUDAGraph) -> float:
-    """Seconds of a replay, from a cold L2 cache."""
+    """Seconds of a replay with an empty L2 cache."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.empty(1 << 28, dtype=torch.uint8, device="cuda").zero_()
     start.record()
@@ -73,7 +73,7 @@ def _by_the_gpu(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def exponents(points: list[dict[str, float]], time_key: str, *sizes: str) -> dict[str, float]:
-    """Least-squares fit of `time = c * size_1^a * size_2^b ...`: the power of each size."""
+    """Least-squares fit of `time = c * size_1^a * size_2^b ...`: the exponent of each size."""
     logs = torch.tensor([[1.0, *(p[s] for s in sizes)] for p in points], dtype=torch.float64).log()
     logs[:, 0] = 1
     times = torch.tensor([p[time_key] for p in points], dtype=torch.float64).log()

@@ -1,4 +1,4 @@
-"""The parts of the cross-modal generalisation example, one purpose per file."""
+"""The modules of the cross-modal generalisation example."""
 
 from importlib.util import find_spec
 

@@ -1,14 +1,14 @@
-"""Training states and finished models on disk: safetensors, nothing pickled.
+"""Save and load training states and models as safetensors, without pickle.
 
-A checkpoint is ONE safetensors file: tensors as tensors, all else (numbers, texts, nesting) as
-JSON in the file's own metadata. It is written whole beside its place and renamed, so an interrupted
-write leaves the one before it untouched, and loading gives back every value to the bit.
+A checkpoint is ONE safetensors file. Tensors are stored as tensors, everything else (numbers,
+strings, nesting) as JSON in the metadata of the file. The write is atomic: if it is interrupted,
+the previous checkpoint is unchanged. Loading restores every value exactly.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
 
     Args:
         path: The file to create or replace.
-        state: Any nesting of dicts (keys str or int), lists and tuples, with tensors, numbers,
-            texts, booleans and None at the leaves: `state_dict()` of modules, optimizers and
-            schedules, `random_state()`, counters, history.
+        state: Nested dicts (keys str or int), lists and tuples of tensors, numbers, strings,
+            booleans and None, such as the `state_dict()` of modules, optimizers and schedulers,
+            `random_state()`, counters and the history.
 
     Raises:
-        TypeError: Something else is at a leaf.
+        TypeError: The state holds a value or key of another type.
     """
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, "state", tensors)
@@ -41,25 +41,19 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote; tensors come back on the CPU.
+    """Load what `save_checkpoint` wrote, with tensors on the CPU.
 
     Raises:
-        DataError: The file is missing, damaged, or not such a checkpoint.
+        DataError: The file is missing, damaged, or not a checkpoint of this example.
     """
     tensors, metadata = _read(path)
-    try:
-        match _unflatten(json.loads(metadata[_KEY]), tensors):
-            case dict(state):
-                return state
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: not a checkpoint of this example ({error!r}).") from error
-    raise DataError(f"{path}: not a checkpoint of this example.")
+    return _dict(path, "checkpoint", lambda: _unflatten(json.loads(metadata[_KEY]), tensors))
 
 
 def save_model(
     folder: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> None:
-    """Write model.safetensors, and config.json for people: the model carries its config too."""
+    """Write model.safetensors, which includes the config, and config.json for people."""
     folder = Path(folder)
     content = {name: _on_cpu(x) for name, x in tensors.items()}
     text = json.dumps(config, indent=2) + "\n"
@@ -68,30 +62,24 @@ def save_model(
 
 
 def load_model(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the config that `save_model` wrote, both from model.safetensors.
+    """Load the tensors and the config that `save_model` wrote, both from model.safetensors.
 
     Raises:
         DataError: The file is missing, damaged, or has no config.
     """
     path = Path(folder) / "model.safetensors"
     tensors, metadata = _read(path)
-    try:
-        match json.loads(metadata["config"]):
-            case dict(config):
-                return tensors, config
-    except (KeyError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a model of this example ({error!r}).") from error
-    raise DataError(f"{path}: not a model of this example.")
+    return tensors, _dict(path, "model", lambda: json.loads(metadata["config"]))
 
 
 def random_state() -> dict[str, Any]:
-    """Where torch's global random generators stand, on the CPU and on every CUDA device."""
+    """The state of torch's global random generators, on the CPU and every CUDA device."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go back to where `random_state` was taken."""
+    """Restore what `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -108,13 +96,22 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise DataError(f"{path}: damaged, or not a safetensors file ({error}).") from error
 
 
+def _dict(path: str | Path, kind: str, parse: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        if isinstance(found := parse(), dict):
+            return found
+        raise TypeError(f"it has a {type(found).__name__}")
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not a {kind} of this example ({error!r}).") from error
+
+
 def _on_cpu(x: Tensor) -> Tensor:
-    """A copy that shares memory with nothing and has no gaps, as the format asks for."""
+    """A contiguous copy that shares no memory with other tensors, as the format requires."""
     return x.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Move the tensors of `value` into `tensors`; what is left is JSON: [kind, content]."""
+    """Move the tensors of `value` into `tensors`; return the rest as JSON [kind, content]."""
     match value:
         case Tensor():
             tensors[name] = _on_cpu(value)
@@ -130,7 +127,7 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         case None | bool() | int() | float() | str():
             return ["value", value]
         case _:
-            raise TypeError(f"save_checkpoint: cannot keep {name}, a {type(value).__name__}.")
+            raise TypeError(f"save_checkpoint: cannot save {name}, a {type(value).__name__}.")
 
 
 def _unflatten(node: Any, tensors: Mapping[str, Tensor]) -> Any:

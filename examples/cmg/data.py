@@ -6,7 +6,7 @@
     split                   int   [N]             0 pre-train, 1 downstream train, 2 downstream test
     video_box               int   [N, T, 4]       where the event is seen (optional)
 
-The labels of split 0 are never read: they become -1 here, so nothing later can read them either.
+The labels of split 0 are never used: they are replaced by -1 when the file is read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .errors import DataError
 
 PRETRAIN, TRAIN, TEST = 0, 1, 2
 BACKGROUND = -1
-_CLASSES = 1 << 12  # a head has an output for each number up to the highest
+_CLASSES = 1 << 12  # limit of class numbers: heads have an output for each
 _SEGMENTS = "seg_labels_"
 _RESERVED = ("labels", "split", "video_box")
 _Array = np.ndarray[Any, np.dtype[Any]]
@@ -33,15 +33,15 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Clips:
-    """N clips of T segments, as every modality shows them.
+    """N clips of T segments in several modalities.
 
     Attributes:
         features: Name -> [N, T, ..., C], float32, or float16 where the file holds float16.
-        labels: int64 [N], the class of the clip; -1 in split 0.
-        segment_labels: Name -> int64 [N, T], -1 is background and all of split 0; may be empty.
-        split: int64 [N] of PRETRAIN, TRAIN and TEST.
+        labels: int64 [N], the class of each clip; -1 in split 0.
+        segment_labels: Name -> int64 [N, T], -1 for background and in split 0; may be empty.
+        split: int64 [N], one of PRETRAIN, TRAIN and TEST.
         video_box: int64 [N, T, 4] or None.
-        num_classes: Classes are numbered 0 to num_classes - 1.
+        num_classes: Number of classes; labels are 0 to num_classes - 1.
     """
 
     features: dict[str, Tensor]
@@ -60,8 +60,20 @@ class Clips:
         """Indices of the clips in any of `splits`, ascending."""
         return torch.isin(self.split, torch.tensor(splits)).nonzero().squeeze(1)
 
+    def require(self, name: str, segments: int, channels: int, where: str) -> None:
+        """Check that a modality has the shape that a model was trained on.
+
+        Raises:
+            DataError: The modality is missing, or not [N, segments, ..., channels].
+        """
+        x = self.features.get(name)
+        if x is None or (x.shape[1], x.shape[-1]) != (segments, channels):
+            shape = f"[N, {segments}, ..., {channels}]"
+            got = "none" if x is None else list(x.shape)
+            raise DataError(f"{where}: the model takes {name} {shape}; got {got}.")
+
     def only(self, names: Iterable[str]) -> Clips:
-        """The same clips in these modalities."""
+        """The same clips, in the modalities `names` only."""
         names = tuple(names)
         return replace(
             self,
@@ -73,32 +85,32 @@ class Clips:
 
 
 def load_clips(path: str | Path, modalities: Sequence[str] | None = None) -> Clips:
-    """Read and check a data file; nothing in it is ever unpickled.
+    """Read and check a data file, without pickle.
 
     Args:
         path: The npz file.
-        modalities: The modalities to read, in this order. None takes all that the file offers: its
-            float arrays of three or more dimensions, in file order.
+        modalities: The modalities to read, in this order. None reads all: the float arrays of
+            three or more dimensions, in file order.
 
     Raises:
-        DataError: The file cannot be read, or an array is missing or not as described above.
+        DataError: The file cannot be read, or an array is missing or malformed.
     """
     path = Path(path)
     if not path.is_file():
         what = "a folder, not an npz file" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {what}. Hint: --help says what --data takes.")
+        raise DataError(f"{path}: {what}. Hint: see --data in --help.")
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path}: not an npz file, or cut short. Hint: write it with numpy.savez.")
     try:
         file = np.load(path, allow_pickle=False)
-    except Exception as error:  # zipfile and numpy raise a dozen kinds for damaged bytes
+    except Exception as error:  # zipfile and numpy raise many types for damaged bytes
         raise DataError(f"{path}: the npz file is damaged ({error}).") from error
     with file as arrays:
         return _Reader(path, arrays).clips(modalities)
 
 
 class _Reader:
-    """Checks the arrays of one open npz file one by one."""
+    """Reads the arrays of an open npz file and checks each."""
 
     def __init__(self, path: Path, arrays: Any) -> None:
         self.path = path
@@ -143,22 +155,22 @@ class _Reader:
     def features(self, modalities: Sequence[str] | None, N: int) -> dict[str, Tensor]:
         names = self.expected() if modalities is None else tuple(modalities)
         if not names:
-            raise DataError(f"{self.path}: holds no modality: no float array [N, T, ..., C].")
+            raise DataError(f"{self.path}: has no modality: no float array [N, T, ..., C].")
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
-            raise DataError(f"modalities: each name once; came {' '.join(names)}.")
+            raise DataError(f"modalities: each name once; got {' '.join(names)}.")
         features: dict[str, Tensor] = {}
         T = None
         for name in names:
             if "." in name or hasattr(nn.ModuleDict, name):
-                rule = "cannot name a modality: it names parameters. Hint: rename the array"
+                rule = "cannot name a modality: torch modules reserve it. Hint: rename the array"
                 raise DataError(f"{self.path}: '{name}' {rule}.")
             if name not in self.arrays or self.reserved(name):
                 offered = ", ".join(self.offered()) or "none"
-                missed = f"no modality '{name}'"
+                missing = f"no modality '{name}'"
                 if modalities is None:
-                    missed += f", though {_SEGMENTS}{name} is there"
-                raise DataError(f"{self.path}: {missed}. The file offers: {offered}.")
+                    missing += f", though the file has {_SEGMENTS}{name}"
+                raise DataError(f"{self.path}: {missing}. Modalities in the file: {offered}.")
             array = self.read(name)
             if array.dtype.kind != "f" or array.ndim < 3 or 0 in array.shape:
                 raise self.error(name, "must be float [N, T, ..., C], none of them 0", array)
@@ -167,7 +179,7 @@ class _Reader:
             T = T or array.shape[1]
             if array.shape[1] != T:
                 raise self.error(name, f"must have T = {T} segments, as {names[0]} has", array)
-            with np.errstate(over="ignore"):  # Inf, and refused as such below
+            with np.errstate(over="ignore"):  # overflow gives Inf, which is refused below
                 array = array.astype("=f2" if array.dtype.itemsize == 2 else "=f4", copy=False)
             for n, clip in enumerate(array):
                 if not np.isfinite(clip).all():
@@ -176,7 +188,7 @@ class _Reader:
         return features
 
     def offered(self) -> tuple[str, ...]:
-        """What looks like a modality."""
+        """Names of the arrays that may be modalities."""
         return tuple(
             name
             for name in self.arrays.files
@@ -184,7 +196,7 @@ class _Reader:
         )
 
     def looks_like_features(self, name: str) -> bool:
-        """Float, three dimensions or more; what nobody asked for may be unreadable."""
+        """Whether an array is float with three dimensions or more; False if unreadable."""
         try:
             array = self.read(name)
         except DataError:
@@ -192,7 +204,7 @@ class _Reader:
         return array.dtype.kind == "f" and array.ndim >= 3
 
     def expected(self) -> tuple[str, ...]:
-        """What looks like a modality, or has segment labels and therefore should be one."""
+        """Names of the arrays that may be modalities, or that have segment labels."""
         offered = self.offered()
         described = [x.removeprefix(_SEGMENTS) for x in self.arrays if x.startswith(_SEGMENTS)]
         return (*offered, *(name for name in described if name not in offered))
@@ -202,7 +214,7 @@ class _Reader:
         return name in _RESERVED or name.startswith(_SEGMENTS)
 
     def classes(self, name: str, split: _Array, shape: tuple[int, ...], *, lowest: int) -> _Array:
-        """The classes of the labelled clips; the others are not looked at and become -1."""
+        """The labels of splits 1 and 2, checked; -1 in split 0, whose labels are ignored."""
         labelled = split != PRETRAIN
         known = self.integers(name, shape)[labelled]
         odd = known[(known < lowest) | (known >= _CLASSES)]
@@ -212,7 +224,7 @@ class _Reader:
         classes = np.full(shape, -1)
         classes[labelled] = known
         if len(shown := np.unique(classes[split == TRAIN])) < 2:
-            raise self.error(name, "must show two classes or more in split 1", f"only {shown[0]}")
+            raise self.error(name, "must have two classes or more in split 1", f"only {shown[0]}")
         return classes
 
     def integers(self, name: str, shape: tuple[int, ...]) -> _Array:
@@ -224,19 +236,19 @@ class _Reader:
     def read(self, name: str) -> _Array:
         if name not in self.arrays:
             found = ", ".join(self.arrays.files) or "nothing"
-            raise DataError(f"{self.path}: array '{name}' is missing. The file holds: {found}.")
+            raise DataError(f"{self.path}: array '{name}' is missing. Arrays: {found}.")
         if name not in self.cache:
             try:
                 array = self.arrays[name]
-            except Exception as error:  # MemoryError too: a header may claim any size
+            except Exception as error:  # also MemoryError: a header may claim any size
                 hint = " Hint: pad clips to one T." if "Object arrays" in str(error) else ""
                 raise DataError(f"{self.path}: {name}: cannot be read ({error}).{hint}") from error
             if not isinstance(array, np.ndarray):
-                raise DataError(f"{self.path}: {name}: must be a numpy array; came other bytes.")
+                raise DataError(f"{self.path}: {name}: must be a numpy array; got other bytes.")
             self.cache[name] = array
         return self.cache[name]
 
-    def error(self, name: str, rule: str, came: _Array | str) -> DataError:
-        if not isinstance(came, str):
-            came = f"{came.dtype}{list(came.shape)}"
-        return DataError(f"{self.path}: {name}: {rule}; came {came}.")
+    def error(self, name: str, rule: str, got: _Array | str) -> DataError:
+        if not isinstance(got, str):
+            got = f"{got.dtype}{list(got.shape)}"
+        return DataError(f"{self.path}: {name}: {rule}; got {got}.")

@@ -1,32 +1,33 @@
-"""The networks around the quantizer: what is shared (Phi), what is not (Psi), and back to data.
+"""The networks around the quantizer: semantic and modality-specific encoders, and decoders.
 
-A segment of any modality is P cells of C channels: P = 49 for a 7 x 7 grid, 1 for a flat vector.
+A segment is P cells of C channels: P = 49 for a grid of 7 x 7 cells, P = 1 for a vector.
 """
 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from mmvq.distributed import Ranks, rank, world_size
 
 
 class SemanticEncoder(nn.Module):
-    """Phi: what the modalities could share, z = Phi(x), `[B, T, P, C]` -> `[B, T, D]` (Eq. 1).
+    """Phi: semantic features z = Phi(x), `[B, T, P, C]` -> `[B, T, D]` (Eq. 1).
 
-    Every cell is described, and attention picks the cells that matter. One half of z then tells
-    what this segment holds, and nothing else reaches it. The other half tells what the clip is
-    about: a pre-norm Transformer layer with learned positions reads it from the first halves of
-    all segments, without a gradient into them: a clip is known by what other modalities can know
-    too, which makes few clips harder to learn by heart.
+    Attention pools the cells of each segment. The first half of z describes the segment and depends
+    on this segment alone. The second half describes the clip: a pre-norm Transformer layer with
+    learned positions computes it from the first halves of all segments. No gradient flows back
+    into these, so that the clip is described by what other modalities can also know, which reduces
+    overfitting to few clips.
 
     Args:
-        channels: C.
-        segments: T.
-        dim: D, even; also the width of a segment inside.
-        width: of a cell inside.
-        heads: of both attentions.
-        dropout: of the input (one mask for all cells of a segment) and inside.
+        channels: number of channels C.
+        segments: number of segments T.
+        dim: feature dimension D, even; also the hidden width of a segment.
+        width: hidden width of a cell.
+        heads: number of heads of both attentions.
+        dropout: dropout rate of the input (one mask for all cells of a segment) and of the layers.
     """
 
     def __init__(
@@ -56,17 +57,17 @@ class SemanticEncoder(nn.Module):
         x = x * self.drop(torch.ones_like(x[:, :, :1]))
         cells = self.describe(x)  # [B, T, P, W]
         weights = self.attend(cells).softmax(2)  # [B, T, P, H]
-        picked = (weights.mT @ cells).flatten(2)  # [B, T, H W]
-        seen = (weights.mean(-1)[:, :, None] @ x).squeeze(2)  # [B, T, C]
-        segment = self.segment(self.skip(seen) + self.drop(self.mix(picked)))  # [B, T, D / 2]
+        pooled = rearrange(weights.mT @ cells, "b t h w -> b t (h w)")
+        raw = (weights.mean(-1)[:, :, None] @ x).squeeze(2)  # [B, T, C]
+        segment = self.segment(self.skip(raw) + self.drop(self.mix(pooled)))  # [B, T, D / 2]
         context = self.context(self.recall(segment.detach()) + self.position)  # [B, T, D]
         return torch.cat([segment, self.clip(context)], -1)
 
 
 class Context(nn.TransformerEncoderLayer):
-    """A pre-norm Transformer layer, `[B, T, D]` -> `[B, T, D]`, with the `Dropout` below.
+    """A pre-norm Transformer layer, `[B, T, D]` -> `[B, T, D]`, with the `Dropout` of this file.
 
-    Only the attention is written anew, as torch hides its dropout; the numbers are torch's.
+    The attention is reimplemented, because torch does not expose its dropout; the result is equal.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
@@ -76,21 +77,23 @@ class Context(nn.TransformerEncoderLayer):
 
     def _sa_block(self, x: Tensor, *_: object, **__: object) -> Tensor:
         inner = self.self_attn
-        x = x.transpose(0, 1)  # [T, B, D]
-        heads = nn.functional.linear(x, inner.in_proj_weight, inner.in_proj_bias)
-        heads = heads.unflatten(-1, (3, inner.num_heads, -1))
-        q, k, v = heads.permute(2, 1, 3, 0, 4)  # [B, H, T, D / H] each
+        x = rearrange(x, "b t d -> t b d")
+        qkv = nn.functional.linear(x, inner.in_proj_weight, inner.in_proj_bias)
+        q, k, v = rearrange(qkv, "t b (n h d) -> n b h t d", n=3, h=inner.num_heads)
         scale = q.shape[-1] ** -0.25
         weights = self.dropout((q * scale @ (k * scale).mT).softmax(-1))
-        x = inner.out_proj((weights @ v).permute(2, 0, 1, 3).flatten(2))  # [T, B, D]
-        return self.dropout1(x, 1).transpose(0, 1)
+        x = inner.out_proj(rearrange(weights @ v, "b h t d -> t b (h d)"))
+        return rearrange(self.dropout1(x, 1), "t b d -> b t d")
 
 
 class Dropout(nn.Dropout):
-    """Drawn for the clips of all ranks, each of which keeps its own: any number trains alike."""
+    """Dropout whose masks do not depend on the number of ranks.
+
+    Each rank draws the masks of all clips and uses those of its own.
+    """
 
     def forward(self, x: Tensor, dim: int = 0) -> Tensor:
-        """Drop elements of x, whose clips lie along `dim`."""
+        """Drop elements of x, whose batch dimension is `dim`."""
         if not self.training:
             return x
         shape = list(x.shape)
@@ -100,7 +103,7 @@ class Dropout(nn.Dropout):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over the rows of all ranks, of which each has as many; on any device."""
+    """Batch normalisation over the rows of all ranks, which have equally many, on any device."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[N, D]`."""
@@ -119,10 +122,10 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class Sphere(nn.Module):
-    """Batch normalisation, then length sqrt(D): features spread over one sphere, elements about 1.
+    """Batch normalisation, then scaling to length sqrt(D), so that elements are about 1 in size.
 
     Args:
-        dim: D.
+        dim: feature dimension D.
     """
 
     def __init__(self, dim: int) -> None:
@@ -131,30 +134,30 @@ class Sphere(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`."""
-        x = self.spread(x.flatten(0, 1)).view_as(x)
+        x = self.spread(rearrange(x, "b t d -> (b t) d")).view_as(x)
         return nn.functional.normalize(x, dim=-1) * x.shape[-1] ** 0.5
 
 
 class SpecificEncoder(nn.Module):
-    """Psi: the rest of a modality, `[B, T, P, C]` -> `[B, T, S]` (Eq. 1)."""
+    """Psi: modality-specific features, `[B, T, P, C]` -> `[B, T, S]` (Eq. 1)."""
 
     def __init__(self, channels: int, cells: int, width: int) -> None:
         super().__init__()
-        per_cell = 128 if cells == 1 else 16
+        per_cell = _cell_width(cells)
         self.reduce = nn.Sequential(nn.Linear(channels, per_cell), nn.GELU())
         self.gather = nn.Linear(cells * per_cell, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode a batch of clips."""
-        return self.gather(self.reduce(x).flatten(2))
+        return self.gather(rearrange(self.reduce(x), "b t p c -> b t (p c)"))
 
 
 class Decoder(nn.Module):
-    """D: both parts back to the features, `[B, T, D]` and `[B, T, S]` -> `[B, T, P, C]` (Eq. 3)."""
+    """D: the input from both features, `[B, T, D]` and `[B, T, S]` -> `[B, T, P, C]` (Eq. 3)."""
 
     def __init__(self, width: int, cells: int, channels: int) -> None:
         super().__init__()
-        hidden, per_cell = 128, 128 if cells == 1 else 16
+        hidden, per_cell = 128, _cell_width(cells)
         self.cells = cells
         self.scatter = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, cells * per_cell), nn.GELU()
@@ -164,4 +167,9 @@ class Decoder(nn.Module):
     def forward(self, semantic: Tensor, specific: Tensor) -> Tensor:
         """Decode a batch of clips."""
         h = self.scatter(torch.cat([semantic, specific], -1))
-        return self.expand(h.unflatten(-1, (self.cells, -1)))
+        return self.expand(rearrange(h, "b t (p c) -> b t p c", p=self.cells))
+
+
+def _cell_width(cells: int) -> int:
+    """Hidden width of a cell in the specific encoder and the decoder."""
+    return 128 if cells == 1 else 16

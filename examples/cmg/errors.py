@@ -1,7 +1,7 @@
-"""The one error that bad input raises anywhere in the example."""
+"""The error that unusable input raises, everywhere in the example."""
 
 from __future__ import annotations
 
 
 class DataError(ValueError):
-    """Input that cannot be used. Its message is one line: where, the rule, what came, a hint."""
+    """Unusable input. The message is one line: where, the rule, the value it got, and a hint."""

@@ -1,4 +1,4 @@
-"""Two pictures of a run: whose codes the codes are, and how training went."""
+"""The figures of a run: codes by modality, and training curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def require_matplotlib() -> None:
-    """Say what is missing before a run, not after it.
+    """Check that matplotlib is installed, before a long run.
 
     Raises:
         DataError: matplotlib is not installed.
@@ -34,24 +34,23 @@ def require_matplotlib() -> None:
 
 
 def plot_codes(path: str | Path, codebook: Tensor, counts: Mapping[str, Tensor]) -> None:
-    """Draw which modalities hold each code: `mmvq.figures.plot_codes`.
+    """Draw which modalities use each code, with `mmvq.figures.plot_codes`.
 
     Args:
-        path: The png file.
-        codebook: [L, D].
-        counts: Name -> [L], how often each modality chose each code.
+        path: The png file to write.
+        codebook: Codes [L, D].
+        counts: Name -> [L], number of vectors of the modality with each code.
     """
     require_matplotlib()
     write_figure(figures.plot_codes(codebook, counts), path)
 
 
 def plot_training(path: str | Path, history: Mapping[str, Sequence[float]]) -> None:
-    """Draw one small panel per quantity, over epochs.
+    """Draw each quantity over epochs, in a panel of its own.
 
     Args:
-        path: The png file.
-        history: Name -> a value per epoch: the terms of the loss, perplexity, codes in use, ...
-            Values that are not finite leave gaps.
+        path: The png file to write.
+        history: Name -> a value for each epoch. Values that are not finite leave gaps.
     """
     require_matplotlib()
     columns = min(4, max(len(history), 1))
@@ -67,14 +66,14 @@ def plot_training(path: str | Path, history: Mapping[str, Sequence[float]]) -> N
         figures.tidy(panel)
     for panel in panels[len(history) :]:
         panel.remove()
-    for panel in panels[len(history) - columns : len(history)]:  # nothing below them now
+    for panel in panels[len(history) - columns : len(history)]:  # the lowest of each column
         panel.tick_params(labelbottom=True)
     figure.supxlabel("epoch", fontsize=10, color=figures.INK)
     write_figure(figure, path)
 
 
-def write_figure(figure: Figure, path: str | Path) -> None:
-    """As a png file, whole or not at all."""
+def write_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
+    """Write a figure as a png file, atomically."""
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150, facecolor="white")
+    figure.savefig(image, format="png", dpi=dpi, facecolor="white")
     write_atomic(path, image.getvalue())

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Atomic writes, and the folders that the example writes to."""
 
 from __future__ import annotations
 
@@ -7,47 +7,57 @@ import re
 import secrets
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import DataError
 
 
-def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write `content` beside `path` and rename, so that no reader ever sees half a file.
+def cache_folder() -> Path:
+    """The folder of files that can be made again: `$MMVQ_CACHE`, by default `~/.cache/mmvq`."""
+    return Path(os.environ.get("MMVQ_CACHE") or "~/.cache/mmvq").expanduser()
+
+
+def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a temporary file beside `path` and rename it, so that readers see a complete file.
+
+    If several processes write the same path at the same time, the last to finish wins. A killed
+    process leaves a hidden temporary file, which the next write of the same path removes (except
+    on Windows and on file systems without locks).
 
     Args:
-        path: The file to create or replace; its folder is created if missing.
-        content: Everything the file shall hold.
+        path: The file to create or replace. Its folder is created if it does not exist.
+        content: The bytes to write, or a function that writes them to an open file.
 
     Raises:
-        DataError: It cannot be written: a full disk, no permission.
-
-    Of several processes that write one path at the same time, each writes a file of its own, and
-    the last to rename wins. A process killed half-way leaves a hidden file, which the next write of
-    the same path removes; not on Windows, nor where the file system has no locks.
+        DataError: The file cannot be written, for example because the disk is full.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        while not _in_place(path, content):
+        while not _replace(path, content):
             pass
     except OSError as error:
-        rule = "cannot be written; what it held before is untouched"
+        rule = "cannot be written; its previous content is unchanged"
         raise DataError(f"{path}: {rule} ({error}).") from error
 
 
-def _in_place(path: Path, content: bytes) -> bool:
-    """Write and rename; False if another process took the file for one that was left, and is done.
+def _replace(path: Path, content: bytes | Callable[[BinaryIO], object]) -> bool:
+    """Write and rename; False if another process removed the temporary file as abandoned.
 
-    That can be before it is locked, or between the end of the lock and the new name.
+    That can happen before the file is locked, or between unlocking and renaming.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with partial.open("xb") as file:
-            _hold(file.fileno())
-            file.write(content)
+            _lock(file.fileno())
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -60,17 +70,17 @@ def _in_place(path: Path, content: bytes) -> bool:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Of the files that writes of `path` made, those that no process holds any more."""
+    """Remove the temporary files of earlier writes of `path` that no process has locked."""
     ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.partial")
     for partial in path.parent.iterdir():
         if ours.fullmatch(partial.name) and not partial.is_symlink():
             with suppress(OSError), partial.open("r+b") as file:
-                if _hold(file.fileno()):
+                if _lock(file.fileno()):
                     partial.unlink()
 
 
-def _hold(file: int) -> bool:
-    """Lock a file until it is closed; False if another process holds it, or none can."""
+def _lock(file: int) -> bool:
+    """Lock a file until it is closed; False if it is locked already, or cannot be locked."""
     if sys.platform == "win32":
         return False
     import fcntl
@@ -83,10 +93,10 @@ def _hold(file: int) -> bool:
 
 
 def make_writable(folder: Path) -> None:
-    """Create `folder` if it is missing, and write to it once: better now than after a run.
+    """Create `folder` if needed, and check that files can be written to it.
 
     Raises:
-        DataError: That cannot be done.
+        DataError: The folder cannot be created, or not be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

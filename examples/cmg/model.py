@@ -1,12 +1,13 @@
-"""Uni-Code: the modules of mmvq around one codebook (Fig. 2(a))."""
+"""Uni-Code: encoders, decoders and losses around one shared codebook (Fig. 2(a))."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from mmvq import (
@@ -26,26 +27,29 @@ PARTS = ("club", "cpc", "mm-ema", "reset", "matching")  # what --without can lea
 
 @dataclass(frozen=True)
 class Config:
-    """What to build.
+    """Settings of the model; see the modules of mmvq for those of their names.
 
     Attributes:
-        shapes: Name -> (P, C), cells of a segment and channels of a cell.
-        segments: T.
-        dim: D, of the semantic features and the codes.
-        specific_dim: S, of the modality-specific features.
-        width, heads, dropout: Inside the encoders.
-        codebook_size: L.
-        decay: Of the moving average.
-        reset_after: Batches that a code survives without every modality.
-        beta, cross_ratio: Of the commitment loss.
-        temperature: Of Cross-CPC at two scales.
-        cpc: Arguments of one `CrossCPC` over whole features, with one random start a batch, in the
-            place of that at two scales; None: the two scales.
-        partner: Of the moving average: "attention", "aligned" or "none".
-        reset_rule: "all" or "any".
-        club_negatives: "all" or "shuffled".
-        without: The parts to leave out, of PARTS. Without "mm-ema" the codebook is an ordinary
-            moving average, and the commitment has no cross-modal term.
+        shapes: Name -> (P, C), cells in a segment and channels in a cell.
+        segments: Number of segments T.
+        dim: Dimension D of semantic features and codes.
+        specific_dim: Dimension S of modality-specific features.
+        width: Hidden width of the semantic encoders.
+        heads: Attention heads of the semantic encoders.
+        dropout: Dropout rate of the semantic encoders.
+        codebook_size: Number of codes L.
+        decay: Decay of the moving average.
+        reset_after: Batches until an unused code is reset.
+        beta: Weight of the commitment loss.
+        cross_ratio: Weight of its cross-modal term relative to its own.
+        temperature: Temperature of the two Cross-CPC losses, of segments and of clips.
+        cpc: Arguments of a single `CrossCPC` over whole features, with one random start in each
+            batch. None builds two: one of segments and one of clips.
+        partner: Partner of the moving average: "attention", "aligned" or "none".
+        reset_rule: Rule of the reset: "all" or "any".
+        club_negatives: Negatives of CLUB: "all" or "shuffled".
+        without: Names in PARTS to leave out. Without "mm-ema" the codebook is an ordinary moving
+            average, and the commitment loss has no cross-modal term.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -69,17 +73,17 @@ class Config:
 
     @classmethod
     def of(cls, features: Mapping[str, Tensor], **settings: Any) -> Config:
-        """For features [N, T, P, C] of these names and sizes; settings are other fields."""
+        """The config for features [N, T, P, C]; `settings` are the other fields."""
         shapes = {name: (x.shape[2], x.shape[3]) for name, x in features.items()}
         return cls(shapes, next(iter(features.values())).shape[1], **settings)
 
     def json(self) -> dict[str, Any]:
-        """As config.json has it."""
+        """The content of config.json."""
         return asdict(self) | {"shapes": {name: list(shape) for name, shape in self.shapes.items()}}
 
 
 class Features(NamedTuple):
-    """Two views of a batch: name -> semantic z `[B, T, D]` and specific z-bar `[B, T, S]`."""
+    """Features of a batch: name -> semantic z `[B, T, D]`, and specific z-bar `[B, T, S]`."""
 
     semantic: dict[str, Tensor]
     specific: dict[str, Tensor]
@@ -89,7 +93,7 @@ class UniCode(nn.Module):
     """Encoders, codebook, decoders, and the terms of the objective (Sec. 4).
 
     Args:
-        config: What to build.
+        config: Settings of the model.
 
     Raises:
         DataError: The clips are too short for the Cross-CPC of the config.
@@ -99,31 +103,14 @@ class UniCode(nn.Module):
         super().__init__()
         self.config = c = config
         names, joint = tuple(c.shapes), "mm-ema" not in c.without
-        self.semantic = nn.ModuleDict(
-            {
-                name: SemanticEncoder(
-                    channels,
-                    c.segments,
-                    c.dim,
-                    width=c.width,
-                    heads=c.heads,
-                    dropout=c.dropout,
-                )
-                for name, (_, channels) in c.shapes.items()
-            }
-        )
-        self.specific = nn.ModuleDict(
-            {
-                name: SpecificEncoder(channels, cells, c.specific_dim)
-                for name, (cells, channels) in c.shapes.items()
-            }
-        )
-        self.decoder = nn.ModuleDict(
-            {
-                name: Decoder(c.dim + c.specific_dim, cells, channels)
-                for name, (cells, channels) in c.shapes.items()
-            }
-        )
+
+        def each(build: Callable[[int, int], nn.Module]) -> nn.ModuleDict:
+            return nn.ModuleDict({name: build(P, C) for name, (P, C) in c.shapes.items()})
+
+        inside: dict[str, Any] = {"width": c.width, "heads": c.heads, "dropout": c.dropout}
+        self.semantic = each(lambda _, C: SemanticEncoder(C, c.segments, c.dim, **inside))
+        self.specific = each(lambda P, C: SpecificEncoder(C, P, c.specific_dim))
+        self.decoder = each(lambda P, C: Decoder(c.dim + c.specific_dim, P, C))
         self.quantizer = MultiModalEMAQuantizer(
             c.dim,
             c.codebook_size,
@@ -141,7 +128,7 @@ class UniCode(nn.Module):
             if c.segments < shortest:
                 raise DataError(
                     f"clips: Cross-CPC predicts segments ahead, which takes {shortest} or more; "
-                    f"came {c.segments}. Hint: --without cpc, or the preset digits."
+                    f"got {c.segments}. Hint: --without cpc, or the preset digits."
                 )
         elif "cpc" not in c.without:
             for scale in ("segment", "clip"):
@@ -170,7 +157,7 @@ class UniCode(nn.Module):
         self.matching = CrossModalCodeMatchingLoss(gather=True)
 
     def encode(self, x: Mapping[str, Tensor]) -> Features:
-        """Both features of a batch of `[B, T, P, C]` (Eq. 1)."""
+        """Semantic and specific features of a batch `[B, T, P, C]` (Eq. 1)."""
         return Features(
             {name: self.semantic[name](v) for name, v in x.items()},
             {name: self.specific[name](v) for name, v in x.items()},
@@ -179,13 +166,13 @@ class UniCode(nn.Module):
     def losses(
         self, x: Mapping[str, Tensor], features: Features, *, quantize: bool
     ) -> dict[str, Tensor]:
-        """Each term of the objective; in training mode, also move the codebook.
+        """Compute each term of the objective; in training mode, also update the codebook.
 
         Args:
-            x: The batch.
-            features: What `encode` made of it.
-            quantize: Decode from codes. While features are still to spread, False: from the
-                features themselves, and without the terms that need a codebook.
+            x: Name -> the batch, `[B, T, P, C]`.
+            features: Features of the batch, as returned by `encode`.
+            quantize: Whether to use the codebook. If False (early in training), decode from the
+                features and leave out the terms that need codes.
         """
         z, specific = features
         terms: dict[str, Tensor] = {}
@@ -193,7 +180,7 @@ class UniCode(nn.Module):
         if quantize:
             decoded, _, terms["commitment"] = self.quantizer(z)  # Eq. 2, 7, 8
             if "matching" not in self.config.without:
-                terms["matching"] = self.matching(_each_alone(z), self.quantizer.codebook)
+                terms["matching"] = self.matching(_as_clips(z), self.quantizer.codebook)
         power = {name: v.square().mean() for name, v in x.items()}
         average_(power.values())
         errors = [
@@ -212,7 +199,7 @@ class UniCode(nn.Module):
     def quantize(
         self, features: Mapping[str, Tensor], batch_size: int = 100
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Any clips [N, T, P, C] as codes [N, T, D] and indices [N, T], on the CPU; no training."""
+        """Codes [N, T, D] and indices [N, T] of clips [N, T, P, C], on the CPU, in eval mode."""
         self.eval()
         device = next(self.parameters()).device
         codes: dict[str, Tensor] = {}
@@ -224,7 +211,7 @@ class UniCode(nn.Module):
         return codes, indices
 
     def club_fit(self, features: Features) -> Tensor:
-        """The loss of CLUB's own networks; no gradient reaches the features."""
+        """The loss of CLUB's own networks, without a gradient to the features."""
         losses = [
             club.learning_loss(features.semantic[name], features.specific[name])
             for name, club in self.club.items()
@@ -232,20 +219,20 @@ class UniCode(nn.Module):
         return torch.stack(losses).sum()
 
     def _cross_cpc(self, z: Mapping[str, Tensor]) -> Tensor:
-        """Cross-CPC at two scales, of the half of z that each is about.
+        """Cross-CPC of whole features if the config has it, otherwise of segments and of clips.
 
-        What another modality holds at this segment, among all segments of the batch; and, from the
-        clip so far, among all clips. Or the one of the config, of the whole.
+        The first half of z identifies the segment of another modality among all segments of the
+        batch. The second half identifies its clip, from the segments so far, among all clips.
         """
         if "whole" in self.cpc:
             return self.cpc["whole"](z).loss
         segment, clip = {}, {}
         for name, v in z.items():
             segment[name], clip[name] = v.chunk(2, dim=-1)
-        here = self.cpc["segment"](_each_alone(segment), start="all").loss
-        return (here + self.cpc["clip"](clip, start="all").loss) / 2
+        of_segments = self.cpc["segment"](_as_clips(segment), start="all").loss
+        return (of_segments + self.cpc["clip"](clip, start="all").loss) / 2
 
 
-def _each_alone(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every segment as a clip of its own: `[B, T, D]` -> `[B T, 1, D]`."""
-    return {name: v.flatten(0, 1)[:, None] for name, v in z.items()}
+def _as_clips(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Treat every segment as a clip: `[B, T, D]` -> `[B T, 1, D]`."""
+    return {name: rearrange(v, "b t d -> (b t) 1 d") for name, v in z.items()}

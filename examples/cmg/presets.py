@@ -1,14 +1,15 @@
-"""Settings by name. The networks are the example's own in all of them.
+"""Presets of model and training settings. All use the networks of this example.
 
-"digits" is what learns from a few hundred clips, and the default. The other two are for tens of
-thousands: at the size of the digits they stay near chance.
+"digits", the default, learns from a few hundred clips. The other two need tens of thousands: on the
+digits they stay near chance.
 
-"paper": Sec. 4 and 5 of Xia et al. 2023. What the paper leaves open (batch, learning rates, epochs,
-N_re) is as in the release.
+"paper": Sec. 4 and 5 of Xia et al. 2023. Settings that the paper does not give (batch size,
+learning rates, epochs, N_re) are those of the released code.
 
-"cmg-released": haihuangcode/CMG, audio-video-text. Its Cross-CPC sums over directions and adds each
-modality to itself at 0.1; ours is the mean over directions, so its weight is their number. The EMA
-step after each modality is not reproduced, nor what else `mmvq.compat.cmg` is for.
+"cmg-released": haihuangcode/CMG, audio-video-text. The released Cross-CPC sums over the directions
+and adds each modality's prediction of itself at weight 0.1; ours averages over the directions, so
+its weight is their number. The separate EMA step of each modality and other details of the released
+code, for which there is `mmvq.compat.cmg`, are not reproduced.
 """
 
 from __future__ import annotations

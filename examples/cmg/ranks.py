@@ -1,8 +1,8 @@
-"""Several processes, one run: torchrun --nproc-per-node 2 examples/cmg_pretrain.py.
+"""One training run on several processes: torchrun --nproc-per-node 2 examples/cmg_pretrain.py.
 
-Every batch is split over the ranks; all they hold in common (weights, codebook, random generators,
-order of the clips) stays the same on all, so that a run, and a run resumed on another number of
-ranks, is that of one process to rounding. Rank 0 alone writes and speaks.
+Each batch is split over the ranks. Weights, codebook, random state and the order of the clips are
+the same on all ranks, so the result equals that of one process up to floating-point error, also
+when a run is resumed on another number of ranks. Only rank 0 writes files and prints.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from mmvq.distributed import rank, world_size
 
+from .errors import DataError
+
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Among the ranks that torchrun started; alone without it."""
+    """Join the process group if torchrun started this process."""
     if "WORLD_SIZE" not in os.environ:
         yield
         return
@@ -33,11 +35,29 @@ def joined(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def local_device(name: str) -> torch.device:
+    """The device of this process: "auto", "cpu", or "cuda" for the GPU of its local rank.
+
+    Raises:
+        DataError: There is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        number = torch.zeros((), device=name)
+        number.item()  # fails on "meta"
+        return number.device
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {name}: torch cannot use it here ({error}).") from error
+
+
 def is_first() -> bool:
-    """Whether this is rank 0, or alone."""
+    """Whether this process is rank 0, or runs alone."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def share(batch: Tensor) -> Tensor:
-    """The part of a batch that is this rank's; they are equal."""
+def local_part(batch: Tensor) -> Tensor:
+    """This rank's equal part of a batch."""
     return batch.chunk(world_size())[rank()]

@@ -1,13 +1,13 @@
-"""What linear methods reach on the same clips: the reference to beat.
+"""A linear baseline on the same clips: canonical correlation analysis (CCA).
 
-Multi-set CCA on the time-aligned segments of split 0 finds, without a label, linear maps of all
-modalities into one space where they agree. Its vectors go through the heads of `evaluation` in
-place of the codes, and through plain logistic regression.
+Multi-set CCA on the time-aligned segments of split 0 finds, without labels, linear maps of all
+modalities into one space in which they correlate most. The mapped vectors replace the codes in the
+heads of `evaluation`, and in logistic regression.
 
-Its choices (how video cells are pooled, the ridge, the width) are made on split 1, for clips and
-for segments separately: a ridge classifier trained on one half of a modality's labelled clips and
-tested on the other half in another modality, averaged over all directions. That uses more labels
-than a transfer is given, in the reference's favour.
+The hyperparameters (pooling of video cells, ridge, width) are chosen on split 1, separately for
+clips and for segments. The criterion is a ridge classifier trained on one half of a modality's
+labelled clips and tested on the other half in another modality, averaged over all directions. This
+favours the baseline, because it uses labels of all modalities.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from .data import BACKGROUND, PRETRAIN, TEST, TRAIN, Clips
 from .evaluation import (
+    CLIP_BOUNDS,
+    SEGMENT_BOUNDS,
     Scores,
     classification,
     clip_scores,
@@ -37,20 +40,20 @@ Views = dict[str, Array]  # name -> [N, T, D]
 
 _RIDGES = (0.003, 0.01, 0.03, 0.1)
 _WIDTHS = (8, 12, 16, 24, 32)
-_COMPONENTS = 256  # principal components of a modality's segments that CCA sees
-_CELL_COMPONENTS = 64  # principal components of a cell that pooling sees, where it sees few
+_COMPONENTS = 256  # principal components of segments, the input of CCA
+_CELL_COMPONENTS = 64  # principal components of a cell, if cells are denoised before pooling
 
 
 def cca_reference(clips: Clips, seed: int) -> dict[str, Any]:
-    """Linear CCA in every direction.
+    """Evaluate linear CCA in every direction.
 
     Args:
-        clips: The data, two modalities or more, features as the file holds them.
-        seed: Of the heads, as in `evaluation.evaluate`.
+        clips: Clips of two modalities or more, with raw features.
+        seed: Seed of the heads, see `evaluation.evaluate`.
 
     Returns:
-        "classification" and "localization" as `evaluation.evaluate` gives them,
-        "logistic_regression" with the same two, and "settings" with what was chosen for each.
+        "classification" and "localization" as in `evaluation.evaluate`, "logistic_regression" with
+        the same two, and "settings" with the hyperparameters chosen for each.
     """
     train = clips.rows(TRAIN).numpy()
     labels = dict.fromkeys(clips.features, clips.labels.numpy())
@@ -64,14 +67,10 @@ def cca_reference(clips: Clips, seed: int) -> dict[str, Any]:
         "localization": localization(_tensors(segment.views), clips, seed),
         "logistic_regression": {
             "classification": _logistic(
-                _over_time(clip.views), labels, clips, clip_scores, {"upper_bound": "accuracy"}
+                _over_time(clip.views), labels, clips, clip_scores, CLIP_BOUNDS
             ),
             "localization": _logistic(
-                segment.views,
-                segments,
-                clips,
-                segment_scores,
-                {"upper_bound": "segment_f1", "upper_bound_accuracy": "segment_accuracy"},
+                segment.views, segments, clips, segment_scores, SEGMENT_BOUNDS
             ),
         },
         "settings": {"classification": clip.settings, "localization": segment.settings},
@@ -79,7 +78,7 @@ def cca_reference(clips: Clips, seed: int) -> dict[str, Any]:
 
 
 class _Choice:
-    """The best candidate so far; of equals the first."""
+    """The best candidate so far, the first one on ties."""
 
     def __init__(self) -> None:
         self.score = -1.0
@@ -92,7 +91,7 @@ class _Choice:
 
 
 def _candidates(clips: Clips) -> Iterator[tuple[dict[str, Any], Views]]:
-    """Every choice with the CCA vectors it leads to."""
+    """Yield all hyperparameters, each with the CCA vectors of all clips."""
     rows = clips.rows(PRETRAIN).numpy()
     grids = any(x.ndim > 3 for x in clips.features.values())
     for cell_components in (None, _CELL_COMPONENTS) if grids else (None,):
@@ -106,19 +105,19 @@ def _candidates(clips: Clips) -> Iterator[tuple[dict[str, Any], Views]]:
 
 
 def multiset_cca(views: Mapping[str, Array], ridge: float) -> Views:
-    """Linear maps under which all views agree best.
+    """Linear maps under which all views correlate most.
 
-    Solves (C - B) u = rho B u, where C is the covariance of the views side by side, B its diagonal
-    blocks plus the ridge. For two views this is ordinary regularised CCA.
+    Solves (C - B) u = rho B u, where C is the covariance of the concatenated views and B has its
+    diagonal blocks plus the ridge. For two views this is regularised CCA.
 
     Args:
-        views: Name -> [..., D_m], centred, with the same leading dimensions in the same order.
-        ridge: Added to every variance.
+        views: Name -> [..., D_m], centred, with the same leading dimensions.
+        ridge: Number added to every variance.
 
     Returns:
         Name -> [D_m, sum of all D_m], the best direction first.
     """
-    flat = {name: x.reshape(-1, x.shape[-1]) for name, x in views.items()}
+    flat = {name: _rows(x) for name, x in views.items()}
     joint = np.concatenate(list(flat.values()), axis=1)
     C = joint.T @ joint / len(joint)
     owner = np.repeat(np.arange(len(flat)), [x.shape[1] for x in flat.values()])
@@ -130,17 +129,17 @@ def multiset_cca(views: Mapping[str, Array], ridge: float) -> Views:
 
 
 def _pool(clips: Clips, components: int | None) -> dict[str, Tensor]:
-    """[N, T, C] as it is; grids by the maximum and the mean of their cells, [N, T, 2 C].
+    """Pool grids by the maximum and the mean of their cells, [N, T, 2 C]; vectors are unchanged.
 
-    With `components`, cells are first projected onto that many principal axes and back, which
-    clears them of noise before the maximum would pick it.
+    With `components`, cells are first projected onto that many principal axes and back. This
+    removes noise, which the maximum would pick.
     """
     pooled = dict(clips.features)
     standardizer = None if components is None else Standardizer.fit(clips, width=components)
     for name, grid in clips.features.items():
         if grid.ndim == 3:
             continue
-        cells = grid.flatten(2, -2)  # [N, T, cells, C]
+        cells = rearrange(grid, "n t ... c -> n t (...) c")
         pooled[name] = torch.empty(*cells.shape[:2], 2 * cells.shape[-1])
         for clip, out in zip(cells, pooled[name], strict=True):
             x = clip.float()
@@ -151,30 +150,30 @@ def _pool(clips: Clips, components: int | None) -> dict[str, Tensor]:
 
 
 def _principal(features: Tensor, rows: Array) -> Array:
-    """Standardised features on their leading principal axes; statistics of the clips `rows`."""
+    """Standardise features and project them on their principal axes, all measured on `rows`."""
     x = features.double().numpy()
-    seen = x[rows].reshape(-1, x.shape[-1])
+    seen = _rows(x[rows])
     deviation = seen.std(0)
     deviation[deviation == 0] = 1.0
     x = (x - seen.mean(0)) / deviation
-    seen = x[rows].reshape(-1, x.shape[-1])
+    seen = _rows(x[rows])
     _, vectors = np.linalg.eigh(seen.T @ seen / len(seen))
     return x @ vectors[:, ::-1][:, :_COMPONENTS]
 
 
 def _ridge_transfer(x: Views, y: Mapping[str, Array], train: Array, ridge: float = 0.1) -> float:
-    """Mean accuracy of a ridge classifier over all directions, from half of `train` to the other.
+    """Mean accuracy of a ridge classifier from one half of `train` to the other, all directions.
 
     Args:
-        x: Name -> [N, ..., D].
-        y: Name -> classes [N, ...]; only the modalities it names take part.
-        train: The clips to use.
-        ridge: In units of the mean variance of x.
+        x: Name -> vectors [N, ..., D].
+        y: Name -> classes [N, ...]; modalities without classes are not used.
+        train: Indices of the clips.
+        ridge: Ridge in units of the mean variance of x.
     """
     scores: list[float] = []
     for seen, held in ((train[::2], train[1::2]), (train[1::2], train[::2])):
         for a in y:
-            rows = x[a][seen].reshape(-1, x[a].shape[-1])
+            rows = _rows(x[a][seen])
             mean = rows.mean(0)
             rows = rows - mean
             C = rows.T @ rows / len(rows)
@@ -196,18 +195,22 @@ def _logistic(
     score: Callable[[Tensor, Tensor], dict[str, float]],
     bounds: Mapping[str, str],
 ) -> Scores:
-    """Logistic regression from every modality to every other, as `evaluation` reports it."""
+    """Logistic regression from every modality to every other, scored as in `evaluation`."""
     train, test = clips.rows(TRAIN).numpy(), clips.rows(TEST).numpy()
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for a in y:
-        rows = x[a][train].reshape(-1, x[a].shape[-1])
+        rows = _rows(x[a][train])
         scale = rows.std() or 1.0
         model = LogisticRegression(max_iter=2000).fit(rows / scale, y[a][train].ravel())
         for b in y:
-            guess = model.predict(x[b][test].reshape(-1, x[b].shape[-1]) / scale)
+            guess = model.predict(_rows(x[b][test]) / scale)
             truth = torch.from_numpy(y[b][test])
             scores[a, b] = score(torch.from_numpy(guess).reshape(truth.shape), truth)
     return directions(scores, bounds)
+
+
+def _rows(x: Array) -> Array:
+    return rearrange(x, "... d -> (...) d")
 
 
 def _over_time(views: Views) -> Views:

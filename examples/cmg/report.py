@@ -1,4 +1,4 @@
-"""The end of a run in figures: metrics.json and the printed table."""
+"""Report a run: metrics.json and the printed table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmvq.functional import code_usage
 
 from .files import write_atomic
 
@@ -25,11 +27,11 @@ _FIELDS = (
 
 
 def code_counts(indices: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """How often every modality chose every code.
+    """Count how often each modality chose each code.
 
     Args:
-        indices: Name -> int64 of any shape, -1 where there is nothing.
-        size: L, the codes there are.
+        indices: Name -> int64 of any shape, -1 for padding.
+        size: Number of codes L.
 
     Returns:
         Name -> int64 [L].
@@ -40,63 +42,67 @@ def code_counts(indices: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
 def codebook_summary(
     indices: Mapping[str, Tensor], size: int, share: float = 0.05
 ) -> dict[str, Any]:
-    """How the codes are used, as the "codebook" of metrics.json.
+    """Summarize the use of the codes, for "codebook" in metrics.json.
 
     Args:
-        indices: Name -> int64 [N, T], the code of every segment, -1 where there is none.
-        size: L, the codes there are.
+        indices: Name -> int64 [N, T], the code of every segment, -1 for padding.
+        size: Number of codes L.
         share: A modality holds a code if more than this share of the code's segments are its own.
 
     Returns:
-        "size"; "used", the codes that any modality chose; "perplexity", exp of the entropy of all
-        choices together (1 to L); "shared_fraction", the part of the used codes that two or more
-        modalities hold; "per_modality", "used" and "perplexity" of each modality by itself.
+        "size"; "used", the number of codes in use; "perplexity", exp of the entropy of all choices
+        together; "shared_fraction", the part of the used codes that two or more modalities
+        hold; "per_modality", the "used" and "perplexity" of each modality.
     """
-    counts = code_counts(indices, size)
-    table = torch.stack(list(counts.values())).double()  # [M, L]
-    total = table.sum(0)
-    holders = (table > share * total).sum(0)
-    used = int((total > 0).sum())
+    counts = {name: n.double() for name, n in code_counts(indices, size).items()}
+    usage = code_usage(counts, share)
+    total = torch.stack(list(counts.values())).sum(0)
+    used = int((~usage.dead).sum())
     return {
         "size": size,
         "used": used,
-        "perplexity": _perplexity(total),
-        "shared_fraction": int((holders >= 2).sum()) / max(used, 1),
+        "perplexity": float(code_usage({"all": total}).perplexity["all"]),
+        "shared_fraction": int(usage.shared.sum()) / max(used, 1),
         "per_modality": {
-            name: {"used": int((n > 0).sum()), "perplexity": _perplexity(n.double())}
+            name: {"used": int((n > 0).sum()), "perplexity": float(usage.perplexity[name])}
             for name, n in counts.items()
         },
     }
 
 
-def _perplexity(counts: Tensor) -> float:
-    p = counts / counts.sum().clamp(min=1)
-    return float(torch.special.entr(p).sum().exp())
+def headline(metrics: Mapping[str, Any], folder: Path) -> str:
+    """The first printed line: data, time, and use of the codes."""
+    book = metrics["codebook"]
+    return (
+        f"{metrics['dataset']}: {metrics['epochs']} epochs, {metrics['seconds']:.0f} s in all; "
+        f"{book['used']} of {book['size']} codes in use, {book['shared_fraction']:.0%} of them "
+        f"shared; results in {folder}\n"
+    )
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
-    """Write metrics.json whole or not at all.
+    """Write metrics.json atomically.
 
     Args:
         path: The file.
-        metrics: Exactly the fields dataset, modalities, seed, seconds, epochs, classification,
-            localization and codebook; finite numbers only.
+        metrics: Values of exactly the fields dataset, modalities, seed, seconds, epochs,
+            classification, localization and codebook. All numbers must be finite.
 
     Raises:
         ValueError: A field is missing, unknown or not finite.
     """
     if set(metrics) != set(_FIELDS):
-        raise ValueError(f"write_metrics: fields must be {list(_FIELDS)}; came {list(metrics)}.")
+        raise ValueError(f"write_metrics: fields must be {list(_FIELDS)}; got {list(metrics)}.")
     ordered = {name: metrics[name] for name in _FIELDS}
     write_atomic(path, (json.dumps(ordered, indent=2, allow_nan=False) + "\n").encode())
 
 
 def table(metrics: Mapping[str, Any], reference: Mapping[str, Any] | None = None) -> str:
-    """The table printed at the end: a line per direction, "of bound" = accuracy / upper bound.
+    """The table printed at the end: a line for each direction; "of bound" is score / upper bound.
 
     Args:
-        metrics: With "classification" and "localization" as `evaluation.evaluate` gives them.
-        reference: What `reference.cca_reference` gave, for two more columns: linear CCA with the
+        metrics: "classification" and "localization", as `evaluation.evaluate` returns them.
+        reference: Result of `reference.cca_reference`, for two more columns: linear CCA with the
             same head, and with logistic regression.
     """
     blocks = [

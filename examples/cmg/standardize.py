@@ -1,13 +1,12 @@
-"""Features made small and even, once, before any training.
+"""Standardise features and reduce their dimension, once, before training.
 
-A channel's mean and deviation, and the principal axes of the standardised channels, are measured on
-splits 0 and 1. Every vector x of C channels then becomes
+Mean and standard deviation of the channels, and the principal axes of the standardised channels,
+are measured on splits 0 and 1. Every vector x of C channels becomes its leading principal
+components, of which large ones are whitened and small ones (noise) stay small:
 
     y = V^T ((x - mean) / deviation) / sqrt(eigenvalue + shrink)        [width]
 
-the leading principal components, large ones whitened and small ones (noise) left small. Of a grid
-[N, T, 7, 7, C] every cell is such a vector, so 512 channels become 128 and stay so: training
-never touches the wide features again.
+In a grid [N, T, 7, 7, C] every cell is such a vector. Training uses only the reduced features.
 """
 
 from __future__ import annotations
@@ -17,18 +16,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .data import PRETRAIN, TRAIN, Clips
 
 _CLIPS_AT_ONCE = 32
-_WIDE = 2048  # channels; beyond, an exact decomposition takes minutes and more
-_CONSTANT = 1e-6  # of a channel's mean: a deviation up to this is float32's rounding
+_WIDE = 2048  # channels; with more, an exact decomposition takes minutes
+_CONSTANT = 1e-6  # relative to the mean; a smaller deviation is rounding error of float32
 
 
 @dataclass(frozen=True)
 class Standardizer:
-    """An affine map per modality, y = (x - mean) @ axes.
+    """An affine map for each modality, y = (x - mean) @ axes.
 
     Attributes:
         mean: Name -> float32 [C].
@@ -45,12 +45,12 @@ class Standardizer:
         """Measure the map on splits 0 and 1 (labels are not used).
 
         Args:
-            clips: The data.
-            width: The most components to keep; never more than there are channels, or,
-                of many channels, vectors.
-            shrink: Added to each eigenvalue, in units of one standardised channel's variance.
-            samples: The most vectors of a modality to measure on, drawn at random with a fixed
-                seed. At most this many rows are held in float32 at once.
+            clips: Clips to measure the map on.
+            width: Maximum number of components. There are never more than channels, or than
+                vectors if there are many channels.
+            shrink: Number added to each eigenvalue, in units of a standardised channel's variance.
+            samples: Maximum number of vectors of a modality to measure on, drawn at random with a
+                fixed seed. This limits memory.
         """
         rows = clips.rows(PRETRAIN, TRAIN)
         mean: dict[str, Tensor] = {}
@@ -58,7 +58,7 @@ class Standardizer:
         for name, features in clips.features.items():
             x = _sample(features, rows, samples)  # [n, C]
             deviation, mean[name] = torch.std_mean(x, dim=0, correction=0)
-            deviation[deviation <= _CONSTANT * mean[name].abs()] = torch.inf  # drop it
+            deviation[deviation <= _CONSTANT * mean[name].abs()] = torch.inf  # drops the channel
             x = (x - mean[name]) / deviation
             values, vectors = _principal_axes(x, width)
             axes[name] = vectors / deviation[:, None] / (values + shrink).sqrt()
@@ -66,39 +66,38 @@ class Standardizer:
 
     def transform(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Map [N, T, ..., C], any float dtype, to float32 [N, T, ..., width], clip by clip."""
-        return {name: self._transform(name, x) for name, x in features.items()}
+        reduced: dict[str, Tensor] = {}
+        for name, x in features.items():
+            mean, axes = self.mean[name], self.axes[name]
+            reduced[name] = y = torch.empty(*x.shape[:-1], axes.shape[1])
+            for part, out in zip(x.split(_CLIPS_AT_ONCE), y.split(_CLIPS_AT_ONCE), strict=True):
+                torch.matmul(part.float() - mean, axes, out=out)
+        return reduced
 
     def cells(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with the cells of a grid in a row, [N, T, P, width]; a flat vector is one."""
+        """Map to [N, T, P, width], P the number of cells of a grid, 1 for a vector."""
         return {
-            name: x.reshape(*x.shape[:2], -1, x.shape[-1])
+            name: rearrange(x, "n t ... c -> n t (...) c")
             for name, x in self.transform(features).items()
         }
 
-    def _transform(self, name: str, x: Tensor) -> Tensor:
-        mean, axes = self.mean[name], self.axes[name]
-        y = torch.empty(*x.shape[:-1], axes.shape[1])
-        for part, out in zip(x.split(_CLIPS_AT_ONCE), y.split(_CLIPS_AT_ONCE), strict=True):
-            torch.matmul(part.float() - mean, axes, out=out)
-        return y
-
     def denoise(self, name: str, x: Tensor) -> Tensor:
-        """Centred float32 vectors [..., C] with nothing left outside the kept components."""
+        """Centre float32 vectors [..., C] and project them onto the kept components and back."""
         axes = self.axes[name]
         return (x - self.mean[name]) @ axes @ torch.linalg.pinv(axes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The map as flat names and tensors, to be stored with a model's."""
+        """The map as a flat dict of tensors, to save with those of the model."""
         mean = {f"standardizer/mean/{name}": x for name, x in self.mean.items()}
         return mean | {f"standardizer/axes/{name}": x for name, x in self.axes.items()}
 
     def fingerprint(self) -> int:
-        """A checksum: other data, another map, another number."""
+        """A checksum that identifies the map, and so the data."""
         return zlib.crc32(b"".join(x.numpy().tobytes() for x in self.tensors().values()))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Standardizer:
-        """The map that `tensors()` described, other tensors aside."""
+        """The map from the dict that `tensors()` returned; other tensors are ignored."""
         parts: dict[str, dict[str, Tensor]] = {"mean": {}, "axes": {}}
         for key, x in tensors.items():
             match key.split("/", 2):
@@ -110,7 +109,7 @@ class Standardizer:
 def _principal_axes(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The leading eigenvalues and eigenvectors of x^T x / n for x [n, C]: [width], [C, width].
 
-    Of more than `_WIDE` channels by random projections (Halko et al. 2011), always the same.
+    Above `_WIDE` channels, random projections (Halko et al. 2011) with a fixed seed.
     """
     if x.shape[1] <= _WIDE:
         values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
@@ -122,8 +121,8 @@ def _principal_axes(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _sample(features: Tensor, rows: Tensor, samples: int) -> Tensor:
-    """At most `samples` vectors of the clips `rows`, float32 [n, C]."""
-    vectors = features.flatten(0, -2)  # [N * per_clip, C]
+    """Draw at most `samples` vectors of the clips `rows`, float32 [n, C]."""
+    vectors = rearrange(features, "... c -> (...) c")  # [N * per_clip, C]
     per_clip = len(vectors) // len(features)
     total = len(rows) * per_clip
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Pre-training on unlabelled clips: two optimisers in turn, a checkpoint every epoch, a log."""
+"""Pre-training on unlabelled clips, with a checkpoint after every epoch and a log."""
 
 from __future__ import annotations
 
@@ -17,30 +17,35 @@ from mmvq.distributed import average_, rank, world_size
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .errors import DataError
 from .model import UniCode
-from .ranks import share
+from .ranks import local_part
 
 CHECKPOINT = "checkpoint.safetensors"
-_RISE = 20  # steps until the learning rate is full
-History = dict[str, list[float]]  # quantity -> its value in every epoch, NaN before its first
+_WARMUP = 20  # steps
+History = dict[str, list[float]]  # quantity -> value of each epoch, NaN before it is measured
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; a fraction of training is a fraction of its epochs.
+    """Settings of training.
 
     Attributes:
-        epochs: Passes over the clips of split 0.
-        batch_size: Clips a step; all of them if there are fewer.
-        learning_rate: AdamW's, for everything but CLUB.
-        weight_decay: AdamW's.
-        schedule: Of the learning rate: "cosine" is a short rise, then cosine decay to 0.
-        club_learning_rate: Adam's, for the networks of CLUB.
-        club_steps: Steps of CLUB's own likelihood before each step of all else.
-        clip_norm: The largest norm of a gradient.
-        reconstruction, cpc, club, commitment, matching: Weights of the terms.
-        spread: The fraction that goes by without the codebook: features spread over their space
-            first, then codes are taken from them, in the last epoch at the latest.
-        ramp: The fraction over which the terms that push on features then grow to their weights.
+        epochs: Number of passes over the clips of split 0.
+        batch_size: Clips in a batch; all clips if there are fewer.
+        learning_rate: Learning rate of AdamW, which trains all parameters except those of CLUB.
+        weight_decay: Weight decay of AdamW.
+        schedule: Schedule of the learning rate. "cosine" is a short warm-up, then cosine decay.
+        club_learning_rate: Learning rate of Adam, which trains the networks of CLUB.
+        club_steps: Steps of CLUB's networks before each step of the other parameters.
+        clip_norm: Maximum norm of the gradient.
+        reconstruction: Weight of the reconstruction error.
+        cpc: Weight of Cross-CPC.
+        club: Weight of CLUB.
+        commitment: Weight of the commitment loss.
+        matching: Weight of code matching.
+        spread: Fraction of the epochs before the codebook is used, so that features first spread
+            over their space. The last epoch always uses it.
+        ramp: Fraction of the epochs over which the weights of CLUB, commitment and code matching
+            then grow to their full values.
     """
 
     epochs: int = 42
@@ -60,26 +65,26 @@ class Recipe:
     ramp: float = 0.15
 
     def lasting(self, clips: int, steps: int = 420) -> Recipe:
-        """With epochs for so many steps or more: the fewer the clips, the more often each."""
+        """The same settings, with more epochs if `clips` are too few for so many steps."""
         epoch = max(1, clips // self.batch_size)  # in steps
         return replace(self, epochs=max(self.epochs, math.ceil(steps / epoch)))
 
 
 class Trainer:
-    """Trains a model; what `fit` does depends on its arguments and the seed only.
+    """Trains a model. The result depends only on the arguments and the seed.
 
-    Under several ranks each takes its share of every batch, and all end with the same model.
+    With several ranks, each processes an equal part of every batch, and all get the same model.
 
     Args:
-        model: What to train, on its device.
-        features: Name -> standardised [N, T, P, C] of all clips.
-        rows: int64, the clips to train on.
-        recipe: How.
-        folder: Where the checkpoint goes, and TensorBoard's log if that is installed.
-        identity: What a resumed run must have in common with this one: numbers and texts.
+        model: Model to train, on its device.
+        features: Name -> standardised features [N, T, P, C] of all clips.
+        rows: int64, indices of the clips to train on.
+        recipe: Settings of training.
+        folder: Folder of the checkpoint, and of the TensorBoard log if TensorBoard is installed.
+        identity: Numbers and strings that must be the same if the run is resumed.
 
     Raises:
-        DataError: There are fewer than two clips, or those of a batch cannot be shared out equally.
+        DataError: There are fewer than two clips, or a batch cannot be divided by the ranks.
     """
 
     quiet = False  # no progress bar
@@ -97,14 +102,14 @@ class Trainer:
         self.folder = folder
         self.identity = {**identity, **asdict(recipe)}
         if len(rows) < 2:
-            raise DataError(f"pre-training takes two clips of split 0 or more; came {len(rows)}.")
+            raise DataError(f"pre-training takes two clips of split 0 or more; got {len(rows)}.")
         self.batch_size = min(recipe.batch_size, len(rows))
         if self.batch_size % world_size():
             raise DataError(
-                f"a batch of {self.batch_size} clips has no {world_size()} equal parts. "
-                "Hint: start as many ranks as divide it."
+                f"a batch of {self.batch_size} clips cannot be divided by {world_size()} ranks. "
+                "Hint: start a number of ranks that divides it."
             )
-        self.steps = len(rows) // self.batch_size  # an epoch's; clips left over sit it out
+        self.steps = len(rows) // self.batch_size  # in an epoch; an incomplete batch is dropped
         club = list(model.club.parameters())
         self.others = [p for part, p in model.named_parameters() if not part.startswith("club.")]
         self.optimizer = torch.optim.AdamW(
@@ -116,16 +121,16 @@ class Trainer:
         self.epoch = 0
 
     def fit(self, *, resume: bool = False) -> History:
-        """Train to the last epoch, with `resume` from the last checkpoint in the folder.
+        """Train to the last epoch; with `resume`, from the last checkpoint in the folder.
 
         Raises:
-            DataError: There is no checkpoint to resume from, or it is of another run.
+            DataError: There is no checkpoint to resume from, or it belongs to another run.
         """
         if resume:
             self._load(self.folder / CHECKPOINT)
         log = None if rank() else _tensorboard(self.folder, self.epoch)
         clips = self.steps * self.batch_size
-        silent = {"disable": True} if self.quiet or rank() else {}  # else as TQDM_DISABLE has it
+        silent = {"disable": True} if self.quiet or rank() else {}  # otherwise by TQDM_DISABLE
         with tqdm(
             desc="pre-training",
             initial=self.epoch * clips,
@@ -154,7 +159,7 @@ class Trainer:
         self.model.quantizer.usage(reset=True)
         total: dict[str, Tensor] = {}
         for batch in batches:
-            mine = share(batch)
+            mine = local_part(batch)
             terms = self._step({m: x[mine].to(device) for m, x in self.features.items()}, weights)
             for name, term in terms.items():
                 total[name] = total.get(name, 0) + term.detach() / len(batches)
@@ -168,7 +173,7 @@ class Trainer:
         return record
 
     def _step(self, x: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """One step of CLUB's networks, then one of all else."""
+        """Update the networks of CLUB, then the other parameters."""
         features = self.model.encode(x)
         if self.club_optimizer is not None:
             for _ in range(self.recipe.club_steps):
@@ -186,7 +191,7 @@ class Trainer:
         return terms
 
     def _weights(self) -> dict[str, float]:
-        """The weight of every term in this epoch; those of the codebook are absent before it."""
+        """The weight of every term in this epoch; without the codebook, its terms are absent."""
         r = self.recipe
         progress = self.epoch / r.epochs
         begun = max(0.0, progress - r.spread + 1 / r.epochs)
@@ -201,7 +206,7 @@ class Trainer:
         if self.recipe.schedule == "constant":
             return 1.0
         total = self.recipe.epochs * self.steps
-        return min(1.0, (step + 1) / _RISE) * (1 + math.cos(math.pi * step / total)) / 2
+        return min(1.0, (step + 1) / _WARMUP) * (1 + math.cos(math.pi * step / total)) / 2
 
     def _save(self, path: Path) -> None:
         club = None if self.club_optimizer is None else self.club_optimizer.state_dict()
@@ -225,7 +230,7 @@ class Trainer:
             if (was := state["identity"].get(name)) != value:
                 raise DataError(
                     f"{path}: the checkpoint is of another run: {name} was {was}, now it is "
-                    f"{value}. Hint: repeat the arguments, or give another --output."
+                    f"{value}. Hint: use the same arguments, or another --output."
                 )
         try:
             self.epoch, self.history = state["epoch"], state["history"]
@@ -235,12 +240,12 @@ class Trainer:
                 self.club_optimizer.load_state_dict(state["club_optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             set_random_state(state["random"])
-        except Exception as error:  # whatever modules and optimizers raise for foreign state
+        except Exception as error:  # modules and optimizers raise many types
             raise DataError(f"{path}: the checkpoint does not fit ({error!r}).") from error
 
 
 def _tensorboard(folder: Path, epoch: int) -> Any:
-    """A SummaryWriter that drops what was logged from `epoch` on; None without TensorBoard."""
+    """A SummaryWriter that replaces the log from `epoch` on; None without TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

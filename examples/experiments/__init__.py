@@ -1,1 +1,1 @@
-"""The paper's experiments at a scale anyone can run: systems, ablations, tasks, figures, report."""
+"""The paper's experiments on a small scale: systems, ablations, tasks, figures, report."""

@@ -1,4 +1,4 @@
-"""What the paper says, each as a difference that should be above 0; and what it leaves open."""
+"""The claims of the paper as differences that should be positive, and open questions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SYSTEMS = {name: name.upper().replace("S-MIT", "S-MiT") for name in ALIGNMENTS}
 
 @dataclass(frozen=True)
 class Claim:
-    """A difference between experiments.
+    """A weighted sum of experiments that should be positive.
 
     Attributes:
-        text: In words.
-        weights: Experiment -> weight of the sum that should be positive.
-        paper: The same in names of `paper.PAPER`, where they are others.
+        text: The claim in words.
+        weights: Experiment -> weight in the sum.
+        paper: The same with names of `paper.PAPER`, if these differ.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Claim:
 
     @property
     def in_paper(self) -> Mapping[str, float]:
-        """Weights of the paper's numbers."""
+        """The weights by names of `paper.PAPER`."""
         return self.weights if self.paper is None else self.paper
 
 

@@ -1,10 +1,11 @@
-"""The clips of an experiment: a file's, fewer of them, and a fourth modality for the digits.
+"""The clips of an experiment: all or a part of a data set, and a fourth modality for the digits.
 
-"display" is artificial, made to train with more than three modalities: a seven-segment display that
-shows the digit, read by 64 noisy sensors. It follows the plots that the other modalities were
-rendered from: the digit of the event while all show it, and with the same probability, on its own,
-another digit aside. A lit segment of the display is 1, a dark one 0, plus noise; a random matrix
-and a hyperbolic tangent mix the seven, and every clip has a gain of its own. Dark is background.
+The fourth modality, "display", is for training with more than three modalities. It is a
+seven-segment display of the digit, measured by 64 noisy sensors. It follows the plots of the other
+modalities: it shows the digit of the event, and outside of it another digit, with the same
+probability as they do. A lit segment of the display is 1 and a dark one 0. Noise is added, the
+seven values are mixed by a random matrix and a hyperbolic tangent, and every clip has its own gain.
+The display is dark in background segments.
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from cmg_pretrain import open_data
 
 from cmg.data import BACKGROUND, PRETRAIN, Clips
 from cmg.digits import clips as plots
 from cmg.digits.style import HOME
 from cmg.errors import DataError
+from cmg.sources import open_data
 
 from .matrix import Experiment
 
 DISPLAY = "display"
 SENSORS = 64
-_UNUSED = 3  # a split that nothing reads
-_STREAM = 4  # of a clip's random numbers, after the four that render it
+_UNUSED = 3  # a split that is not used
+_STREAM = 4  # random stream of the display; streams 0 to 3 render the clip
 _LIT = ("abcdef", "bc", "abdeg", "abcdg", "bcfg", "acdfg", "acdefg", "abc", "abcdefg", "abcdfg")
 _PATTERNS = np.array([[bar in lit for bar in "abcdefg"] for lit in _LIT], dtype=np.float32)
 
 
 def load(experiment: Experiment) -> Clips:
-    """The clips that an experiment trains on and is tested on."""
+    """Load the clips of an experiment, for training and test."""
     names = [name for name in experiment.modalities if name != DISPLAY]
     _, clips = open_data(experiment.data, names)
     if DISPLAY in experiment.modalities:
@@ -44,7 +45,7 @@ def load(experiment: Experiment) -> Clips:
 
 
 def with_display(clips: Clips, data: str) -> Clips:
-    """The clips of a rendering of the digits with the fourth modality.
+    """Add the fourth modality to the clips of a rendering of the digits.
 
     Raises:
         DataError: `data` is not "digits" or "digits:SEED".
@@ -73,7 +74,7 @@ def with_display(clips: Clips, data: str) -> Clips:
 
 
 def _plot(clip: plots.Clip, rng: np.random.Generator) -> np.ndarray:
-    """What the display shows: the event, and at times something else beside it."""
+    """The digits that the display shows: the event, and sometimes another digit outside it."""
     together = np.logical_and.reduce([x == clip.label for x in clip.shown.values()])
     shown = np.where(together, clip.label, BACKGROUND)
     if rng.random() < HOME.distracted:

@@ -1,4 +1,4 @@
-"""The pictures of the report, each drawn from results alone."""
+"""The figures of the report, drawn from the results."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .results import Estimate, Result, code_counts
 
 
 def plot_code_map(path: Path, result: Result) -> None:
-    """Whose codes the codes of one run are, in the paper's colours (Fig. 4)."""
+    """Draw the codes of one run by modality (Fig. 4)."""
     plane = torch.tensor([[float(x) for x in axis.split()] for axis in result["codes"]["plane"]])
     counts = {name: torch.tensor(n) for name, n in code_counts(result).items()}
     plot_codes(path, plane.T, counts)
 
 
 def plot_sizes(path: Path, label: str, lines: Mapping[str, Mapping[int, Estimate]]) -> None:
-    """Scores over sizes that double, with intervals (Fig. 3).
+    """Draw scores over sizes on a logarithmic axis, with intervals (Fig. 3).
 
     Args:
-        path: The png file.
-        label: Of the axis of sizes.
+        path: The png file to write.
+        label: Label of the axis of sizes.
         lines: Name of a line -> size -> score.
     """
     require_matplotlib()

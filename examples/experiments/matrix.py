@@ -1,4 +1,4 @@
-"""Every experiment by name, and which of them a table compares."""
+"""All experiments by name, and the tasks that each is scored on."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from .systems import ALIGNMENTS
 
 AV = ("audio", "video")
 AVT = ("audio", "video", "text")
-CLIPS = 700  # of split 0, in a rendering of the digits
-EPOCHS = 21  # half of what the demo takes
+CLIPS = 700  # clips of split 0 in a rendering of the digits
+EPOCHS = 21  # half of those of the demo
 DCID = ("club", "cpc")
 
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """What one pre-training is made of; seeds aside.
+    """Settings of a pre-training, except the seed.
 
     Attributes:
-        name: Of its results.
-        alignment: What it adds to Uni-Code's objectives, a key of `systems.ALIGNMENTS`.
-        modalities: Those it trains on and is tested on.
-        config: Fields of `cmg.model.Config` that are not the default.
-        clips: How many clips of split 0 it trains on, in as many steps as with all of them.
-        epochs: Over all clips.
-        data: As `cmg_pretrain --data`.
+        name: Name of its results.
+        alignment: Objective added to those of Uni-Code, a key of `systems.ALIGNMENTS`.
+        modalities: Modalities to train and test on.
+        config: Fields of `cmg.model.Config` that differ from the default.
+        clips: Number of clips of split 0 to train on, in as many steps as with all of them.
+        epochs: Number of epochs, if all clips are used.
+        data: Data, as in `cmg_pretrain.py --data`.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Experiment:
     data: str = "digits"
 
     def json(self) -> dict[str, Any]:
-        """As the identity of its results has it."""
+        """The settings as stored in the identity of its results."""
         return asdict(self) | {"modalities": list(self.modalities), "config": dict(self.config)}
 
     def scaled(self, factor: float) -> Experiment:
-        """The same with fewer or more epochs."""
+        """The same experiment with `factor` times the epochs."""
         return replace(self, epochs=max(1, round(self.epochs * factor)))
 
 
@@ -53,7 +53,7 @@ def _without(*parts: str) -> dict[str, Any]:
 
 
 def _systems() -> list[Experiment]:
-    """Table 1. Reset and MM-EMA are Uni-Code's own; code matching is CMCM's."""
+    """Table 1. Only Uni-Code has reset and MM-EMA; CMCM also has code matching."""
     baseline = [part for part in PARTS if part not in DCID]
     experiments = [Experiment("baseline", config=_without(*PARTS))]
     for name in ALIGNMENTS:
@@ -66,7 +66,7 @@ def _systems() -> list[Experiment]:
 
 
 def _longer(*names: str) -> list[Experiment]:
-    """As long as the demo: does the order of the best systems change?"""
+    """The best systems with the epochs of the demo, to see if their order changes."""
     return [
         replace(e, name=f"long-{e.name}", epochs=2 * EPOCHS) for e in _systems() if e.name in names
     ]
@@ -113,5 +113,5 @@ EVALUATED: dict[str, tuple[str, ...]] = {  # task -> the experiments whose model
 
 
 def tasks_of(experiment: Experiment) -> list[str]:
-    """The tasks that score its models once they are stored."""
+    """The tasks that the stored models of an experiment are scored on."""
     return [task for task, names in EVALUATED.items() if experiment.name in names]

@@ -1,8 +1,8 @@
-"""What the paper reports, in per cent: Xia, Huang, Zhu and Zhao, NeurIPS 2023, Tables 1 to 5.
+"""The numbers of the paper in per cent: Xia, Huang, Zhu and Zhao, NeurIPS 2023, Tables 1 to 5.
 
-Four numbers each: AVE V->A and A->V (clips), AVVP V->A and A->V (segments), with 40K clips unless
-the name says otherwise. The AVVP numbers are precision in the released code (the paper calls them
-accuracy), so their size does not compare with an F1; their order may.
+Each row has four numbers: AVE V->A and A->V (clips), AVVP V->A and A->V (segments), with 40K clips
+unless the name says otherwise. The AVVP numbers are precision in the released code (the paper calls
+them accuracy). Their order may be compared with that of an F1, but not their size.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ RETRIEVAL: dict[str, Row] = {  # Table 5: R@5 and R@10, V2T and T2V
 
 
 def paper_contrast(weights: Mapping[str, float]) -> tuple[float, float] | None:
-    """The same weighted sum of the paper's numbers: clips, segments; means of both directions.
+    """The weighted sum of the paper's numbers for clips and segments, means of both directions.
 
-    None where the paper prints none, only a curve (Fig. 3).
+    None if the paper has no numbers, only a curve (Fig. 3).
     """
     if not set(weights) <= set(PAPER):
         return None

@@ -1,4 +1,4 @@
-"""The page docs/experiments/index.md and its pictures: every number comes from the results."""
+"""Write the page docs/experiments/index.md and its pictures from the results."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def _head(results: Results) -> str:
     return f"""# Experiments
 
 <!-- written by examples/cmg_experiments.py --report from docs/experiments/results -->
-Which results of the paper (Xia et al. 2023) repeat on the built-in digits: its systems, ablations,
-tasks and figures, trained on {CLIPS} unlabelled clips against the paper's 24 to 81 thousand. Orders
-can be compared, sizes of numbers cannot.{notes}
+Which results of the paper (Xia et al. 2023) are reproduced on the built-in digits. The page covers
+its systems, ablations, tasks and figures. Training uses {CLIPS} unlabelled clips; the paper uses 24
+to 81 thousand. So compare the order of systems, not the values.{notes}
 
 ```bash
 python examples/cmg_experiments.py                  # what there is, and what has no result yet
@@ -79,7 +79,7 @@ python examples/cmg_experiments.py --report         # this page
 
 
 def _summary(results: Results) -> str:
-    """How many differences of each claim are above 0."""
+    """How many differences of each claim are positive."""
     rows: list[Row] = []
     every: list[list[int]] = [[], []]
     for group, claims in CLAIMS.items():
@@ -91,17 +91,17 @@ def _summary(results: Results) -> str:
         rows += [[group, *map(_counts, signs)]] if found else []
         every = [[*before, *now] for before, now in zip(every, signs, strict=True)]
     rows.append(["**all**", *map(_counts, every)])
-    return f"""## Which claims repeat
+    return f"""## Which claims are reproduced
 
 {table(("claim of the paper", "clips", "segments (F1)"), rows)}
 
-Each is taken apart into differences that should be above 0, between two systems or with and without
-a part. "yes" and "**no**" where the whole 95% interval is on one side of 0; "open" where these
-seeds do not tell. Of so many verdicts at 95%, a few will be wrong by chance."""
+Each claim is tested as a set of differences expected to be positive: between two systems, or with
+and without a part. "yes": the 95% interval is above 0. "**no**": it is below 0. "open": it contains
+0. With so many intervals at 95%, a few verdicts are wrong by chance."""
 
 
 def _counts(signs: Sequence[int]) -> str:
-    """`4 yes, 1 open`: how often which verdict."""
+    """The number of each verdict, such as `4 yes, 1 open`."""
     counts = {verdict: list(signs).count(sign) for sign, verdict in VERDICTS.items()}
     return ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
 
@@ -115,22 +115,22 @@ def _method(results: Results) -> str:
     return f"""## How it is measured
 
 - **Training.** All systems have the same encoders, decoders, codebook, optimiser and steps. They
-  differ in their objectives, each written from its paper's equations and cut down to this scale, as
-  its file under `examples/experiments/systems` says. The recipe was tuned for the full model, on
-  another rendering of the digits; no weight of another system was tuned, which favours Uni-Code.
-- **Test.** After the last epoch ({ends}) a head learns from labels of one modality in split 1,
-  and is tested on another modality in split 2: other clips, writers, voices and sentences. The best
-  constant guess is right for {chance:.2f} of the clips.
+  differ in their objectives. Each follows its paper's equations at a smaller scale, which its file
+  in `examples/experiments/systems` explains. The recipe was tuned for the full model, on another
+  rendering of the digits. The loss weights of other systems were not tuned. This favours Uni-Code.
+- **Test.** After the last epoch ({ends}) a head is trained with labels of one modality in split 1
+  and tested on another modality in split 2, which has other clips, writers, voices and sentences.
+  The best constant prediction is right for {chance:.2f} of the clips.
 - **Uncertainty.** "±" is half of the 95% interval (Student's t) of the mean over seeds ({seeds})
-  of weights, batches and heads. There is one rendering, and its 300 test clips add an error of
-  their own, about 0.03 for a direction, which differences between systems share in part.
-- **Cost.** {len(runs)} runs, {minutes:.0f} minutes of training and tests, each on one core of a
-  busy machine.
+  of weights, batches and heads. The 300 test clips of the one rendering add an error of about 0.03
+  per direction, which is partly common to all systems.
+- **Cost.** {len(runs)} runs and {minutes:.0f} minutes of training and tests, each on one core of a
+  shared machine.
 
-Names: CLUB, Cross-CPC, reset and code matching are the paper's parts; MM-EMA is its moving average
-over the modalities, DCID its CLUB and Cross-CPC, put into another system; S-MiT, MST, CODIS, TURN
-and CMCM are systems before it. V→A: labels of video, tests on audio. "Codes shared" is the part of
-the codes in use that no modality holds by more than 80%, as in Fig. 4."""
+CLUB, Cross-CPC, reset and code matching are parts of the paper's method. MM-EMA is its multi-modal
+moving average. DCID adds CLUB and Cross-CPC to another system. S-MiT, MST, CODIS, TURN and CMCM are
+earlier systems. V→A: labels of video, tests on audio. "Codes shared" is the share of codes in use
+of which no modality holds more than 80%, as in Fig. 4."""
 
 
 def _claims(results: Results) -> str:
@@ -152,13 +152,13 @@ def _claims(results: Results) -> str:
     head = ("claim", "clips", "", "the paper", "segments (F1)", "", "the paper")
     return f"""## Every difference
 
-Taken seed by seed and averaged over the directions: accuracy for clips, F1 for event segments. The
-paper's own differences, of single runs and in points of per cent, are beside them (mean of both
-directions; 40K clips unless the claim is about their number).
+"A over B" is the score of A minus that of B with the same seed, averaged over the directions. The
+score is accuracy for clips and F1 for event segments. The paper's differences are of single runs,
+in percentage points (mean of both directions, 40K clips unless the claim is about their number).
 
 {table(head, rows)}
 
-More codes are shared (Fig. 4):
+Differences in the share of shared codes (Fig. 4):
 
 {sharing}"""
 
@@ -172,7 +172,7 @@ _PAPER_COLUMNS = ("AVE V→A", "A→V", "AVVP V→A", "A→V")
 
 
 def _comparison(results: Results, names: Iterable[str]) -> str:
-    """A table of experiments, ours and the paper's."""
+    """A table of experiments with the numbers of the paper."""
     rows = {
         name: [
             *(
@@ -193,8 +193,8 @@ def _systems(results: Results) -> str:
     return f"""## Table 1: systems
 
 Pre-trained on audio and video. The paper's DCID+CMCM is its Uni-Code without MM-EMA (Tables 1 and 2
-print the same numbers); here it is CMCM as its own paper has it, with its contrastive term and
-without the reset. Of TURN only the idea that the paper names is built here, crossed reconstruction.
+have the same numbers). Here CMCM follows its own paper, with its contrastive term and without the
+reset. TURN is implemented only as far as the paper describes it: crossed reconstruction.
 
 {_comparison(results, names)}"""
 
@@ -206,14 +206,14 @@ def _longer(results: Results) -> str:
         return ""
     return f"""### Twice as long
 
-The better systems again, with the epochs of the demo.
+The better systems, trained for as many epochs as the demo.
 {_order_kept(results, names)}
 
 {body}"""
 
 
 def _order_kept(results: Results, longer: Sequence[str]) -> str:
-    """Of how many pairs of systems the better one stays the better one."""
+    """The number of pairs of systems whose order is unchanged."""
     both = [(x.removeprefix("long-"), x) for x in longer if x in results]
     pairs = list(combinations([p for p in both if p[0] in results], 2))
     counts = []
@@ -225,7 +225,7 @@ def _order_kept(results: Results, longer: Sequence[str]) -> str:
             )
             kept += before.mean * after.mean > 0
         counts.append(f"for {kind} {kept}")
-    return f"Of the {len(pairs)} pairs of them, those that keep their order: {', '.join(counts)}."
+    return f"Pairs of systems, out of {len(pairs)}, whose order is unchanged: {', '.join(counts)}."
 
 
 def _parts(results: Results, prefix: str, heading: str) -> str:
@@ -248,13 +248,13 @@ def _numbers(results: Results, docs: Path) -> str:
         return ""
     return f"""## Number of clips for pre-training
 
-As many steps each, so fewer clips are seen more often.
+The number of steps is the same, so fewer clips are seen more often.
 
 {body}"""
 
 
 def _sizes(results: Results, names: Mapping[int, str], label: str, image: Path) -> str:
-    """Scores over the sizes that there are, as a table and a picture; nothing of one size."""
+    """A table and a picture of scores over sizes; empty with fewer than two sizes."""
     names = {size: name for size, name in names.items() if name in results}
     if len(names) < 2:
         return ""
@@ -278,7 +278,7 @@ def _codes(results: Results, docs: Path) -> str:
             seed = min(results[name])
             figures.plot_code_map(docs / f"codes-{name}.png", results[name][seed])
             parts.append(f"**{text}** (seed {seed})\n\n![Codes of {text}](codes-{name}.png)")
-    return "\n\n".join(("## Fig. 4: whose codes the codes are", *parts)) if parts else ""
+    return "\n\n".join(("## Fig. 4: modalities of the codes", *parts)) if parts else ""
 
 
 def _questions(results: Results) -> str:
@@ -290,7 +290,7 @@ def _questions(results: Results) -> str:
             rows.append([claim.text, *(f"{x:+.2f} ({VERDICTS[x.sign]})" for x in found)])
     if not rows:
         return ""
-    return f"""## What no table of the paper compares
+    return f"""## Comparisons that the paper does not have
 
 Differences as above.
 
@@ -298,7 +298,7 @@ Differences as above.
 
 
 def _modalities(results: Results) -> str:
-    """Each direction by what else was trained on."""
+    """Each direction, by the number of modalities in training."""
     columns = {
         "two": {"av": "uni-code", "at": "at", "vt": "vt"},
         "three": dict.fromkeys(("av", "at", "vt"), "avt"),
@@ -321,8 +321,7 @@ def _modalities(results: Results) -> str:
     head = [f"{score}, {name}" for score in ("clips", "F1") for name in columns]
     return f"""## Two, three and four modalities
 
-Each direction after training on its two modalities alone, on audio, video and text, and with a
-fourth: a display of seven noisy segments that shows the digit, made to train with more than three
-modalities (`examples/experiments/data.py`).
+Each direction after training on two modalities (its own), on audio, video and text, and on four.
+The fourth modality is a noisy seven-segment display of the digit (`examples/experiments/data.py`).
 
 {table(("", *head), rows)}"""

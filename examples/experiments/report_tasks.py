@@ -1,4 +1,4 @@
-"""The tables of the tasks on stored models: other sets, segmentation, retrieval, follow-ups."""
+"""The tables of other data sets, segmentation, retrieval and follow-ups in the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .paper import OTHER_SETS, RETRIEVAL, SEGMENTATION, Row
 from .results import Estimate, Results
 from .tables import comparison, title
 
-Read = Callable[[Mapping[str, Any]], float]  # one number out of a result's "tasks"
+Read = Callable[[Mapping[str, Any]], float]  # a number from "tasks" of a result
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class TaskTable:
     """A table of the paper.
 
     Attributes:
-        title: Of its section.
-        text: What is compared, and what the numbers mean.
-        tasks: Those that its columns come from.
-        columns: What a column is called -> how to read it.
-        paper: The paper's numbers, columns in the same order.
+        title: Title of its section.
+        text: Text about the comparison and the numbers.
+        tasks: Tasks that the columns are from.
+        columns: Name of a column -> function that reads its number.
+        paper: Numbers of the paper, with columns in the same order.
     """
 
     title: str
@@ -42,16 +42,16 @@ def _at(task: str, way: str, score: str) -> Read:
 
 
 def _both_ways(way: str) -> Read:
-    """Learned in one set and tested in the other, the mean of both."""
+    """Mean of both ways between the two sets."""
     return lambda tasks: float(np.mean([x[way]["accuracy"] for x in tasks["unpaired"].values()]))
 
 
 TABLES = (
     TaskTable(
         "Table 3: other data sets",
-        "Learned here, tested on another rendering: other writers, voices, sentences and layout. "
-        "F1 of segments (the paper: from AVE to AVVP), and accuracy for clips of the classes that "
-        "two sets share, the mean of both ways (the paper: UCF and VGGSound).",
+        "Trained on one rendering and tested on another, with other writers, voices, sentences and "
+        "layout. F1 of segments (the paper: from AVE to AVVP), and accuracy for clips of the "
+        "classes that two sets share, averaged over both ways (the paper: UCF and VGGSound).",
         ("across_sets", "unpaired"),
         {
             "F1 V→A": _at("across_sets", "video->audio", "segment_f1"),
@@ -63,8 +63,8 @@ TABLES = (
     ),
     TaskTable(
         "Table 4: query-based segmentation",
-        "A head learns to draw the digit that one modality's code names, and is tested with the "
-        "code of another.",
+        "A head is trained to segment the digit given by the code of one modality, and tested with "
+        "the code of another.",
         ("segmentation",),
         {
             "mIoU A→T": _at("segmentation", "audio->text", "miou"),
@@ -78,7 +78,7 @@ TABLES = (
     ),
     TaskTable(
         "Table 5: retrieval of audio",
-        "Learned with video as the query, tested with text, and the reverse.",
+        "V→T: trained with video as the query and tested with text. T→V: the reverse.",
         ("retrieval",),
         {
             "R@5 V→T": _at("retrieval", "video->text", "r5"),
@@ -93,7 +93,7 @@ TABLES = (
 
 
 def _mean(task: str, key: str) -> Read:
-    """The mean over the directions of a task."""
+    """Mean over the directions of a task."""
 
     def read(tasks: Mapping[str, Any]) -> float:
         ways = tasks[task].get("classification", tasks[task])
@@ -104,10 +104,10 @@ def _mean(task: str, key: str) -> Read:
 
 FOLLOW_UPS = TaskTable(
     "Follow-ups",
-    "Later ideas of the same authors (`examples/experiments/followups`), means of all directions: "
-    "clip accuracy with half of the codes' channels, chosen without training or at random; and the "
-    "H-score of naming known classes and refusing unknown ones, the threshold chosen on training "
-    "clips.",
+    "Later methods of the same authors (`examples/experiments/followups`), averaged over all "
+    "directions: clip accuracy with half of the codes' channels, selected without training or at "
+    "random, and the H-score of classifying known classes and rejecting unknown ones, with a "
+    "threshold chosen on training clips.",
     ("channels", "open_set"),
     {
         "all channels": _mean("channels", "all"),
@@ -122,7 +122,7 @@ FOLLOW_UPS = TaskTable(
 
 
 def task_sections(results: Results, folder: Path, docs: Path) -> list[str]:
-    """A section for every table that has results, Fig. 5 after Table 4, and the follow-ups."""
+    """A section for every table with results, Fig. 5 after Table 4, and the follow-ups."""
     sections = [_section(results, table) for table in TABLES]
     sections.insert(2, _pictures(folder, docs))
     sections.append(_section(results, FOLLOW_UPS))
@@ -130,15 +130,15 @@ def task_sections(results: Results, folder: Path, docs: Path) -> list[str]:
 
 
 def _pictures(folder: Path, docs: Path) -> str:
-    """The pictures that `--evaluate` left beside the results."""
+    """The pictures that `--evaluate` wrote beside the results."""
     parts = [
         f"**{title(name)}**\n\n![Masks of {name}]({relpath(path, docs)})"
         for name in EVALUATED["segmentation"]
         for path in sorted(folder.glob(f"{name}-seed*.png"))
     ]
     heading = (
-        "## Fig. 5: masks\n\nFrames of the test, evenly spread over it, under the digit that is "
-        "asked for; learned with the first modality's codes, asked with the second's."
+        "## Fig. 5: masks\n\nEvenly spaced test frames, each below the digit of the query. The "
+        "head is trained with codes of the first modality and queried with codes of the second."
     )
     return "\n\n".join([heading, *parts]) if parts else ""
 

@@ -1,4 +1,4 @@
-"""Results read back: numbers of a run, means over seeds, and how sure they are."""
+"""Read results: scores of a run, means over seeds, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cmg.errors import DataError
 
 from .train import read_result
 
-Result = Mapping[str, Any]  # as `train` writes it
+Result = Mapping[str, Any]  # as written by `train`
 Results = dict[str, dict[int, Result]]  # experiment -> seed -> its result
-Score = Callable[[Result, Sequence[str]], float]  # of a result, over some directions
+Score = Callable[[Result, Sequence[str]], float]  # score of a result over some directions
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and the half width of its 95 % interval (Student's t; NaN for one seed)."""
+    """A mean over seeds and half of its 95 % interval (Student's t; NaN for one seed)."""
 
     mean: float
     half: float
@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """From one value a seed."""
+        """The estimate from one value for each seed."""
         n = len(values)
         if n < 2:
             return cls(float(np.mean(values)), float("nan"), n)
@@ -36,20 +36,20 @@ class Estimate(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the whole interval is on one side of 0, else 0."""
+        """1 or -1 if the whole interval is on one side of 0, otherwise 0."""
         return int(self.mean - self.half > 0) - int(self.mean + self.half < 0)
 
     def __format__(self, spec: str) -> str:
-        """Such as "0.81 ± 0.02"; the spec is that of each number ("+.2f" signs the mean only)."""
+        """Format as "0.81 ± 0.02", each number by `spec`; "+.2f" signs only the mean."""
         half = "?" if np.isnan(self.half) else format(self.half, spec.replace("+", ""))
         return f"{format(self.mean, spec)} ± {half}"
 
 
 def read_results(folder: Path) -> Results:
-    """All results in a folder.
+    """Read all results in a folder.
 
     Raises:
-        DataError: There are none.
+        DataError: There are no results.
     """
     results: Results = {}
     for path in sorted(folder.glob("*-seed*.json")):
@@ -57,32 +57,27 @@ def read_results(folder: Path) -> Results:
         name, seed = result["identity"]["name"], result["identity"]["seed"]
         results.setdefault(name, {})[seed] = result
     if not results:
-        raise DataError(f"{folder}: holds no results. Hint: run the experiments first.")
+        raise DataError(f"{folder}: has no results. Hint: run the experiments first.")
     return results
 
 
 def directions(result: Result) -> tuple[str, ...]:
-    """Of a result, "source->target"."""
+    """The directions "source->target" of a result."""
     return tuple(result["classification"])
 
 
-def clips(result: Result, ways: Sequence[str]) -> float:
-    """Accuracy for clips, the mean of these directions."""
-    return float(np.mean([result["classification"][way]["accuracy"] for way in ways]))
+def _mean(task: str, score: str) -> Score:
+    """The mean of a score over directions."""
+    return lambda result, ways: float(np.mean([result[task][way][score] for way in ways]))
 
 
-def segments(result: Result, ways: Sequence[str]) -> float:
-    """F1 of event segments, the mean of these directions."""
-    return float(np.mean([result["localization"][way]["segment_f1"] for way in ways]))
-
-
-def precision(result: Result, ways: Sequence[str]) -> float:
-    """Precision of event segments, which the paper calls accuracy."""
-    return float(np.mean([result["localization"][way]["precision"] for way in ways]))
+clips = _mean("classification", "accuracy")
+segments = _mean("localization", "segment_f1")
+precision = _mean("localization", "precision")  # the paper calls it accuracy
 
 
 def shared_codes(result: Result, ways: Sequence[str] = (), most: float = 0.8) -> float:
-    """The part of the codes in use that no modality holds by more than 80 % (Fig. 4, green)."""
+    """Share of the used codes of which no modality has more than 80 % (green in Fig. 4)."""
     counts = np.array(list(code_counts(result).values()), dtype=float)  # [M, L]
     total = counts.sum(0)
     used = total > 0
@@ -90,22 +85,22 @@ def shared_codes(result: Result, ways: Sequence[str] = (), most: float = 0.8) ->
 
 
 def code_counts(result: Result) -> dict[str, list[int]]:
-    """How often each modality chose each code, on held-out clips."""
+    """How often each modality chose each code on held-out clips."""
     return {name: [int(n) for n in x.split()] for name, x in result["codes"]["counts"].items()}
 
 
 def estimate(runs: Mapping[int, Result], score: Score, ways: Sequence[str]) -> Estimate:
-    """A score over the seeds of an experiment."""
+    """Estimate a score of an experiment from its seeds."""
     return Estimate.of([score(result, ways) for _, result in sorted(runs.items())])
 
 
 def contrast(results: Results, weights: Mapping[str, float], score: Score) -> Estimate:
-    """A weighted sum of experiments, seed by seed, over the directions that all of them have.
+    """Estimate a weighted sum of experiments from common seeds and directions.
 
     Args:
-        results: Of every experiment in `weights`.
-        weights: Experiment -> weight; {"a": 1, "b": -1} is by how much a is better than b.
-        score: What to compare.
+        results: Results that include every experiment in `weights`.
+        weights: Experiment -> weight; {"a": 1, "b": -1} is the difference of a and b.
+        score: Score to compare.
     """
     runs = {name: results[name] for name in weights}
     seeds = sorted(set.intersection(*(set(x) for x in runs.values())))

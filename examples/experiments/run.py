@@ -1,4 +1,4 @@
-"""A finished pre-training as the downstream tasks see it: frozen, features in, codes out."""
+"""A finished pre-training for downstream tasks: a frozen model from features to codes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from torch import Tensor
 
 from cmg.checkpoint import load_model
 from cmg.data import Clips
-from cmg.errors import DataError
 from cmg.model import Config, UniCode
 from cmg.standardize import Standardizer
 
-Codes = tuple[dict[str, Tensor], dict[str, Tensor]]  # codes [N, T, D] and their indices [N, T]
+Codes = tuple[dict[str, Tensor], dict[str, Tensor]]  # name -> codes [N, T, D], indices [N, T]
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A model folder of `cmg_pretrain` or of an experiment, and the clips it was trained on.
+    """A trained model of `cmg_pretrain.py` or of an experiment, and its clips.
 
     Attributes:
-        clips: The clips, features as the file holds them.
-        config: Of the model.
-        seed: Of its training; the heads of the tasks take the same.
-        model: Its encoders and its codebook, as trained; its other parts are not.
-        standardizer: Of its features.
+        clips: Clips of the data set that it was trained on, with raw features.
+        config: Settings of the model.
+        seed: Seed of training, also used for the heads of the tasks.
+        model: Model with the trained semantic encoders and codebook; its other parts are untrained.
+        standardizer: Standardizer of the features.
     """
 
     clips: Clips
@@ -39,33 +38,27 @@ class TrainedRun:
 
     @classmethod
     def load(cls, folder: str | Path, clips: Clips, seed: int) -> TrainedRun:
-        """Read a model folder.
+        """Load a model folder.
 
         Raises:
-            DataError: There is no model in the folder, or the clips are not of its modalities.
+            DataError: There is no model in the folder, or the clips do not fit it.
         """
         tensors, content = load_model(folder)
         shapes = {name: (cells, channels) for name, (cells, channels) in content["shapes"].items()}
         config = Config(**content | {"shapes": shapes, "without": tuple(content["without"])})
         standardizer = Standardizer.from_tensors(tensors)
         for name, mean in standardizer.mean.items():
-            T, C = config.segments, len(mean)
-            x = clips.features.get(name)
-            if x is None or (x.shape[1], x.shape[-1]) != (T, C):
-                came = "none" if x is None else list(x.shape)
-                raise DataError(
-                    f"{folder}: its model takes {name} [N, {T}, ..., {C}]; came {came}."
-                )
+            clips.require(name, config.segments, len(mean), f"{folder}")
         model = UniCode(config)
         model.semantic.load_state_dict(_part(tensors, "semantic."))
         model.quantizer.load_state_dict(_part(tensors, "quantizer."))
         return cls(clips, config, seed, model.eval().requires_grad_(False), standardizer)
 
     def quantize(self, features: Mapping[str, Tensor]) -> Codes:
-        """Codes of any clips, of any of the run's modalities.
+        """Quantize clips in any modalities of the run.
 
         Args:
-            features: Name -> [N, T, ..., C] of raw features, C as in training.
+            features: Name -> raw features [N, T, ..., C], C as in training.
 
         Returns:
             Name -> quantized vectors [N, T, D], and name -> int64 indices [N, T].
@@ -74,11 +67,11 @@ class TrainedRun:
 
     @cached_property
     def codes(self) -> Codes:
-        """What `quantize` makes of the run's own clips; they may have modalities it knows not."""
+        """The run's own clips quantized, in the modalities of the model."""
         return self.quantize({name: self.clips.features[name] for name in self.config.shapes})
 
 
-Task = Callable[[TrainedRun], dict[str, Any]]  # numbers by name, nested as the task likes
+Task = Callable[[TrainedRun], dict[str, Any]]  # nested dicts of numbers
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

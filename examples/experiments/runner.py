@@ -1,4 +1,4 @@
-"""Runs what is missing: an experiment is a process, each of its seeds a run and a JSON file."""
+"""Run missing experiments, each in a process; each of its seeds is a run and a JSON file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .train import evaluate_stored, identity, read_result, run_name, train
 
 
 def pick(names: Sequence[str] | None, scale: float) -> list[Experiment]:
-    """The experiments of these names, or all.
+    """The experiments of these names, or all if None.
 
     Raises:
         DataError: There is no such experiment.
@@ -28,12 +28,12 @@ def pick(names: Sequence[str] | None, scale: float) -> list[Experiment]:
     for name in names or ():
         if name not in EXPERIMENTS:
             known = " ".join(EXPERIMENTS)
-            raise DataError(f"--only {name}: no such experiment. There are: {known}.")
+            raise DataError(f"--only {name}: no such experiment. Experiments: {known}.")
     return [EXPERIMENTS[name].scaled(scale) for name in names or EXPERIMENTS]
 
 
 def is_done(experiment: Experiment, seed: int, results: Path) -> bool:
-    """Whether this very run has its result."""
+    """Whether there is a result of this run, with the same settings."""
     result = read_result(results / f"{run_name(experiment, seed)}.json")
     return result.get("identity") == identity(experiment, seed)
 
@@ -41,14 +41,14 @@ def is_done(experiment: Experiment, seed: int, results: Path) -> bool:
 def missing_runs(
     experiments: Sequence[Experiment], seeds: Sequence[int], results: Path
 ) -> dict[Experiment, list[int]]:
-    """Experiment -> the seeds that have no result of it."""
+    """Experiment -> the seeds that it has no result for."""
     return {e: [seed for seed in seeds if not is_done(e, seed, results)] for e in experiments}
 
 
 def outlook(
     experiments: Sequence[Experiment], seeds: Sequence[int], results: Path, jobs: int
 ) -> str:
-    """Every experiment and what is left of it; how long that takes, if as long as others took."""
+    """List the missing seeds of every experiment, and estimate the time from the results."""
     missing = missing_runs(experiments, seeds, results)
     lines = [
         f"{e.name:<28}{'seeds ' + ' '.join(map(str, todo)) if todo else 'done'}"
@@ -76,7 +76,7 @@ def run_missing(
     """Train every run without a result, `jobs` experiments at a time.
 
     Raises:
-        DataError: Some experiments failed; the others are done.
+        DataError: Some experiments failed. All others are done.
     """
     make_writable(results)
     make_writable(runs)
@@ -89,10 +89,10 @@ def run_missing(
 def evaluate_missing(
     experiments: Sequence[Experiment], seeds: Sequence[int], results: Path, runs: Path, jobs: int
 ) -> None:
-    """Score stored models on the tasks that their results lack.
+    """Score stored models on the tasks that are missing in their results.
 
     Raises:
-        DataError: Some experiments failed, for example since there is no model of them.
+        DataError: Some experiments failed, for example because they have no model.
     """
     calls = {}
     for experiment in experiments:
@@ -101,12 +101,12 @@ def evaluate_missing(
         scored = {seed: set(read_result(path).get("tasks", ())) for seed, path in paths.items()}
         if todo := [seed for seed in seeds if not wanted <= scored[seed]]:
             calls[experiment.name] = (evaluate_stored, experiment, todo, results, runs)
-    print(f"{len(calls)} of {len(experiments)} experiments lack tasks", flush=True)
+    print(f"{len(calls)} of {len(experiments)} experiments have missing tasks", flush=True)
     _in_processes(calls, jobs)
 
 
 def _in_processes(calls: Mapping[str, tuple[Any, ...]], jobs: int) -> None:
-    """Each call in a fresh process of one thread: a result does not depend on its neighbours."""
+    """Run each call in a new process with one thread, so that results are independent."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     began, failed = time.monotonic(), []
     pool = ThreadPoolExecutor(jobs)
@@ -134,7 +134,7 @@ def _exit_code(function: Callable[..., None], experiment: Experiment, *args: Any
 
 
 def _one_line_of(function: Callable[..., None], experiment: Experiment, *args: Any) -> None:
-    """Call, and end with one line where the input or the user is the reason."""
+    """Call; if the input or the user is the reason of a failure, exit with one line."""
     try:
         function(experiment, *args)
     except (DataError, OSError) as error:

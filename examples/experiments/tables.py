@@ -1,4 +1,4 @@
-"""Tables in markdown: ours beside the paper's."""
+"""Tables in Markdown, with the numbers of the paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAMES = {"baseline": "Baseline", "uni-code": "Uni-Code", "avt": "full model", *
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in markdown."""
+    """A table in Markdown."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -23,7 +23,7 @@ def comparison(
     paper: Mapping[str, Row],
     paper_columns: Sequence[str],
 ) -> str:
-    """Estimates of experiments and what the paper has for them, if it has any of them."""
+    """A table of estimates, with the numbers of the paper if it has any of the rows."""
     known = paper_columns if paper.keys() & rows.keys() else ()
     theirs = [f"paper: {name}" if n == 0 else name for n, name in enumerate(known)]
     lines = [
@@ -39,7 +39,7 @@ def comparison(
 
 
 def title(name: str) -> str:
-    """What an experiment is called in tables."""
+    """The name of an experiment in tables."""
     name = name.removeprefix("avt-").removeprefix("long-")
     if name.startswith("without-"):
         return f"without {PARTS[name.removeprefix('without-')]}"

@@ -1,4 +1,4 @@
-"""One experiment: pre-train, keep the model, score it, write one JSON file for every seed."""
+"""Run an experiment: for every seed, pre-train, save the model, and write scores as JSON."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from .systems import build
 from .tasks import all_tasks
 from .tasks.picture import draw_segmentation
 
-ALIGNMENT = 1.0  # weight of a system's own objective
+ALIGNMENT = 1.0  # weight of the alignment of a system
 
 
 class SystemTrainer(Trainer):
-    """A trainer that knows one more term, and is not the only one at work."""
+    """A trainer with the term "alignment", and without a progress bar."""
 
     quiet = True
 
@@ -43,20 +43,20 @@ class SystemTrainer(Trainer):
 
 
 def identity(experiment: Experiment, seed: int) -> dict[str, Any]:
-    """What a result is the result of; one with another identity does not count as done."""
+    """The settings of a run, stored in its result; with other settings it is run again."""
     return {**experiment.json(), "seed": seed, "rendering": VERSION}
 
 
 def run_name(experiment: Experiment, seed: int) -> str:
-    """Of a result's file and of its model's folder."""
+    """The name of a run, for the file of its result and the folder of its model."""
     return f"{experiment.name}-seed{seed}"
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What `train` wrote; empty where there is nothing.
+    """Read a result that `train` wrote; empty if there is no file.
 
     Raises:
-        DataError: The file holds something else.
+        DataError: The file is not a result.
     """
     if not path.is_file():
         return {}
@@ -70,13 +70,13 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Whole or not at all, numbers to six digits."""
+    """Write a result atomically, with numbers rounded to six digits."""
     text = json.dumps(_rounded(result), indent=1, allow_nan=False)
     write_atomic(path, (text + "\n").encode())
 
 
 def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Path) -> None:
-    """Pre-train with each seed, and score on held-out clips after the last epoch."""
+    """Pre-train with each seed, and score the model on held-out clips after the last epoch."""
     torch.set_num_threads(1)
     clips = data.load(experiment)
     standardizer = Standardizer.fit(clips)
@@ -90,7 +90,7 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
         model = build(config, experiment.alignment)
         trainer = SystemTrainer(model, features, clips.rows(PRETRAIN), recipe, runs / name, {})
         trainer.fit()
-        (runs / name / CHECKPOINT).unlink()  # it has done its work
+        (runs / name / CHECKPOINT).unlink()  # no longer needed
 
         codes, indices = model.quantize(features)
         held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
@@ -108,7 +108,7 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
 def evaluate_stored(
     experiment: Experiment, seeds: Sequence[int], results: Path, runs: Path
 ) -> None:
-    """Score stored models on more tasks; of those that segment, draw how the first one does."""
+    """Score stored models on more tasks; draw the segmentation of the first seed, if it is one."""
     torch.set_num_threads(1)
     clips, names = data.load(experiment), tasks_of(experiment)
     tasks = all_tasks | all_followups
@@ -123,7 +123,7 @@ def evaluate_stored(
 
 
 def _code_map(codebook: Tensor, indices: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Where the codes are, on two axes, and how often each modality chose each (Fig. 4)."""
+    """The codes on two principal axes, and how often each modality chose each (Fig. 4)."""
     counts = code_counts(indices, len(codebook))
     used = torch.stack(list(counts.values())).sum(0) > 0
     seen = codebook[used]

@@ -1,1 +1,1 @@
-"""Other implementations' state and numbers; nothing in mmvq depends on this package."""
+"""State and results of other implementations; nothing in mmvq depends on this package."""

@@ -1,4 +1,4 @@
-"""Where a foreign codebook lies: in a file, a module, or a state_dict, under whatever prefix."""
+"""Finding the codebook of another library in a file, a module or a state_dict."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Source = str | PathLike[str] | nn.Module | Mapping[str, Any]
 
 
 def read_file(where: str, path: str | PathLike[str], hint: str) -> Mapping[Any, Any]:
-    """A file of `torch.save`, or `.safetensors`, or a folder with a model.safetensors.
+    """Read a file of `torch.save`, a `.safetensors` file, or a folder with model.safetensors.
 
-    Nothing is unpickled but tensors and plain containers.
+    Only tensors and plain containers are unpickled.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, holds other objects, or no dict.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, has other objects, or is not a dict.
     """
     rule, path = "the file must be a whole checkpoint of tensors and plain containers", Path(path)
     if path.is_dir():
@@ -50,13 +50,13 @@ def read_file(where: str, path: str | PathLike[str], hint: str) -> Mapping[Any, 
 def find_codebook(
     where: str, source: Source, ending: str, hint: str
 ) -> tuple[str, dict[str, Tensor]]:
-    """All tensors of a source by their full names, and the prefix before the one name `ending`.
+    """Return the prefix of the one name that ends with `ending`, and all tensors by full name.
 
-    The prefix is "" if there is no such name: what is missing is the caller's to say.
+    The prefix is "" if there is no such name; the caller reports missing tensors.
 
     Raises:
-        FileNotFoundError: source is a path at which there is no file.
-        ValueError: the file cannot be read, or there are several such names.
+        FileNotFoundError: `source` is the path of a file that does not exist.
+        ValueError: the file cannot be read, or several names end with `ending`.
     """
     match source:
         case nn.Module():

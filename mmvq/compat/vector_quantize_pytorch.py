@@ -1,4 +1,4 @@
-"""A codebook of vector-quantize-pytorch or EnCodec, moved into a `MultiModalEMAQuantizer`."""
+"""Loads a codebook of vector-quantize-pytorch or EnCodec into a `MultiModalEMAQuantizer`."""
 
 from __future__ import annotations
 
@@ -22,29 +22,28 @@ _HINT = "pass a VectorQuantize, its _codebook, the state_dict of either, or a fi
 def load(
     source: Source, modalities: Sequence[str] = ("audio", "video"), **settings: Any
 ) -> MultiModalEMAQuantizer:
-    """A quantizer that goes on from the codebook of a `VectorQuantize`, or of EnCodec.
+    """Build a quantizer with the codebook of a `VectorQuantize`, or of EnCodec, to train further.
 
-    Its codes, sums and counts become ours, so that indices and codes are the same. The moving
-    average is the same too (Laplace smoothing in the division only), so that with one modality, or
-    `partner="none"`, and no reset, training goes on as there while no code is idle: here, a code
-    that nothing chose stays, there the smoothing moves it towards zero. What also differs: codes
-    are reset by `reset_after` batches without use, not by a threshold on the counts, and the
-    gradient is straight-through unless `gradient="rotation"` (their default for D > 1). Ages and
-    usage start anew.
+    The quantizer takes the codes, sums and counts, so that indices and codes are the same. With one
+    modality, or `partner="none"`, and without reset, training continues as in the source while
+    every code is chosen: the moving average is the same (Laplace smoothing in the division only).
+    Three things differ. An unchosen code keeps its value here; in the source the smoothing moves it
+    towards zero. Codes are reset after `reset_after` batches without use, not by a threshold on the
+    counts. The gradient is straight-through unless `gradient="rotation"` (the source's default for
+    D > 1). Ages and usage start at their initial values.
 
     Args:
-        source: a file, a model, or a `state_dict` that holds one such codebook under any prefix:
-            `embed` `[1, L, D]` or `[L, D]`, `embed_avg`, `cluster_size` and `initted` (EnCodec:
-            `inited`).
-        modalities: of the quantizer.
-        **settings: all other arguments of `MultiModalEMAQuantizer`. `decay` and `eps` are taken
-            from a module; a file and a `state_dict` have neither.
+        source: file, model or `state_dict` with one such codebook under any prefix: `embed`
+            `[1, L, D]` or `[L, D]`, `embed_avg`, `cluster_size` and `initted` (EnCodec: `inited`).
+        modalities: names of the quantizer's modalities.
+        **settings: all other arguments of `MultiModalEMAQuantizer`. A module gives `decay` and
+            `eps`; a file or a `state_dict` has neither.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there is no such codebook in `source`, or several, or it is not one codebook
-            kept by a moving average: several heads, projections, cosine similarity, affine or
-            learnable codes, or not yet initialized.
+        FileNotFoundError: the file does not exist.
+        ValueError: `source` has no such codebook, or several; or it is not a single codebook kept
+            by a moving average: it has heads, projections, cosine similarity, affine or learnable
+            codes, or is not yet initialized.
 
     Source: vector-quantize-pytorch 1.31 and 1.32; EnCodec 0.1 and its port in transformers.
     """
@@ -82,7 +81,7 @@ def load(
     ours = quantizer.ema_codebook
     average = embed_avg / functional.laplace_smoothing(cluster_size, ours.eps)[:, None]
     difference = float((embed - average).abs().max())
-    # far above rounding, far below other kinds
+    # far above floating-point error, far below the difference of other kinds
     if not difference <= 1e-3 * float(embed.abs().max()):
         raise ValueError(
             message(
@@ -101,7 +100,7 @@ def load(
 def _check_kind(
     source: Source, state: Mapping[str, Tensor], *, heads: int, projected: bool, cosine: bool
 ) -> None:
-    """One Euclidean codebook without projections, trained."""
+    """Check that the source is one trained Euclidean codebook without projections."""
     embed = state.get("embed", torch.empty(0))
     shapes = [getattr(state.get(name), "shape", None) for name in _BUFFERS]
     fits = embed.ndim in (2, 3) and shapes == [embed.shape, embed.shape, embed.shape[:-1]]
@@ -145,5 +144,5 @@ def _check_kind(
     ):
         if wrong:
             named = str(source) if isinstance(source, str | PathLike) else type(source)
-            came = {"source": named, "embed": state.get("embed")}
-            raise ValueError(message(_WHERE, rule, hint=hint, **came))
+            got = {"source": named, "embed": state.get("embed")}
+            raise ValueError(message(_WHERE, rule, hint=hint, **got))

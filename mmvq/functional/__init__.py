@@ -1,6 +1,5 @@
 """The paper as pure functions, about one equation a file, with slow `*_ref` twins to read."""
 
-from mmvq.deprecation import renamed
 from mmvq.functional.attention import aligned_partner, cross_attend, cross_attend_ref
 from mmvq.functional.batch import WHOLE, Batch
 from mmvq.functional.club import (
@@ -30,6 +29,7 @@ from mmvq.functional.reset import (
 from mmvq.functional.statistics import code_statistics, code_statistics_ref, finite_rows
 from mmvq.functional.straight_through import rotate, straight_through
 from mmvq.functional.usage import CodeAgreement, CodeUsage, code_agreement, code_usage
+from mmvq_kernels.deprecation import renamed
 
 __all__ = [
     "UNSEEN",

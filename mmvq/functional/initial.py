@@ -9,15 +9,15 @@ from torch import Tensor
 
 from mmvq.functional.nearest import nearest_code
 from mmvq.functional.statistics import code_statistics, finite_rows
-from mmvq_kernels.backends import register_sequential_vmap, transformed
 from mmvq_kernels.hashing import mix
+from mmvq_kernels.operators import register
 
 
 def sample_rows(x: Tensor, num_codes: int, usable: Tensor | None = None) -> Tensor:
     """`num_codes` rows of `x` `[N, D]`, drawn without a generator: same rows, same draw.
 
     With fewer rows than codes, rows repeat with a jitter of 1% of the data's range. Rows that are
-    False in `usable` `[N]` are as if they were not there; with none left, the result means nothing.
+    False in `usable` `[N]` are ignored. With none left, the result is meaningless.
 
     Examples:
         >>> x = torch.arange(10.0)[:, None]
@@ -29,7 +29,7 @@ def sample_rows(x: Tensor, num_codes: int, usable: Tensor | None = None) -> Tens
 
 
 def _shuffled(x: Tensor, usable: Tensor, picks: Tensor) -> Tensor:
-    """Rows at places of the shuffled usable rows, which begin again, jittered, at their end."""
+    """Rows at the given places of the shuffled usable rows, repeated with jitter past their end."""
     count = usable.sum()
     place = torch.where(usable, usable.cumsum(0) - 1, len(x))  # among the usable; the others last
     order = torch.where(usable, mix(place) >> 1, torch.iinfo(torch.long).max).argsort(stable=True)
@@ -44,10 +44,10 @@ def kmeans(
 ) -> Tensor:
     """k-means++ and Lloyd's algorithm: centres `[num_codes, D]` of the rows of `x` `[N, D]`.
 
-    Without a generator: same rows, same centres. The first centres are distinct rows; where these
-    are fewer than codes, jittered rows as of `sample_rows`. A centre that loses all its rows stays
-    where it is. Rows that are not finite, or False in `usable` `[N]`, are as if they were not
-    there; with none left, the result means nothing.
+    Without a generator: the same rows give the same centres. The first centres are distinct rows;
+    if there are too few, jittered rows as in `sample_rows`. A centre that loses all its rows stays
+    where it is. Rows that are not finite, or False in `usable` `[N]`, are ignored. With none left,
+    the result is meaningless.
 
     Source: Arthur and Vassilvitskii, k-means++: the advantages of careful seeding, 2007.
 
@@ -57,9 +57,7 @@ def kmeans(
         tensor([ 0.5000, 10.5000])
     """
     usable = finite_rows(x) if usable is None else usable & finite_rows(x)
-    in_a_graph = torch.compiler.is_compiling() or transformed()
-    seed = _spread_rows if in_a_graph else _spread_rows_torch
-    chosen = seed(x.detach(), usable, num_codes)
+    chosen = _spread_rows(x.detach(), usable, num_codes)
     spare = _shuffled(x, usable, usable.sum() + torch.arange(num_codes, device=x.device))
     centres = torch.where(chosen[:, None] >= 0, x[chosen], spare)
     for _ in range(iterations):
@@ -69,25 +67,12 @@ def kmeans(
     return centres
 
 
-@torch.library.custom_op("mmvq::spread_rows", mutates_args=())
-def _spread_rows(x: Tensor, usable: Tensor, num_codes: int) -> Tensor:
-    return _spread_rows_torch(x, usable, num_codes)
-
-
-@_spread_rows.register_fake
-def _(x: Tensor, usable: Tensor, num_codes: int) -> Tensor:
-    return x.new_empty(num_codes, dtype=torch.long)
-
-
-register_sequential_vmap(_spread_rows)
-
-
 def _spread_rows_torch(x: Tensor, usable: Tensor, num_codes: int) -> Tensor:
-    """k-means++: int64 `[num_codes]` distinct rows, -1 where there is none left.
+    """k-means++: the indices of distinct rows, int64 `[num_codes]`, -1 once none is left.
 
     A step draws candidates in proportion to the squared distance from the rows chosen so far, and
-    chooses the one that leaves the least sum of it. The weights are whole numbers, so that their
-    sums are exact: rows of weight 0, which the unusable are, change nothing.
+    chooses the candidate that leaves the smallest sum of it. The weights are whole numbers, so
+    their sums are exact, and unusable rows, whose weight is 0, change nothing.
     """
     N, device = len(x), x.device
     x = torch.where(usable[:, None], x, 0).double()
@@ -113,6 +98,13 @@ def _spread_rows_torch(x: Tensor, usable: Tensor, num_codes: int) -> Tensor:
         distance = left[best][0]
         chosen.append(torch.where(ends[-1] > 0, rows[best], -1))
     return torch.cat(chosen)
+
+
+_spread_rows = register(
+    "mmvq::spread_rows",
+    _spread_rows_torch,
+    fake=lambda x, _usable, num_codes: x.new_empty(num_codes, dtype=torch.long),
+)
 
 
 def _range(x: Tensor, usable: Tensor) -> Tensor:

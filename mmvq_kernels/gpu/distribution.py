@@ -1,16 +1,16 @@
-r"""How likely a clip is to use each code, forward and backward, without a `[B T, L]` tensor.
+r"""The distribution of a clip over the codes, forward and backward, without a `[B T, L]` tensor.
 
 With $d_{tl} = \lVert x_t - e_l \rVert$, $z_t = \ln \sum_l e^{-d_{tl}}$ and a clip of n segments,
-$\ln P_l = \ln \sum_t e^{-d_{tl} - z_t} - \ln n$. Forward: `normalizer_kernel` leaves z,
+$\ln P_l = \ln \sum_t e^{-d_{tl} - z_t} - \ln n$. Forward: `normalizer_kernel` computes z,
 `clip_kernel` averages over the segments of a clip. Backward, with $g = \partial L / \partial \ln P$
-and $w_{tl} = e^{-d_{tl} - z_t - \ln n - \ln P_l}$, everything but z and P made anew:
+and $w_{tl} = e^{-d_{tl} - z_t - \ln n - \ln P_l}$, all but z and P is computed again:
 
 $$\frac{\partial L}{\partial d_{tl}} = e^{-d_{tl} - z_t} a_t - g_l w_{tl}, \qquad
   a_t = \sum_l g_l w_{tl}$$
 
-`pull_kernel` makes a, `gradient_kernel` the gradient of the vectors or, with the roles exchanged,
-that of the codes. Few vectors leave a GPU idle, so the sums over codes are split over programs and
-the parts added in order.
+`pull_kernel` computes a, `gradient_kernel` the gradient of the vectors or, with the roles
+exchanged, that of the codes. Few vectors would leave a GPU idle, so the sums over codes are split
+over programs, and the parts are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmvq_kernels.distribution import cancellation_threshold
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
-from mmvq_kernels.rounding import cancellation_threshold
 
 _MOST_PARTS = 8
 
@@ -35,9 +35,10 @@ def _distances(
     still, moving, still_norms, moving_norms, i, j, NI, NJ, D, lost,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Distances `[BLOCK_I, BLOCK_J]` between rows i of `still` and j of `moving`, 0 where lost.
+    """Distances `[BLOCK_I, BLOCK_J]` of rows i of `still` and j of `moving`, 0 where they are lost.
 
-    Lost is measured by the norm of the row of `still`; there, the other's is the same within 1%.
+    A distance is lost if its square is below `lost` times the squared norm of the row of `still`.
+    The norm of the other row is then the same within 1%.
     """
     products = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for column in tl.range(0, D, BLOCK_D):
@@ -64,7 +65,7 @@ def normalizer_kernel(
     x, codes, x_norms, code_norms,
     out,  # fp32 [parts, N]: ln sum_l exp(-d) over a part of the codes
     N, L, D,
-    lost,  # share of a squared norm below which a squared distance is rounding
+    lost,  # share of a squared norm below which a squared distance is rounding error
     share,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +111,7 @@ def clip_kernel(
         counts = tl.load(used + j, mask=j < N, other=0) != 0
         v = tl.where(counts[None, :], -d - z[None, :], -float("inf"))
         higher = tl.maximum(top, tl.max(v, axis=1))
-        base = tl.where(higher == -float("inf"), 0.0, higher)  # no segment has counted yet
+        base = tl.where(higher == -float("inf"), 0.0, higher)  # no valid segment so far
         total = total * tl.exp(top - base) + tl.sum(tl.exp(v - base[:, None]), axis=1)
         top = higher
     log_p = top + tl.log(total) - tl.load(log_lengths + clip)
@@ -128,7 +129,7 @@ def _pulls(row, code, d, normalizers, used, log_lengths, log_p, grad, T, N, L):
     log_w = -d - z - log_n - tl.load(log_p + cells, mask=inside, other=0.0)
     counts = (tl.load(used + row, mask=row < N, other=0) != 0) & inside
     g = tl.load(grad + cells, mask=counts, other=0.0)
-    # Large distances are off by several nats, by others than when z and log_p were made.
+    # Large distances are off by several nats, and by others than when z and log_p were computed.
     p, w = tl.exp(tl.minimum(-d - z, 0.0)), tl.exp(tl.minimum(log_w, 0.0))
     return tl.where(inside, p, 0.0), g * w
 
@@ -203,9 +204,9 @@ def forward(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     """`ln P` fp32 `[B, L]` and the normalizers z fp32 `[B, T]`.
 
     Args:
-        x: `[B, T, D]`, finite where not used.
-        codebook: `[L, D]`.
-        used: bool `[B, T]`, True for at least one segment of every clip.
+        x: features, `[B, T, D]`, finite where not used.
+        codebook: codes, `[L, D]`.
+        used: valid segments, bool `[B, T]`, at least one in every clip.
     """
     (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms = _centre(x, codebook)
@@ -231,7 +232,7 @@ def backward(
     normalizers: Tensor,
     of_codes: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x fp32 `[B, T, D]` and, if `of_codes`, of the codebook fp32 `[L, D]`."""
+    """The gradients of x `[B, T, D]` and, if `of_codes`, of the codebook `[L, D]`."""
     (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms = _centre(x, codebook)
     (N, D), flags, log_lengths = rows.shape, *_lengths(used)
@@ -258,14 +259,14 @@ def backward(
         launching.launch(gradient_kernel, grid, *args, **tiles, **blocks)
         return out.narrow(2, 0, width).sum(0)
 
-    of_x = gradient(rows, codes, norms, code_norms, False).unflatten(0, (B, T))
+    of_x = gradient(rows, codes, norms, code_norms, False).unflatten(0, (B, T)).to(x.dtype)
     if not of_codes:
-        return of_x, of_x.new_empty(0)
-    return of_x, gradient(codes, rows, code_norms, norms, True)
+        return of_x, codebook.new_empty(0)
+    return of_x, gradient(codes, rows, code_norms, norms, True).to(codebook.dtype)
 
 
 def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Vectors `[N, D]` and codes about the mean code, D a multiple of 16, and squared norms."""
+    """Vectors `[N, D]` and codes minus the mean code, D padded to 16s; their squared norms."""
     codebook = codebook.float()
     mean = codebook.mean(0)
     padding = (0, -x.shape[-1] % 16)
@@ -275,12 +276,12 @@ def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _lengths(used: Tensor) -> tuple[Tensor, Tensor]:
-    """The flags as bytes, which triton can load, and ln n of each clip."""
+    """The valid segments as bytes, which triton can load, and ln n of each clip."""
     return used.contiguous().view(torch.uint8), used.sum(1).float().log()
 
 
 def _tiles(D: int) -> dict[str, Any]:
-    """What all launches have in common."""
+    """The options of every launch."""
     return {
         "BLOCK_I": 64,
         "BLOCK_D": 16 if D == 16 else 32,
@@ -291,7 +292,7 @@ def _tiles(D: int) -> dict[str, Any]:
 
 
 def _split(like: Tensor, programs: int, others: int) -> tuple[int, int]:
-    """In how many parts to cut `others` rows so that every processor has work; rows in each."""
+    """Parts of `others` rows, enough to give every processor work, and the rows in each."""
     wanted = cdiv(2 * launching.processors(like), max(programs, 1))
     blocks = max(cdiv(others, 64), 1)
     share = cdiv(blocks, min(wanted, _MOST_PARTS))

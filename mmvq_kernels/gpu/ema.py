@@ -1,9 +1,9 @@
-"""One step of the moving average (Eq. 7), reset included, in one launch.
+"""One step of the moving average (Eq. 7), including the reset, in one launch.
 
-Every code is divided by a smoothed N, which takes the sum of all N. Instead of a launch of its own
-or a barrier, every program makes that sum for itself: all L counts, in the same order, so all get
-the same bits. A bounded number of programs keeps that cheap, and each goes on to its share of the
-codes. As N changes in place while others still read it, the sum reads a copy.
+Every code is divided by a smoothed N, which needs the sum of all N. Instead of another launch or a
+barrier, every program computes that sum: it adds all L counts in the same order, so that all get
+the same bits. The number of programs is bounded, which keeps that cheap, and each then updates its
+share of the codes. N changes in place while other programs read it, so the sum is taken of a copy.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvq_kernels.ema import FADED
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
-from mmvq_kernels.rounding import FADED
 
-_PROGRAMS_PER_PROCESSOR = 2  # each reads all counts: as few as keep the memory busy
+_PROGRAMS_PER_PROCESSOR = 2  # each reads all counts: no more than keep the memory busy
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def average_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Per program, BLOCK_D columns of every so many-th block of BLOCK_L codes."""
+    """Per program, BLOCK_D columns of blocks of BLOCK_L codes, a stride of programs apart."""
     batch = tl.zeros([BLOCK], tl.float32)
     moved = tl.zeros([BLOCK], tl.float32)
     moved_dead = tl.zeros([BLOCK], tl.float32)
@@ -56,7 +56,7 @@ def average_kernel(
             is_dead = tl.load(dead + at, mask=at < L, other=0) != 0
             moved_dead += tl.where(is_dead, moved_here, 0.0)
             number_dead += tl.where(is_dead, 1.0, 0.0)
-    end = tl.where(tl.sum(batch) > 0, L, 0)  # a batch without a vector moves nothing
+    end = tl.where(tl.sum(batch) > 0, L, 0)  # a batch without any vector changes nothing
     died = tl.sum(number_dead)
     mean_of_dead = tl.sum(moved_dead) / tl.maximum(died, 1.0)
     mass_of_dead = tl.maximum(mean_of_dead, tl.where(mean_of_dead > FADED * eps, 0.0, gain))
@@ -72,7 +72,7 @@ def average_kernel(
         cells = rows[:, None] * D + columns[None, :]
         s = tl.load(batch_sums + cells, mask=inside, other=0).to(tl.float32)
         new = decay * tl.load(sums + cells, mask=inside, other=0.0) + gain * s
-        changed = n > 0  # a code that nothing chose stays
+        changed = n > 0  # a code that no vector chose stays
         if RESET:
             is_dead = tl.load(dead + rows, mask=rows < L, other=0) != 0
             count = tl.where(is_dead, mass_of_dead, count)
@@ -81,7 +81,7 @@ def average_kernel(
             revived = tl.load(replacement + cells, mask=there, other=0).to(tl.float32)
             new = tl.where(is_dead[:, None], revived * ((count + eps) * scale)[:, None], new)
         smoothed = (count + eps) * scale
-        changed = changed & (smoothed > 0)  # without mass, a code stays too
+        changed = changed & (smoothed > 0)  # so does a code without mass
         tl.store(counts + rows, count, mask=(rows < L) & (tl.program_id(1) == 0))
         tl.store(sums + cells, new, mask=inside)
         e = tl.div_rn(new, tl.broadcast_to(smoothed[:, None], new.shape))
@@ -102,38 +102,19 @@ def update_(
     """`mmvq_kernels.ema_update_` on a GPU, for float32 state."""
     written = codes, sums, counts
     before = counts.clone()
-    codes, sums, counts = (x.contiguous() for x in written)
-    batch_sums, batch_counts = batch_sums.contiguous(), batch_counts.contiguous()
+    codes, sums, counts = state = [x.contiguous() for x in written]
     reset = dead is not None and replacement is not None
     dead = dead.contiguous().view(torch.uint8) if dead is not None else None
     replacement = replacement.contiguous() if replacement is not None else None
+    batch = batch_sums.contiguous(), batch_counts.contiguous()
     L, D = codes.shape
     block_d = min(128, max(4, triton.next_power_of_2(D)))
     block_l, tiles = 2048 // block_d, cdiv(D, block_d)
     most = cdiv(_PROGRAMS_PER_PROCESSOR * launching.processors(codes), tiles)
-    launching.launch(
-        average_kernel,
-        (min(cdiv(L, block_l), most), tiles),
-        codes,
-        sums,
-        counts,
-        before,
-        batch_sums,
-        batch_counts,
-        dead,
-        replacement,
-        L,
-        D,
-        decay,
-        1 - decay,
-        eps,
-        FADED=FADED,
-        RESET=reset,
-        BLOCK=min(4096, triton.next_power_of_2(L)),
-        BLOCK_L=block_l,
-        BLOCK_D=block_d,
-        num_warps=8,
-    )
-    for mine, theirs in zip((codes, sums, counts), written, strict=True):  # strided: a copy moved
+    args = *state, before, *batch, dead, replacement, L, D, decay, 1 - decay, eps
+    sizes = {"BLOCK": min(4096, triton.next_power_of_2(L)), "BLOCK_L": block_l, "BLOCK_D": block_d}
+    options = {"FADED": FADED, "RESET": reset, **sizes, "num_warps": 8}
+    launching.launch(average_kernel, (min(cdiv(L, block_l), most), tiles), *args, **options)
+    for mine, theirs in zip(state, written, strict=True):  # of a strided one a copy
         if mine is not theirs:
             theirs.copy_(mine)

@@ -30,14 +30,17 @@ def launch(
 def fit(options: dict[str, Any], *, amd: str | None) -> dict[str, Any]:
     """The options for a vendor; `amd` is the architecture of one of AMD's GPUs.
 
-    Their 64 KB of shared memory hold two stages, and their matrix instructions multiply float32 as
-    it is, so that nothing has to be split in three. Only gfx942 multiplies tf32.
+    Their 64 KB of shared memory hold two stages, their registers 64 codes of a tile. Their matrix
+    instructions multiply float32 as it is, so that nothing is split in three. Only gfx942
+    multiplies tf32.
     """
     fitted = dict(options)
     if amd is None:
         return fitted
     if "num_stages" in fitted:
         fitted["num_stages"] = min(fitted["num_stages"], 2)
+    if "BLOCK_L" in fitted:  # what a program is given is a multiple of the larger one too
+        fitted["BLOCK_L"] = min(fitted["BLOCK_L"], 64)
     precision = fitted.get("PRECISION")
     if precision == "tf32x3" or (precision == "tf32" and amd != "gfx942"):
         fitted["PRECISION"] = "ieee"

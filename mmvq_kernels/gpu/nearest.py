@@ -1,13 +1,19 @@
 """Nearest code (Eq. 2) as one fused search: no `[N, L]` tensor, not even a block of one.
 
-`centre_kernel` makes what the search needs of the codebook: codes about their mean, half-norms and
-a hash of each row, by which repeated rows are found. `search_kernel` streams the codes past a block
-of vectors and keeps the smallest score `h - x . e` and its index. Few vectors leave a GPU idle, so
-then the codes are split over programs, which meet in one integer atomic minimum of (score, index)
-packed into 64 bits: the result does not depend on the order in which they arrive.
+`prepare_kernel` reads the codebook once and writes what the search needs: the codes about a centre,
+cut into tf32 parts, and their half-norms. `search_kernel` streams them past a block of vectors
+`x' = x - centre` and keeps the smallest score `|e'|^2 / 2 - x' . e'` with its index. Where blocks
+of vectors alone would leave processors idle, the codes are split over programs, whose results meet
+in one integer atomic minimum of (score, index) packed into 64 bits: the result does not depend on
+the order in which they arrive.
+
+Equal codes get equal scores to the last bit, because the loop treats every column of a tile alike
+and never splits D: so the lowest index wins without a search for repeated codes.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -17,70 +23,90 @@ from torch.nn.functional import pad
 
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
-from mmvq_kernels.hashing import repeats_an_earlier_key
-from mmvq_kernels.rounding import rounded_mean
 
-_LAST = torch.iinfo(torch.int64).max
-_PROGRAMS_PER_PROCESSOR = 4  # enough to hide latency; fewer, and the codes are split
+_ROWS = 128  # vectors of a program
+_TILE_TIMES = {64: 1.0, 128: 1.6}  # by the codes of a tile, as measured on an H100
 
 
 @triton.jit
-def _mix(z):
-    """splitmix64 of uint64, as `hashing.mix`."""
-    z = z * 0x9E3779B97F4A7C15
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
+def _tf32(x):
+    """Float32 rounded to the nearest tf32 number, ties away from zero."""
+    return ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def centre_kernel(
+def _median(a, b, c):
+    """Element by element. One that is not finite never comes out while the others are."""
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+
+
+@triton.jit
+def prepare_kernel(
     codebook,  # [L, D]
-    mean,  # fp32 [D], NaN if a code is not finite
-    codes,  # fp32 [L, D], out: e - mean, 0 where e is not finite
-    half_norm,  # fp32 [L], out: |e - mean|^2 / 2 + mean . (e - mean), inf if e is not finite
-    keys,  # int64 [L], out: equal for equal rows
+    centre,  # fp32 [D], out: the median of the first, middle and last code, element by element
+    high,  # fp32 (bf16) [L, D], out: the codes about the centre, rounded to the factors' precision
+    low,  # fp32 [L, D], out: what rounding to tf32 left over; None if it is not used
+    half_norm,  # fp32 [L], out; inf if the code is not finite
+    packed,  # int64 [N], out: the greatest value; None if the codes are not split
+    N,
     L,
     D,
+    BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    FACTORS: tl.constexpr,  # "tf32" | "bf16": what the codes are rounded to
 ):
-    """Per program, BLOCK_L rows of the codebook.
+    """Per program, BLOCK_L codes.
 
-    Without a mean, the codes are centred about the first finite value of each column.
+    The centre is finite: where the median is not, the first finite value of the column stands in.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     products = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
-    key = tl.zeros([BLOCK_L], tl.uint64)
     unfit = tl.zeros([BLOCK_L], tl.int32)
     for start in tl.range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        inside = (rows < L)[:, None] & (columns < D)[None, :]
-        cells = rows[:, None] * D + columns[None, :]
-        e = tl.load(codebook + cells, mask=inside, other=0.0).to(tl.float32)
-        m = tl.load(mean + columns, mask=columns < D, other=0.0)
-        row = 0
-        while (row < L) & (tl.max((m - m != 0).to(tl.int32), axis=0) > 0):
-            other = tl.load(codebook + row * D + columns, mask=columns < D, other=0.0)
-            m = tl.where(m - m != 0, other.to(tl.float32), m)
+        inside = columns < D
+        first = tl.load(codebook + columns, mask=inside, other=0.0).to(tl.float32)
+        middle = codebook + tl.cast(L // 2, tl.int64) * D + columns
+        middle = tl.load(middle, mask=inside, other=0.0).to(tl.float32)
+        last = codebook + tl.cast(L - 1, tl.int64) * D + columns
+        last = tl.load(last, mask=inside, other=0.0).to(tl.float32)
+        c = _median(first, middle, last)
+        row = tl.cast(0, tl.int64)
+        while (row < L) & (tl.max((c - c != 0).to(tl.int32), axis=0) > 0):
+            other = tl.load(codebook + row * D + columns, mask=inside, other=0.0)
+            c = tl.where(c - c != 0, other.to(tl.float32), c)
             row += 1
-        finite = e - e == 0
+        tl.store(centre + columns, c, mask=inside & (tl.program_id(0) == 0))
+
+        there = (rows < L)[:, None] & inside[None, :]
+        cells = rows[:, None] * D + columns[None, :]
+        e = tl.load(codebook + cells, mask=there, other=0.0).to(tl.float32)
         unfit += tl.sum((e - e != 0).to(tl.int32), axis=1)
-        centred = tl.where(inside & finite, e - m[None, :], 0.0)
-        tl.store(codes + cells, centred, mask=inside)
-        products += centred * (centred * 0.5 + m[None, :])
-        bits = tl.where(e == 0, 0.0, e).to(tl.uint32, bitcast=True).to(tl.uint64)  # one zero
-        mixed = _mix(bits + _mix((columns + 1).to(tl.uint64))[None, :])
-        key += tl.sum(tl.where(inside, mixed, 0), axis=1)
+        e = tl.where(there & (e - e == 0), e - c[None, :], 0.0)
+        if FACTORS == "bf16":  # x stays as it is: |e'|^2 / 2 + c . e'
+            tl.store(high + cells, e.to(tl.bfloat16), mask=there)
+            products += e * (e * 0.5 + c[None, :])
+        else:
+            big = _tf32(e)
+            tl.store(high + cells, big, mask=there)
+            if low is not None:
+                tl.store(low + cells, e - big, mask=there)
+            products += e * e * 0.5
     norms = tl.where(unfit == 0, tl.sum(products, axis=1), float("inf"))
     tl.store(half_norm + rows, norms, mask=rows < L)
-    tl.store(keys + rows, key.to(tl.int64, bitcast=True), mask=rows < L)
+    if packed is not None:
+        for start in tl.range(tl.program_id(0) * BLOCK_N, N, tl.num_programs(0) * BLOCK_N):
+            at = start + tl.arange(0, BLOCK_N)
+            tl.store(packed + at, tl.full([BLOCK_N], 0x7FFFFFFFFFFFFFFF, tl.int64), mask=at < N)
 
 
 @triton.jit
 def search_kernel(
     x,  # [N, D]
-    codes,  # fp32 [L, D], centred
+    centre,  # fp32 [D]
+    high,  # [L, D], from prepare_kernel, as all that follows
+    low,  # [L, D] or None
     half_norm,  # fp32 [L], inf for a code that is never to win
     out,  # int64 [N]: the index; with SPLIT (score, index) packed, to be made smaller
     N,
@@ -92,8 +118,11 @@ def search_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,  # "tf32x3" ("ieee" on AMD) | "tf32" | "bf16"
     SPLIT: tl.constexpr,
+    WIDTH: tl.constexpr,  # D where it is small: known in advance, its masks cost no wide loads
 ):
     """Per program, BLOCK_N vectors against `codes_per_program` codes."""
+    if WIDTH > 0:
+        D = WIDTH
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * codes_per_program
     best = tl.full([BLOCK_N], float("inf"), tl.float32)
@@ -103,21 +132,33 @@ def search_kernel(
         products = tl.zeros([BLOCK_N, BLOCK_L], tl.float32)
         for column in tl.range(0, D, BLOCK_D):
             columns = column + tl.arange(0, BLOCK_D)
+            inside = columns < D
             vectors = tl.load(
                 x + rows[:, None] * D + columns[None, :],
-                mask=(rows < N)[:, None] & (columns < D)[None, :],
+                mask=(rows < N)[:, None] & inside[None, :],
                 other=0.0,
             )
-            tile = tl.load(  # the codes are read transposed
-                codes + candidates.to(tl.int64)[None, :] * D + columns[:, None],
-                mask=(candidates < L)[None, :] & (columns < D)[:, None],
-                other=0.0,
-            )
+            cells = candidates.to(tl.int64)[None, :] * D + columns[:, None]  # read transposed
+            there = (candidates < L)[None, :] & inside[:, None]
+            codes = tl.load(high + cells, mask=there, other=0.0)
             if PRECISION == "bf16":
-                products = tl.dot(vectors.to(tl.bfloat16), tile.to(tl.bfloat16), products)
+                products = tl.dot(vectors.to(tl.bfloat16), codes, products)
             else:
-                vectors = vectors.to(tl.float32)
-                products = tl.dot(vectors, tile, products, input_precision=PRECISION)
+                c = tl.load(centre + columns, mask=inside, other=0.0)
+                vectors = vectors.to(tl.float32) - c[None, :]
+                if low is not None:
+                    rest = tl.load(low + cells, mask=there, other=0.0)
+                if PRECISION == "tf32x3":  # summed apart, as tensor cores cut what they add to
+                    big = _tf32(vectors)
+                    part = tl.dot(vectors - big, codes, input_precision="tf32")
+                    part = tl.dot(big, rest, part, input_precision="tf32")
+                    products += tl.dot(big, codes, part, input_precision="tf32")
+                elif PRECISION == "tf32":
+                    products = tl.dot(_tf32(vectors), codes, products, input_precision="tf32")
+                else:
+                    if low is not None:
+                        codes += rest
+                    products = tl.dot(vectors, codes, products, input_precision="ieee")
         h = tl.load(half_norm + candidates, mask=candidates < L, other=float("inf"))
         scores = h[None, :] - products
         scores = tl.where(scores == scores, scores, -float("inf"))  # NaN, as argmin ranks it
@@ -135,67 +176,85 @@ def search_kernel(
         tl.store(out + rows, index, mask=rows < N)
 
 
-def search(x: Tensor, codebook: Tensor, *, fast: bool = False) -> Tensor:
+def search(x: Tensor, codebook: Tensor, fast: bool = False) -> Tensor:
     """`mmvq_kernels.nearest_code` on a GPU, for dtypes up to float32."""
-    padding = (0, -x.shape[1] % 16)  # matrix instructions and 16-byte loads want a multiple of 16
-    x, codebook = (
-        pad(rows, padding) if padding[1] else rows.contiguous() for rows in (x, codebook)
-    )
+    if x.shape[1] > 16 and x.shape[1] % 16:  # loads of 16 bytes want a multiple of 16
+        x, codebook = (pad(rows, (0, -x.shape[1] % 16)) for rows in (x, codebook))
+    x, codebook = x.contiguous(), codebook.contiguous()
     (N, D), L = x.shape, codebook.shape[0]
-    codes, half_norm = centre(codebook)
-
     precision = "tf32x3" if not fast else "bf16" if x.dtype == torch.bfloat16 else "tf32"
-    wide = N >= 128 * launching.processors(x)  # enough blocks of 128 rows for every processor
-    block_n, block_l, warps = (128, 64, 8) if wide else (64, 64, 4)
-    blocks = cdiv(N, block_n)
-    splits = min(
-        cdiv(L, block_l), _PROGRAMS_PER_PROCESSOR * launching.processors(x) // max(blocks, 1)
-    )
-    split = not wide and splits > 1
-    share = cdiv(cdiv(L, block_l), splits) * block_l if split else cdiv(L, block_l) * block_l
-    out = x.new_full((N,), _LAST, dtype=torch.long) if split else x.new_empty(N, dtype=torch.long)
+    widest = 128 if x.element_size() == 4 else 64  # half precision takes registers to convert
+    width, share = plan(N, L, launching.processors(x), widest)
+    out = x.new_empty(N, dtype=torch.long)
+    split = share < L
+    prepared = prepare(codebook, precision, out if split else None)
     launching.launch(
         search_kernel,
-        (blocks, cdiv(L, share)),
+        (cdiv(N, _ROWS), cdiv(L, share)),
         x,
-        codes,
-        half_norm,
+        *prepared,
         out,
         N,
         L,
         D,
         share,
-        BLOCK_N=block_n,
-        BLOCK_L=block_l,
-        BLOCK_D=16 if D == 16 else 64 if precision == "bf16" else 32,
+        BLOCK_N=_ROWS,
+        BLOCK_L=width,
+        BLOCK_D=16 if D <= 16 else 32,
         PRECISION=precision,
         SPLIT=split,
-        num_warps=warps,
+        WIDTH=D if D <= 16 else 0,
+        num_warps=8,
         num_stages=3,
     )
     return out.bitwise_and_(0xFFFFFFFF) if split else out
 
 
-def centre(codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes about their mean `[L, D]` and half-norms `[L]`, infinite where a row repeats."""
+def prepare(
+    codebook: Tensor, precision: str, packed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """What `search_kernel` reads of a codebook: centre, high, low and half-norms."""
     L, D = codebook.shape
-    mean = rounded_mean(codebook.float())
-    codes = codebook.new_empty((L, D), dtype=torch.float32)
-    half_norm, keys = codes.new_empty(L), codes.new_empty(L, dtype=torch.long)
-    block_d = min(64, triton.next_power_of_2(D))
-    block_l = 1024 // block_d
+    centre = codebook.new_empty(D, dtype=torch.float32)
+    high = torch.empty_like(
+        codebook, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+    )
+    low = torch.empty_like(high) if precision == "tf32x3" else None
+    half_norm = codebook.new_empty(L, dtype=torch.float32)
     launching.launch(
-        centre_kernel,
-        (cdiv(L, block_l),),
+        prepare_kernel,
+        (cdiv(L, 16),),
         codebook,
-        mean,
-        codes,
+        centre,
+        high,
+        low,
         half_norm,
-        keys,
+        packed,
+        0 if packed is None else len(packed),
         L,
         D,
-        BLOCK_L=block_l,
-        BLOCK_D=block_d,
+        BLOCK_N=1024,
+        BLOCK_L=16,
+        BLOCK_D=min(64, max(16, triton.next_power_of_2(D))),
+        FACTORS=precision[:4],
         num_warps=4,
     )
-    return codes, half_norm.masked_fill_(repeats_an_earlier_key(keys), torch.inf)
+    return centre, high, low, half_norm
+
+
+@functools.lru_cache(1 << 10)
+def plan(N: int, L: int, processors: int, widest: int = 128) -> tuple[int, int]:
+    """The codes of a tile and those of a program, for which the search ends soonest.
+
+    A processor runs one program at a time, so programs run in waves. A tile of 128 codes takes 1.6
+    times as long as one of 64; to begin and end takes a program half as long as one of 64.
+    """
+    blocks = cdiv(N, _ROWS)
+
+    def time(width: int, share: int) -> float:
+        waves = cdiv(blocks * cdiv(L, share), processors)
+        return waves * (share / width * _TILE_TIMES[width] + 0.5)
+
+    widths = (width for width in _TILE_TIMES if width <= widest)
+    plans = ((w, w * tiles) for w in widths for tiles in range(cdiv(L, w), 0, -1))
+    return min(plans, key=lambda each: time(*each))

@@ -1,10 +1,11 @@
 """Counts and sums for each code (the brackets of Eq. 7) without float atomics.
 
-Rows are sorted by code, stably. The rows of a code are a segment of that order, and since use of
-codes is skewed, a segment is cut into chunks of `_CHUNK` rows: `chunk_kernel` adds up each chunk,
-`combine_kernel` the chunks of each code, both in an order that depends on the rows alone. All
-groups (modalities) go through together; counts are differences of positions in the order.
-`scatter_atomic_kernel` is the opt-in: no sort, but sums whose last bits change from run to run.
+Rows are sorted by code, stably, so that the rows of a code are one segment. As some codes are used
+much more than others, a segment is cut into chunks of `_CHUNK` rows: `chunk_kernel` sums each chunk
+and `combine_kernel` the chunks of each code, both in an order that depends on the rows alone. All
+groups (modalities) are sorted together; counts are differences of positions in the order.
+`scatter_atomic_kernel` is optional: it needs no sort, but the last bits of its sums differ between
+runs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn.functional import pad
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
 
-_CHUNK = 128  # rows: long enough to stream, short enough that one crowded code fills the GPU
+_CHUNK = 128  # rows: enough to stream, and few enough that one frequent code fills the GPU
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def chunk_kernel(
     order,  # int64 [N]: the rows sorted by code
     bounds,  # int64 [L G + 1]: where each (code, group) begins in the order
     first,  # int64 [L + 1]: the first chunk of each code
-    owner,  # int64 [P]: the code of each chunk, L for one that does not exist
+    owner,  # int64 [P]: the code of each chunk, L where there is no chunk
     partials,  # fp32 [P, D], out
     L,
     G,
@@ -78,14 +79,14 @@ def combine_kernel(
 @triton.jit
 def scatter_atomic_kernel(
     values,  # [N, D]
-    bins,  # int64 [N]: code G + group, `end` for a row that is left out
-    counts,  # int64 [G, L], added to: float32 would stop at 2^24
+    bins,  # int64 [N]: code * G + group, `end` for a row that is left out
+    counts,  # int64 [G, L], added to: float32 cannot count beyond 2^24
     sums,  # fp32 [L, D], added to
     N,
     L,
     G,
     D,
-    end,  # L G, made where it cannot overflow
+    end,  # L * G, computed on the host, where it cannot overflow
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -109,7 +110,6 @@ def accumulate(
     num_codes: int,
     groups: Tensor | None,
     num_groups: int,
-    *,
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Counts fp32 `[G, L]` and sums fp32 `[L, D]`; see `mmvq_kernels.code_statistics`."""
@@ -125,46 +125,23 @@ def accumulate(
         counts, sums = bins.new_zeros(G, L), sums.zero_()
         sizes = {"BLOCK_N": 16, "BLOCK_D": block_d, "num_warps": 4}
         grid = (cdiv(N, 16), tiles)
-        args = (values, bins, counts, sums, N, L, G, D, L * G)
+        args = values, bins, counts, sums, N, L, G, D, L * G
         launching.launch(scatter_atomic_kernel, grid, *args, **sizes)
         return counts.to(torch.float32), sums
 
-    narrow = torch.int32 if L * G < 2**31 else torch.int64  # half the passes of a radix sort
+    narrow = torch.int32 if L * G < 2**31 else torch.int64  # a radix sort needs half the passes
     ranked, order = bins.to(narrow).sort(stable=True)
     edges = torch.arange(L * G + 1, dtype=narrow, device=bins.device)
     bounds = torch.searchsorted(ranked, edges)  # [L G + 1]
     counts = bounds.diff().view(L, G)
     chunks = (counts.sum(1) + (_CHUNK - 1)).div(_CHUNK, rounding_mode="floor")
     first = pad(chunks.cumsum(0), (1, 0))  # [L + 1]
-    most = min(L, N) + N // _CHUNK  # chunks there can be, whatever the indices
+    most = min(L, N) + N // _CHUNK  # the greatest number of chunks, for any indices
     owner = torch.searchsorted(first, torch.arange(most, device=bins.device), right=True) - 1
     partials = sums.new_empty(most, D)
-    launching.launch(
-        chunk_kernel,
-        (most, tiles),
-        values,
-        order,
-        bounds,
-        first,
-        owner,
-        partials,
-        L,
-        G,
-        D,
-        CHUNK=_CHUNK,
-        BLOCK_R=16,
-        BLOCK_D=block_d,
-        num_warps=4,
-    )
-    launching.launch(
-        combine_kernel,
-        (L, tiles),
-        partials,
-        first,
-        sums,
-        D,
-        BLOCK_P=4,
-        BLOCK_D=block_d,
-        num_warps=2,
-    )
+    tensors = values, order, bounds, first, owner, partials
+    sizes = {"CHUNK": _CHUNK, "BLOCK_R": 16, "BLOCK_D": block_d, "num_warps": 4}
+    launching.launch(chunk_kernel, (most, tiles), *tensors, L, G, D, **sizes)
+    sizes = {"BLOCK_P": 4, "BLOCK_D": block_d, "num_warps": 2}
+    launching.launch(combine_kernel, (L, tiles), partials, first, sums, D, **sizes)
     return counts.t().to(torch.float32, memory_format=torch.contiguous_format), sums

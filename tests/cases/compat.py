@@ -9,12 +9,12 @@ from contextlib import chdir
 from typing import Any
 
 import torch
-from cases.form import Case, both, codes, z
+from cases.form import Call, Case, both, codes, of_each, refused, z
 
 from mmvq.compat import cmg, vector_quantize_pytorch
 
 
-def from_file(content: Any, load: Callable[[str], object]) -> Callable[[], object]:
+def from_file(content: Any, load: Callable[[str], object]) -> Call:
     """`load` of a file, in the current folder, that holds this."""
 
     def run() -> object:
@@ -33,14 +33,10 @@ BUFFERS = {
 }
 
 
-def foreign(rule: str, hint: str, source: Any, kind: str, embed: str = "float32[1, 8, 4]") -> Case:
-    return Case(
-        lambda: vector_quantize_pytorch.load(source),
-        ValueError,
-        f"vector_quantize_pytorch.load: {rule}",
-        f"source: {kind}   embed: {embed}",
-        hint,
-    )
+def foreign(rule: str, *sources: Any, hint: str = "") -> Case:
+    where = "vector_quantize_pytorch.load"
+    calls = of_each(vector_quantize_pytorch.load, *sources)
+    return refused(ValueError, f"{where}: {rule}", *calls, hint=hint)
 
 
 def like_theirs(**attributes: Any) -> torch.nn.Module:
@@ -53,175 +49,94 @@ def like_theirs(**attributes: Any) -> torch.nn.Module:
     return module
 
 
+UNREADABLE = "the file must be a whole checkpoint of tensors and plain containers"
+
 COMPAT = [
-    Case(
-        lambda: cmg.load_checkpoint(os.devnull),
+    refused(
         ValueError,
-        "load_checkpoint: the file must be a whole checkpoint of tensors and plain containers",
-        f"path: {os.devnull!r}   begins_with: \"b''\"   error: EOFError",
-        "pass a DCID-model-{epoch}.pt of the release, untouched",
+        f"load_checkpoint: {UNREADABLE}",
+        lambda: cmg.load_checkpoint(os.devnull),
     ),
-    Case(
-        from_file([1], cmg.load_checkpoint),
+    refused(
         ValueError,
         "load_checkpoint: the file must hold a dict of parts",
-        "path: 'file.pt'   found: list",
-        "pass a DCID-model-{epoch}.pt of the release, untouched",
+        from_file([1], cmg.load_checkpoint),
     ),
-    Case(
-        from_file({"epoch": 1}, cmg.load_checkpoint),
+    refused(
         ValueError,
         "load_checkpoint: the file must have Encoder_parameters of two or three modalities",
-        "path: 'file.pt'   found: ['epoch']",
-        "pass a DCID-model-{epoch}.pt of the release, untouched",
+        from_file({"epoch": 1}, cmg.load_checkpoint),
     ),
-    *(
-        Case(
-            lambda given=given: cmg.CMGQuantizer(4, 8, given),
-            ValueError,
-            "CMGQuantizer: modalities must be two or three different names",
-            f"modalities: {given!r}",
-            "the release has no other case; mmvq's own modules take any number",
-        )
-        for given in (("audio",), "avt")
+    refused(
+        ValueError,
+        "CMGQuantizer: modalities must be two or three different names",
+        *of_each(lambda names: cmg.CMGQuantizer(4, 8, names), ("audio",), "avt"),
     ),
-    *(
-        Case(
-            lambda given=given: cmg.CMGQuantizer(4, 8)(given),
-            ValueError,
-            "CMGQuantizer: features must hold a tensor [B, T, 4] for each of ('audio', 'video'), "
-            "of one shape",
-            f"features: {came}",
-            "the release takes complete sets only; cut all modalities to the same T",
-        )
-        for given, came in (
-            ({"audio": z}, "{'audio': float32[2, 5, 4]}"),
-            (z, "float32[2, 5, 4]"),
-            (
-                {"audio": z, "video": z[:, :3]},
-                "{'audio': float32[2, 5, 4], 'video': float32[2, 3, 4]}",
-            ),
-        )
+    refused(
+        ValueError,
+        "CMGQuantizer: features must hold a tensor [B, T, 4] for each of ('audio', 'video'), of "
+        "one shape",
+        *of_each(
+            lambda given: cmg.CMGQuantizer(4, 8)(given),
+            *({"audio": z}, z, {"audio": z, "video": z[:, :3]}),
+        ),
     ),
-    Case(
-        lambda: cmg.CMGCrossCPC(4)(both, start=4),
+    refused(
         ValueError,
         "CMGCrossCPC: start must lie in [1, T - K - 1]",
-        "T: 5   K: 1   start: 4",
-        "T must be at least K + 2 = 3; leave start out to have it drawn",
+        lambda: cmg.CMGCrossCPC(4)(both, start=4),
+        hint="K + 2 = 3",
     ),
-]
-
-FOREIGN = [
-    *(
-        foreign(
-            "the source must hold embed [1, L, D] or [L, D], embed_avg, cluster_size and initted",
-            "pass a VectorQuantize, its _codebook, the state_dict of either, or a file of one",
-            source,
-            "dict",
-            embed,
-        )
-        for source, embed in (
-            ({}, "None"),
-            ({**BUFFERS, "embed": codes}, "float32[8, 4]"),
-            ({**BUFFERS, "embed": 1.0}, "None"),
-            ({**BUFFERS, "cluster_size": torch.ones(1, 7)}, "float32[1, 8, 4]"),
-        )
-    ),
-    Case(
-        lambda: vector_quantize_pytorch.load(os.devnull),
-        ValueError,
-        "vector_quantize_pytorch.load: the file must be a whole checkpoint of tensors and plain "
-        "containers",
-        f"path: {os.devnull!r}   begins_with: \"b''\"   error: EOFError",
-        "pass a VectorQuantize, its _codebook, the state_dict of either, or a file of one",
-    ),
-    Case(
-        lambda: cmg.load({"embedding": codes}),
+    refused(
         ValueError,
         "cmg.load: the source must hold embedding [L, D] and ema_count [L]",
-        "embedding: float32[8, 4]   ema_count: None",
-        "pass a released checkpoint, a CMGQuantizer, or a state_dict of one",
+        lambda: cmg.load({"embedding": codes}),
     ),
-    Case(
-        lambda: cmg.load({"a.ema_count": codes, "b.ema_count": codes}),
+    refused(
         ValueError,
         "cmg.load: there must be one codebook, and the source has 2",
-        "prefixes: ['a.', 'b.']",
-        "pass one submodule, or the part of one: {k.removeprefix(p): x for k, x in state.items() "
-        "if k.startswith(p)} with its prefix p",
+        lambda: cmg.load({"a.ema_count": codes, "b.ema_count": codes}),
     ),
     foreign(
         "the source must hold embed [1, L, D] or [L, D], embed_avg, cluster_size and initted",
-        "pass a VectorQuantize, its _codebook, the state_dict of either, or a file of one",
+        {},
+        {**BUFFERS, "embed": codes},
+        {**BUFFERS, "embed": 1.0},
+        {**BUFFERS, "cluster_size": torch.ones(1, 7)},
         torch.nn.Linear(4, 8),
-        "Linear",
-        "None",
     ),
+    foreign(UNREADABLE, os.devnull),
     foreign(
         "several codebooks do not fit into one quantizer",
-        "load head h alone: {name: x[h : h + 1] if x.ndim else x for name, x in state.items()}",
         {name: x.expand(2, *x.shape[1:]) if x.ndim else x for name, x in BUFFERS.items()},
-        "dict",
-        "float32[2, 8, 4]",
+        hint="load head h alone",
     ),
-    foreign(
-        "a quantizer has no heads",
-        "pass the _codebook alone, and split the features into heads before the quantizer",
-        like_theirs(heads=2),
-        "Module",
-    ),
+    foreign("a quantizer has no heads", like_theirs(heads=2)),
     foreign(
         "a quantizer has no projections (codebook_dim must equal dim)",
-        "pass the _codebook alone, and keep project_in and project_out around the quantizer",
         {**BUFFERS, "project_in.0.weight": codes},
-        "dict",
     ),
     foreign(
         "the codes must be for Euclidean distance, not for cosine similarity",
-        "train a quantizer anew, on features of unit length",
         like_theirs(use_cosine_sim=True),
-        "Module",
     ),
     foreign(
         "affine codes change with every batch, and a quantizer's do not",
-        "train with affine_param=False first",
         {**BUFFERS, "codebook_mean": torch.zeros(1, 1, 4)},
-        "dict",
     ),
-    *(
-        foreign(
-            "the codebook has not been initialized yet, or has counted no vector",
-            "train it first, or build a MultiModalEMAQuantizer, whose default is k-means too",
-            {**BUFFERS, **untrained},
-            "dict",
-        )
-        for untrained in (
-            {"initted": torch.tensor(False)},
-            {"cluster_size": torch.zeros(1, 8)},
-        )
+    foreign(
+        "the codebook has not been initialized yet, or has counted no vector",
+        {**BUFFERS, "initted": torch.tensor(False)},
+        {**BUFFERS, "cluster_size": torch.zeros(1, 8)},
     ),
-    Case(
-        lambda: vector_quantize_pytorch.load({**BUFFERS, "embed": torch.full((1, 8, 4), 1.5)}),
-        ValueError,
-        "vector_quantize_pytorch.load: embed must be the moving average embed_avg / cluster_size",
-        "largest_difference: 0.5",
-        "pass the eps that it was trained with; learnable or cosine codes are not an average: "
-        "train a quantizer anew",
+    foreign(
+        "embed must be the moving average embed_avg / cluster_size",
+        {**BUFFERS, "embed": torch.full((1, 8, 4), 1.5)},
     ),
-    *(
-        Case(
-            lambda damaged=damaged: vector_quantize_pytorch.load({**BUFFERS, **damaged}),
-            ValueError,
-            "vector_quantize_pytorch.load: codes must be finite and below 1e15, and counts finite "
-            "and not below 0",
-            "rows_that_are_not: 8",
-            "look for a damaged file, or for a division by a count of 0",
-        )
-        for damaged in (
-            {"embed_avg": torch.full((1, 8, 4), torch.nan)},
-            {"embed": torch.full((1, 8, 4), torch.inf)},
-            {"cluster_size": torch.full((1, 8), -1.0)},
-        )
+    foreign(
+        "codes must be finite and below 1e15, and counts finite and not below 0",
+        {**BUFFERS, "embed_avg": torch.full((1, 8, 4), torch.nan)},
+        {**BUFFERS, "embed": torch.full((1, 8, 4), torch.inf)},
+        {**BUFFERS, "cluster_size": torch.full((1, 8), -1.0)},
     ),
 ]

@@ -2,152 +2,96 @@
 
 from __future__ import annotations
 
-from cases.form import Case, anything, both, quantizer, whole, z
+from cases.form import both, of_each, quantizer, refused, whole, z
 
 import mmvq
 
+QUANTIZER = "MultiModalEMAQuantizer"
+
 FEATURES = [
-    Case(
-        lambda: quantizer()(anything or z),
+    refused(
         TypeError,
-        "MultiModalEMAQuantizer: features must be a non-empty mapping from modality to tensor",
-        "features: float32[2, 5, 4]",
-        'pass {"audio": z_audio, "video": z_video}',
+        f"{QUANTIZER}: features must be a non-empty mapping from modality to tensor",
+        *of_each(lambda given: quantizer()(given), z, {}),
     ),
-    Case(
-        lambda: mmvq.CrossCPC(4)({}),
+    refused(
         TypeError,
-        "CrossCPC: features must be a non-empty mapping from modality to tensor",
-        "features: {}",
-        'pass {"audio": z_audio, "video": z_video}',
-    ),
-    Case(
+        f"{QUANTIZER}: masks must be a mapping from modality to mask, or None",
         lambda: quantizer()(both, whole),
-        TypeError,
-        "MultiModalEMAQuantizer: masks must be a mapping from modality to mask, or None",
-        "masks: bool[2, 5]",
-        'pass {"audio": mask_audio}; a modality without a mask is valid throughout',
     ),
-    Case(
+    refused(
+        ValueError,
+        f"{QUANTIZER}: features may name only 'audio', 'video'",
         lambda: quantizer()({"audio": z, "text": z}),
-        ValueError,
-        "MultiModalEMAQuantizer: features may name only 'audio', 'video'",
-        "unknown: ['text']",
-        "use the names that the module was built with",
     ),
-    Case(
+    refused(
+        ValueError,
+        f"{QUANTIZER}: masks may name only 'audio'",
         lambda: quantizer()({"audio": z}, {"video": whole}),
-        ValueError,
-        "MultiModalEMAQuantizer: masks may name only 'audio'",
-        "unknown: ['video']",
-        "give a mask only to a modality whose features come in the same call",
-    ),
-    Case(
-        lambda: quantizer()({"audio": z.long()}),
-        TypeError,
-        "MultiModalEMAQuantizer: features['audio'] must be a floating point tensor",
-        "features['audio']: int64[2, 5, 4]",
-        "convert it with .float()",
-    ),
-    Case(
-        lambda: quantizer()({"audio": anything or z.numpy()}),
-        TypeError,
-        "MultiModalEMAQuantizer: features['audio'] must be a floating point tensor",
-        "features['audio']: ndarray",
-        "pass one tensor, as torch.from_numpy(...).float(); leave out a missing one",
     ),
     *(
-        Case(
+        refused(
+            TypeError,
+            f"{QUANTIZER}: features['audio'] must be a floating point tensor",
             lambda x=x: quantizer()({"audio": x}),
-            ValueError,
-            "MultiModalEMAQuantizer: features['audio'] must be [B, T, 4] or [B, 4]",
-            f"features['audio']: {came}",
-            hint,
+            hint=hint,
         )
-        for x, came, hint in (
-            (
-                z[..., :3],
-                "float32[2, 5, 3]",
-                "project its last dimension to 4, or build the module with dim=3",
-            ),
-            (z.mT, "float32[2, 4, 5]", "if it is [B, 4, T], pass its transpose(1, 2)"),
-            (z[None], "float32[1, 2, 5, 4]", "reshape or pool it to batch, time and width"),
+        for x, hint in ((z.long(), ".float()"), (z.numpy(), "torch.from_numpy"))
+    ),
+    *(
+        refused(
+            ValueError,
+            f"{QUANTIZER}: features['audio'] must be [B, T, 4] or [B, 4]",
+            lambda x=x: quantizer()({"audio": x}),
+            hint=hint,
+        )
+        for x, hint in (
+            (z[..., :3], "dim=3"),
+            (z[0, :, :3], "dim=3"),
+            (z.mT, "transpose(1, 2)"),
+            (z[None], "batch, time"),
         )
     ),
-    Case(
-        lambda: mmvq.CrossModalCommitmentLoss()({"audio": z[0, 0]}, {"audio": z[0, 0]}),
+    refused(
         ValueError,
         "CrossModalCommitmentLoss: features['audio'] must be [B, T, D] or [B, D]",
-        "features['audio']: float32[4]",
-        "reshape or pool it to batch, time and width",
-    ),
-    Case(
-        lambda: quantizer()({"audio": z, "video": z.to("meta")}),
-        ValueError,
-        "MultiModalEMAQuantizer: all features must be on one device, and the module too",
-        "audio: 'cpu'   video: 'meta'   the module: 'cpu'",
-        "move them with .to(device)",
-    ),
-    Case(
-        lambda: mmvq.CrossCPC(4)({"audio": z, "video": z.to("meta")}),
-        ValueError,
-        "CrossCPC: all features must be on one device, and the module too",
-        "audio: 'cpu'   video: 'meta'",
-        "move them with .to(device)",
+        lambda: mmvq.CrossModalCommitmentLoss()({"audio": z[0, 0]}, {"audio": z[0, 0]}),
     ),
     *(
-        Case(
-            lambda mask=mask: quantizer()(both, {"video": mask}),
+        refused(
             ValueError,
-            "MultiModalEMAQuantizer: masks['video'] must be a bool tensor shaped as its features "
-            "without D, on their device",
-            f"mask: {came}   features: float32[2, 5, 4]",
-            "pass True where a segment is valid, False where it is padding",
+            f"{where}: all features must be on one device, and the module too",
+            lambda make=make: make()({"audio": z, "video": z.to("meta")}),
         )
-        for mask, came in (
-            (whole.float(), "float32[2, 5]"),
-            (whole[:, :3], "bool[2, 3]"),
-            ([True], "[True]"),
-            (whole.to("meta"), "bool[2, 5] on meta"),
-        )
+        for where, make in ((QUANTIZER, quantizer), ("CrossCPC", lambda: mmvq.CrossCPC(4)))
     ),
-    Case(
-        lambda: quantizer()({"audio": z, "video": z[:1]}),
+    refused(
         ValueError,
-        "MultiModalEMAQuantizer: all modalities must have the same batch size",
-        "audio: 2   video: 1",
-        "pass clips of one batch; leave out a modality that is missing, or mask it",
+        f"{QUANTIZER}: masks['video'] must be a bool tensor shaped as its features without D, on "
+        "their device",
+        *of_each(
+            lambda mask: quantizer()(both, {"video": mask}),
+            *(whole.float(), whole[:, :3], [True], whole.to("meta")),
+        ),
+    ),
+    refused(
+        ValueError,
+        f"{QUANTIZER}: all modalities must have the same batch size",
+        lambda: quantizer()({"audio": z, "video": z[:1]}),
     ),
     *(
-        Case(
-            call,
+        refused(
             ValueError,
             f"{where}: all modalities must have the same number of segments T",
-            "audio: 5   video: 3",
-            "resample them to one time grid, or pad and mask the shorter" + otherwise,
+            lambda make=make, name=name: make(name)({name: z, "video": z[:, :3]}),
+            hint=hint,
         )
-        for where, call, otherwise in (
-            (
-                "MultiModalEMAQuantizer",
-                lambda: quantizer(partner="aligned")({"audio": z, "video": z[:, :3]}),
-                '; or build it with partner="attention"',
-            ),
-            (
-                "CrossModalCommitmentLoss",
-                lambda: quantizer()({"audio": z, "video": z[:, :3]}),
-                "; or drop the cross term with cross_ratio=0",
-            ),
-            ("CrossCPC", lambda: mmvq.CrossCPC(4)({"audio": z, "video": z[:, :3]}), ""),
+        for where, name, make, hint in (
+            (QUANTIZER, "audio", lambda _: quantizer(partner="aligned"), 'partner="attention"'),
+            ("CrossModalCommitmentLoss", "audio", lambda _: quantizer(), "cross_ratio=0"),
+            # names that what checks and composes has as arguments
+            ("CrossCPC", "where", lambda name: mmvq.CrossCPC(4, (name, "video")), "shorter."),
+            ("CrossCPC", "rule", lambda name: mmvq.CrossCPC(4, (name, "video")), "shorter."),
         )
-    ),
-    *(
-        Case(
-            lambda name=name: mmvq.CrossCPC(4, (name, "z"))({name: z, "z": z[:, :3]}),
-            ValueError,
-            "CrossCPC: all modalities must have the same number of segments T",
-            f"{name}: 5   z: 3",
-            "resample them to one time grid, or pad and mask the shorter",
-        )
-        for name in ("where", "rule")  # arguments of what checks and composes
     ),
 ]

@@ -1,4 +1,4 @@
-"""What a call must say when it fails, and the words that many have in common."""
+"""The form of a case, and the values that many have in common."""
 
 from __future__ import annotations
 
@@ -19,27 +19,35 @@ whole: Any = torch.ones(2, 5, dtype=torch.bool)
 both = {"audio": z, "video": z}
 anything: Any = None
 
+Call = Callable[[], object]
+
 
 @dataclass(frozen=True)
 class Case:
-    """A call, and all that it must say."""
+    """Calls that fail for one reason.
 
-    call: Callable[[], object]
+    Attributes:
+        kind: type of the error.
+        rule: what it says first: where, and the rule.
+        calls: each raises it.
+        hint: a part of the hint, where that depends on the call.
+    """
+
     kind: type[Exception]
     rule: str
-    came: str
-    hint: str
+    calls: tuple[Call, ...]
+    hint: str = ""
 
-    @property
-    def text(self) -> str:
-        return f"{self.rule}.\n  {self.came}\n  Hint: {self.hint}."
+
+def refused(kind: type[Exception], rule: str, *calls: Call, hint: str = "") -> Case:
+    return Case(kind, rule, calls, hint)
 
 
 def quantizer(**options: Any) -> mmvq.MultiModalEMAQuantizer:
     return mmvq.MultiModalEMAQuantizer(4, 8, **options)
 
 
-def checked(call: Callable[[], object]) -> Callable[[], object]:
+def checked(call: Call) -> Call:
     """The call under MMVQ_CHECK=1."""
 
     def run() -> object:
@@ -49,22 +57,6 @@ def checked(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def number(where: str, name: str, span: str, came: str, call: Callable[[], object]) -> Case:
-    rule = f"{where}: {name} must be a finite number {span}"
-    return Case(call, ValueError, rule, f"{name}: {came}", f"pass a number {span}")
-
-
-def integer(where: str, name: str, low: int, came: str, call: Callable[[], object]) -> Case:
-    rule = f"{where}: {name} must be an int of at least {low}"
-    return Case(call, ValueError, rule, f"{name}: {came}", f"pass a Python int, {low} or more")
-
-
-def choice(where: str, name: str, choices: str, call: Callable[[], object]) -> Case:
-    rule = f"{where}: {name} must be one of {choices}"
-    return Case(call, ValueError, rule, f"{name}: 'x'", "pick one")
-
-
-def finite(where: str, call: Callable[[], object], name: str = "audio") -> Case:
-    hint = "look for a division by zero or an overflow upstream"
-    came = f"{name}: float32[2, 5, 4]"
-    return Case(checked(call), ValueError, f"{where}: {name} must be finite", came, hint)
+def of_each(call: Callable[[Any], object], *values: object) -> list[Call]:
+    """One call for each value."""
+    return [lambda value=value: call(value) for value in values]

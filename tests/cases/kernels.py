@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from cases.form import Case, anything, codes, z
+from cases.form import Call, anything, codes, of_each, refused, whole, z
 
 import mmvq_kernels as kernels
 
 
-def ema(**changes: Any) -> Callable[[], object]:
+def ema(**changes: Any) -> Call:
     arguments = {
         "codes": codes.clone(),
         "sums": codes.clone(),
@@ -23,6 +22,11 @@ def ema(**changes: Any) -> Callable[[], object]:
         "decay": 0.9,
     }
     return lambda: kernels.ema_update_(**{**arguments, **changes})
+
+
+def statistics(values: Any = codes, indices: Any = None, num_codes: int = 8, **rest: Any) -> Call:
+    indices = torch.arange(8) if indices is None else indices
+    return lambda: kernels.code_statistics(values, indices, num_codes, **rest)
 
 
 def triton() -> object:
@@ -37,148 +41,84 @@ def traced() -> object:
 
 
 KERNELS = [
-    Case(
-        traced,
+    refused(
         RuntimeError,
-        "nearest_code: torch.jit.trace, and torch.onnx.export(dynamo=False), cannot record the "
-        "search",
-        "tracing: True",
-        "use torch.export.export; for ONNX mmvq.onnx.export(quantizer, path), or "
-        "torch.onnx.export(..., dynamo=True) with custom_translation_table="
-        "mmvq.onnx.translation_table()",
+        "nearest_code: torch.jit.trace, and torch.onnx.export(dynamo=False), cannot record it",
+        traced,
     ),
-    Case(
-        lambda: kernels.code_log_probabilities(z, codes[:, :3]),
+    refused(
         ValueError,
         "code_log_probabilities: x [B, T, D] and codebook [L, D] must share their last dimension",
-        "x: float32[2, 5, 4]   codebook: float32[8, 3]",
-        "give every clip a time axis and project it to the codebook's width",
+        lambda: kernels.code_log_probabilities(z, codes[:, :3]),
     ),
-    Case(
-        lambda: kernels.code_log_probabilities(z, codes[:0]),
+    refused(
         ValueError,
         "code_log_probabilities: codebook must not be empty",
-        "codebook: float32[0, 4]",
-        "build the codebook with size >= 1 and dim >= 1",
+        lambda: kernels.code_log_probabilities(z, codes[:0]),
     ),
-    *(
-        Case(
-            lambda mask=mask: kernels.code_log_probabilities(z, codes, mask),
-            ValueError,
-            "code_log_probabilities: mask must be bool [B, T]",
-            f"x: float32[2, 5, 4]   mask: {came}",
-            "give every segment one entry, True where it is valid",
-        )
-        for mask, came in (
-            (torch.ones(2, 4, dtype=torch.bool), "bool[2, 4]"),
-            (torch.ones(2, 5), "float32[2, 5]"),
-        )
+    refused(
+        ValueError,
+        "code_log_probabilities: mask must be bool [B, T]",
+        *of_each(
+            lambda mask: kernels.code_log_probabilities(z, codes, mask),
+            *(whole[:, :4], whole.float()),
+        ),
     ),
-    Case(
-        lambda: kernels.nearest_code(codes.long(), codes),
+    refused(
         TypeError,
         "nearest_code: x and codebook must be floating point",
-        "x: int64[8, 4]   codebook: float32[8, 4]",
-        "convert with .float()",
+        lambda: kernels.nearest_code(codes.long(), codes),
     ),
-    Case(
-        lambda: kernels.nearest_code(torch.zeros(800, 256), torch.zeros(400, 128)),
+    refused(
         ValueError,
         "nearest_code: x [N, D] and codebook [L, D] must share their last dimension",
-        "x: float32[800, 256]   codebook: float32[400, 128]",
-        "flatten x to two dimensions and project it to the codebook's width",
+        lambda: kernels.nearest_code(torch.zeros(800, 256), torch.zeros(400, 128)),
     ),
-    Case(
-        lambda: kernels.nearest_code(codes, codes[:0]),
+    refused(
         ValueError,
         "nearest_code: codebook must not be empty",
-        "codebook: float32[0, 4]",
-        "build the codebook with size >= 1 and dim >= 1",
+        lambda: kernels.nearest_code(codes, codes[:0]),
     ),
-    Case(
-        lambda: kernels.nearest_code(codes, codes, precision=anything or "half"),
+    refused(
         ValueError,
         'nearest_code: precision must be "exact" or "fast"',
-        "precision: 'half'",
-        'leave it at "exact" unless a wrong code now and then is fine',
+        lambda: kernels.nearest_code(codes, codes, precision=anything or "half"),
     ),
-    *(
-        Case(
-            lambda values=values, indices=indices: kernels.code_statistics(values, indices, 8),
-            TypeError,
-            "code_statistics: values must be floating point and indices int64",
-            came,
-            "pass the indices that nearest_code returned",
-        )
-        for values, indices, came in (
-            (codes, torch.ones(8), "values: float32[8, 4]   indices: float32[8]"),
-            (codes.int(), torch.arange(8), "values: int32[8, 4]   indices: int64[8]"),
-        )
+    refused(
+        TypeError,
+        "code_statistics: values must be floating point and indices int64",
+        statistics(indices=torch.ones(8)),
+        statistics(codes.int()),
     ),
-    Case(
-        lambda: kernels.code_statistics(codes, torch.arange(7), 8),
+    refused(
         ValueError,
         "code_statistics: values [N, D] and indices [N] must have the same N",
-        "values: float32[8, 4]   indices: int64[7]",
-        "flatten batch and time of both in the same order",
+        statistics(indices=torch.arange(7)),
     ),
-    *(
-        Case(
-            lambda groups=groups: kernels.code_statistics(
-                codes, torch.arange(8), 8, groups=groups, num_groups=2
-            ),
-            ValueError,
-            "code_statistics: groups must be int64 with one entry for each index",
-            f"groups: {came}   indices: int64[8]",
-            "give every row the number of its group",
-        )
-        for groups, came in (
-            (torch.zeros(8), "float32[8]"),
-            (torch.zeros(7, dtype=torch.long), "int64[7]"),
-        )
+    refused(
+        ValueError,
+        "code_statistics: groups must be int64 with one entry for each index",
+        statistics(groups=torch.zeros(8), num_groups=2),
+        statistics(groups=torch.zeros(7, dtype=torch.long), num_groups=2),
     ),
-    *(
-        Case(
-            lambda given=given: kernels.code_statistics(codes, torch.arange(8), **given),
-            IndexError,
-            f"code_statistics: {name} must be below {size}",
-            f"largest: {largest}",
-            hint,
-        )
-        for name, size, largest, hint, given in (
-            ("indices", 7, 7, "pass num_codes=L of the codebook", {"num_codes": 7}),
-            (
-                "groups",
-                2,
-                3,
-                "pass num_groups=G",
-                {"num_codes": 8, "groups": torch.full((8,), 3), "num_groups": 2},
-            ),
-        )
+    refused(IndexError, "code_statistics: indices must be below 7", statistics(num_codes=7)),
+    refused(
+        IndexError,
+        "code_statistics: groups must be below 2",
+        statistics(groups=torch.full((8,), 3), num_groups=2),
     ),
-    Case(
-        ema(counts=torch.ones(7)),
+    refused(
         ValueError,
         "ema_update_: codes, sums and batch_sums must be [L, D], counts and batch_counts [L]",
-        "codes: float32[8, 4]   sums: float32[8, 4]   batch_sums: float32[8, 4]   "
-        "counts: float32[7]   batch_counts: float32[8]",
-        "take the batch's from code_statistics(values, indices, num_codes=L)",
+        ema(counts=torch.ones(7)),
     ),
-    Case(
-        ema(dead=torch.ones(8, dtype=torch.bool)),
+    refused(
         ValueError,
         "ema_update_: dead [L] and replacement [L, D] must be given together",
-        "codes: float32[8, 4]   dead: bool[8]   replacement: None",
-        "give both to reset codes, neither to keep all",
+        ema(dead=torch.ones(8, dtype=torch.bool)),
     ),
     *(
-        Case(
-            call,
-            ValueError,
-            f"{where}: backend must be one of 'auto', 'torch', 'triton'",
-            "backend: 'cuda'",
-            'use backend="auto" to let the library choose',
-        )
+        refused(ValueError, f"{where}: backend must be one of 'auto', 'torch', 'triton'", call)
         for where, call in (
             ("reason_unavailable", lambda: kernels.reason_unavailable("cuda")),
             (
@@ -188,12 +128,10 @@ KERNELS = [
             ("ema_update_", ema(backend="cuda")),
         )
     ),
-    Case(
-        triton,
+    refused(
         RuntimeError,
         "nearest_code: the triton backend cannot run because triton is not installed "
         "(pip install 'mmvq[triton]')",
-        "backend: 'triton'",
-        'use backend="auto"',
+        triton,
     ),
 ]

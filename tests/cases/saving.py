@@ -6,29 +6,26 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from cases.form import Case
+from cases.form import Call, of_each, quantizer, refused
 from torch import nn
 
 import mmvq
 from mmvq import onnx
-from mmvq.pretrained import _adapter
 
 CONFIG = {"class": "CLUBEstimator", "version": 1, "arguments": {}, "pass_again": {}}
 
 
 def without_the_hub() -> object:
-    _adapter.cache_clear()
     with patch.dict(sys.modules, {"huggingface_hub": None}):
         return mmvq.CLUBEstimator(4, 4).save_pretrained("nowhere")
 
 
-def from_config(config: object, **options: Any) -> Callable[[], object]:
+def from_config(config: object, **options: Any) -> Call:
     """`CLUBEstimator.from_pretrained` of a folder with this config.json."""
 
     def run() -> object:
@@ -40,7 +37,7 @@ def from_config(config: object, **options: Any) -> Callable[[], object]:
     return run
 
 
-def damaged(file: str) -> Callable[[], object]:
+def damaged(file: str) -> Call:
     """`CLUBEstimator.from_pretrained` of a folder in which half of this file is missing."""
 
     def run() -> object:
@@ -61,95 +58,77 @@ def under_other_names() -> object:
         return mmvq.MultiModalEMAQuantizer.from_pretrained(folder, modalities=names)
 
 
-def without_onnx() -> object:
-    with patch.object(onnx, "find_spec", lambda name: None):
-        return onnx.translation_table()
+def a_newer_state() -> object:
+    module = mmvq.CLUBEstimator(4, 4)
+    state: Any = module.state_dict()
+    state._metadata[""]["version"] = 2
+    return module.load_state_dict(state)
 
+
+def without_onnx() -> object:
+    with patch.dict(sys.modules, {"onnx": None}):
+        return onnx.export(quantizer(), "nowhere.onnx")
+
+
+CLUB = "CLUBEstimator.from_pretrained"
 
 SAVING = [
-    Case(
-        lambda: onnx.export(nn.Linear(4, 4), "file.onnx"),  # type: ignore[arg-type]
+    refused(
         TypeError,
         "mmvq.onnx.export: quantizer must be a MultiModalEMAQuantizer",
-        "quantizer: Linear",
-        "pass the module itself: not the model around it, and before torch.compile",
+        lambda: onnx.export(nn.Linear(4, 4), "file.onnx"),  # type: ignore[arg-type]
     ),
-    Case(
-        without_onnx,
-        ImportError,
-        "mmvq.onnx: ONNX needs onnx and onnxscript",
-        "missing: ['onnx', 'onnxscript']",
-        "pip install 'mmvq[onnx]'",
-    ),
-    Case(
-        without_the_hub,
+    refused(ImportError, "mmvq.onnx.export: ONNX needs onnx and onnxscript", without_onnx),
+    refused(
         ImportError,
         "mmvq: the Hub's methods need huggingface_hub and safetensors",
-        "missing: 'huggingface_hub'",
-        "pip install 'mmvq[hub]'",
+        without_the_hub,
     ),
-    *(
-        Case(
-            from_config(config),
-            ValueError,
-            "CLUBEstimator.from_pretrained: there must be a config.json as save_pretrained writes "
-            "it",
-            f"config: {config!r}",
-            "check the folder or the repo's name, or save the module again",
-        )
-        for config in (None, {}, {"x_dim": 4}, {**CONFIG, "version": "1"})
+    refused(
+        ValueError,
+        f"{CLUB}: there must be a config.json as save_pretrained writes it",
+        *(from_config(given) for given in (None, {}, {"x_dim": 4}, {**CONFIG, "version": "1"})),
     ),
-    Case(
-        under_other_names,
+    refused(
         ValueError,
         "MultiModalEMAQuantizer.from_pretrained: modalities must be those that were saved, in any "
         "order",
-        "saved: ['audio', 'video']   got: ('sound', 'picture')",
-        "load without modalities, then add new ones with extended(modalities=...)",
+        under_other_names,
     ),
-    *(
-        Case(
-            lambda source=source: mmvq.CLUBEstimator.from_pretrained(source, local_files_only=True),
-            FileNotFoundError,
-            "CLUBEstimator.from_pretrained: source must be a folder that save_pretrained wrote, or "
-            "a repo on the Hub",
-            f"source: {source!r}",
-            'check the path: the folder, not a file in it; a repo is named "user/name"',
-        )
-        for source in ("/no/such/folder", "./nor", "or/that", os.devnull)
+    refused(
+        FileNotFoundError,
+        f"{CLUB}: source must be a folder that save_pretrained wrote, or a repo on the Hub",
+        *of_each(
+            lambda source: mmvq.CLUBEstimator.from_pretrained(source, local_files_only=True),
+            *("/no/such/folder", "./nor", "or/that", os.devnull),
+        ),
     ),
-    *(
-        Case(
-            damaged(file),
-            ValueError,
-            "CLUBEstimator.from_pretrained: config.json or model.safetensors in source is damaged",
-            f"source: 'saved'   error: {error}",
-            "copy or download it again",
-        )
-        for file, error in (
-            ("config.json", "JSONDecodeError"),
-            ("model.safetensors", "SafetensorError"),
-        )
+    refused(
+        ValueError,
+        f"{CLUB}: config.json or model.safetensors in source is damaged",
+        damaged("config.json"),
+        damaged("model.safetensors"),
     ),
-    Case(
+    refused(
+        ValueError,
+        f"{CLUB}: the file is of another class",
         from_config({**CONFIG, "class": "CrossCPC"}),
-        ValueError,
-        "CLUBEstimator.from_pretrained: the file is of another class",
-        "found: 'CrossCPC'",
-        "call from_pretrained of CrossCPC",
     ),
-    Case(
-        from_config({**CONFIG, "version": 2}),
-        ValueError,
-        "CLUBEstimator.from_pretrained: the state is of version 2, this mmvq knows up to 1",
-        "version: 2",
-        "install the mmvq that saved it",
+    *(
+        refused(
+            kind,
+            f"CLUBEstimator.{where}: the state is of version 2, this mmvq knows up to 1",
+            call,
+        )
+        for kind, where, call in (
+            (ValueError, "from_pretrained", from_config({**CONFIG, "version": 2})),
+            (RuntimeError, "load_state_dict", a_newer_state),
+        )
     ),
-    Case(
+    refused(
+        ValueError,
+        f"{CLUB}: config.json cannot hold a, b",
         from_config({**CONFIG, "pass_again": {"a": "A", "b": "B", "c": "C"}}, c=1),
-        ValueError,
-        "CLUBEstimator.from_pretrained: config.json cannot hold a, b",
-        "a: 'A'   b: 'B'",
-        "pass a=..., b=... to from_pretrained",
+        hint="pass a=..., b=...",
     ),
 ]

@@ -1,14 +1,15 @@
-"""The monitor, figures of use and pictures."""
+"""The monitor, figures of use, pictures and old names."""
 
 from __future__ import annotations
 
 import sys
 from unittest.mock import patch
 
-from cases.form import Case, anything, codes, quantizer, whole, z
+from cases.form import anything, codes, of_each, quantizer, refused, whole, z
 from torch import nn
 
 import mmvq
+from mmvq.functional import code_agreement, code_usage
 
 
 def without_matplotlib() -> object:
@@ -17,77 +18,59 @@ def without_matplotlib() -> object:
 
 
 USE = [
-    Case(
-        lambda: mmvq.CodebookMonitor(nn.Linear(4, 4)),  # type: ignore[arg-type]
+    refused(
+        AttributeError,
+        "mmvq.functional: the module has no attribute 'nope'",
+        lambda: mmvq.functional.nope,
+    ),
+    refused(
         TypeError,
         "CodebookMonitor: quantizer must be a MultiModalEMAQuantizer",
-        "quantizer: Linear",
-        "pass the module itself: not the model around it, and before torch.compile",
+        lambda: mmvq.CodebookMonitor(nn.Linear(4, 4)),  # type: ignore[arg-type]
     ),
-    Case(
-        lambda: mmvq.CodebookMonitor(quantizer(), "runs"),  # type: ignore[arg-type]
+    refused(
         TypeError,
         "CodebookMonitor: log must be a callable (name, value, step), a SummaryWriter, or None",
-        "log: 'runs'",
-        "pass print to try it",
+        lambda: mmvq.CodebookMonitor(quantizer(), "runs"),  # type: ignore[arg-type]
     ),
-    Case(
-        lambda: mmvq.CodebookMonitor(quantizer(), club=nn.Linear(4, 4)),
+    refused(
         TypeError,
         "CodebookMonitor: club must be or hold a CLUBEstimator",
-        "club: Linear",
-        "leave it out if there is none to watch",
+        lambda: mmvq.CodebookMonitor(quantizer(), club=nn.Linear(4, 4)),
     ),
-    Case(
-        lambda: mmvq.CodebookMonitor(quantizer(), every=0),
+    refused(
         ValueError,
         "CodebookMonitor: every must be an int of at least 1",
-        "every: 0",
-        "pass a Python int, 1 or more",
+        lambda: mmvq.CodebookMonitor(quantizer(), every=0),
     ),
-    Case(
-        lambda: mmvq.functional.code_agreement({"audio": whole.long(), "video": whole[:1].long()}),
+    refused(
         ValueError,
         "code_agreement: the indices of all modalities must have one shape [B, T]",
-        "indices: {'audio': int64[2, 5], 'video': int64[1, 5]}",
-        "give modalities of one time grid; positions of different grids do not pair",
+        lambda: code_agreement({"audio": whole.long(), "video": whole[:1].long()}),
     ),
-    *(
-        Case(
-            lambda counts=counts: mmvq.functional.code_usage(counts),
-            ValueError,
-            "code_usage: counts must hold a tensor [L] for each modality, of one L",
-            f"counts: {came}",
-            "pass quantizer.usage().counts; torch.bincount makes them of indices",
-        )
-        for counts, came in (
-            ({}, "{}"),
-            ({"audio": whole, "video": whole}, "{'audio': bool[2, 5], 'video': bool[2, 5]}"),
-            ({"a": codes[0], "b": z[0, 0, :3]}, "{'a': float32[4], 'b': float32[3]}"),
-        )
+    refused(
+        ValueError,
+        "code_usage: counts must hold a tensor [L] for each modality, of one L",
+        *of_each(
+            code_usage,
+            *({}, {"audio": whole, "video": whole}, {"a": codes[0], "b": z[0, 0, :3]}),
+        ),
     ),
-    *(
-        Case(
-            lambda given=given: mmvq.figures.plot_codes(codes, given),
-            TypeError,
-            "plot_codes: counts must map one or more modalities to tensors [L]",
-            f"counts: {came}",
-            "pass quantizer.usage().counts",
-        )
-        for given, came in ((anything or quantizer().usage(), "CodeUsage"), ({}, "dict"))
+    refused(
+        TypeError,
+        "plot_codes: counts must map one or more modalities to tensors [L]",
+        *of_each(
+            lambda given: mmvq.figures.plot_codes(codes, given), anything or quantizer().usage(), {}
+        ),
     ),
-    Case(
-        lambda: mmvq.averaging.settle_averaged(quantizer(), nn.Linear(4, 4)),
+    refused(
         ValueError,
         "settle_averaged: averaged and newest must hold as many codebooks",
-        "averaged: 1   newest: 0",
-        "pass two models of one architecture",
+        lambda: mmvq.averaging.settle_averaged(quantizer(), nn.Linear(4, 4)),
     ),
-    Case(
-        without_matplotlib,
+    refused(
         ImportError,
         "mmvq.figures: pictures need matplotlib, which is not installed",
-        "missing: 'matplotlib.figure'",
-        "pip install matplotlib",
+        without_matplotlib,
     ),
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
@@ -67,7 +68,7 @@ def quantizers(case: str, group: dist.ProcessGroup | None = None) -> list[MultiM
     ]
 
 
-def batch(case: str, step: int, ranks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def batch(case: str, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The whole batch of a step."""
     generator = torch.Generator().manual_seed(step)
     z = {m: torch.randn(B, T, D, generator=generator, dtype=dtype(case)) for m in NAMES}
@@ -108,7 +109,7 @@ def train(case: str, modules: list[MultiModalEMAQuantizer], rank: int, ranks: in
     done: Steps = []
     low, high = BOUNDS[ranks][rank : rank + 2]
     for step in range(STEPS):
-        z, masks = ({m: x[low:high] for m, x in p.items()} for p in batch(case, step, ranks))
+        z, masks = ({m: x[low:high] for m, x in p.items()} for p in batch(case, step))
         if case == "rank 1 without video" and ranks > 1 and not masks["video"].any() and high > low:
             z, masks = {"audio": z["audio"]}, {"audio": masks["audio"]}
         with counted() as calls:
@@ -153,6 +154,11 @@ def steps(results: list[dict[str, Any]], case: str, ranks: int) -> list[Steps]:
     return [result["test_codebook"][case][str(ranks)] for result in results]
 
 
+@cache
+def alone(case: str) -> Steps:
+    return train(case, quantizers(case), 0, 1)
+
+
 each_case = pytest.mark.parametrize("case", CASES)
 each_number = pytest.mark.parametrize("ranks", [2, 4])
 
@@ -173,11 +179,10 @@ def test_ranks_are_bit_equal(case: str, ranks: int, results: list[dict[str, Any]
 def test_equals_one_process_on_the_whole_batch(
     case: str, ranks: int, results: list[dict[str, Any]]
 ) -> None:
-    alone = train(case, quantizers(case), 0, 1)
-    assert len(alone) == STEPS
+    assert len(alone(case)) == STEPS
     rows = len(NAMES) * B * T
     atol = STEPS * rows * torch.finfo(dtype(case)).eps / 2 * 5
-    for mine, expected in zip(steps(results, case, ranks)[0], alone, strict=True):
+    for mine, expected in zip(steps(results, case, ranks)[0], alone(case), strict=True):
         for name, value in expected["state"].items():
             torch.testing.assert_close(mine["state"][name], value, atol=atol, rtol=0)
 
@@ -207,7 +212,7 @@ def test_one_process_without_statistics_takes_no_step(before: int) -> None:
     """Of several ranks one may have none and yet step; alone there is nothing to step with."""
     (module,) = quantizers("manual")
     for step in range(before):
-        module(batch("manual", step, 1)[0])
+        module(batch("manual", step)[0])
         module.update_codebook()
     held = state(module)
     module.update_codebook()

@@ -11,6 +11,7 @@ factor or a missing clip shows at 1e-3 or more.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import mmvq
-from mmvq import functional
 from mmvq.distributed import average_, gather_batch_sizes
+from mmvq.functional import code_matching
 
 ATOL = 1e-12
 B, T, D, S, L = 11, 5, 6, 3, 8
@@ -113,6 +114,11 @@ def measure(
     return [x.detach() for x in (*values, *gradients)]
 
 
+@cache
+def whole(case: str, masked: bool) -> list[Tensor]:
+    return measure(case, masked, 0, 1)
+
+
 def refusals() -> dict[str, str]:
     """What each rank is told when rank 2 brings another T, or one modality less."""
     said = {}
@@ -137,7 +143,7 @@ def in_another_order(rank: int) -> Tensor:
     x, _ = batch(False, *BOUNDS[4][rank : rank + 2])
     x = dict(reversed(x.items())) if rank % 2 else x
     clips = gather_batch_sizes("a test", x["audio"], names=tuple(x))
-    return functional.code_matching(x, codes(), batch=clips)
+    return code_matching(x, codes(), batch=clips)
 
 
 def before_init() -> None:
@@ -164,7 +170,7 @@ def run(rank: int, pair: dist.ProcessGroup, early: None) -> dict[str, Any]:
 def test_value_and_gradient_are_those_of_one_process(
     case: str, masked: bool, ranks: int, results: list[dict[str, Any]]
 ) -> None:
-    alone = measure(case, masked, 0, 1)
+    alone = whole(case, masked)
     assert len(alone) > 1
     assert all(x.abs().sum() > 0 for x in (alone[0], alone[-1]))
     for result in results:
@@ -176,14 +182,14 @@ def test_value_and_gradient_are_those_of_one_process(
 @pytest.mark.parametrize("case", CASES)
 def test_a_process_outside_the_group_is_alone(case: str, results: list[dict[str, Any]]) -> None:
     """Ranks 0 and 1 of four share a group; 2 and 3 pass it too, each with the whole batch."""
-    alone = measure(case, True, 0, 1)
+    alone = whole(case, True)
     for result in results:
         for mine, expected in zip(result["test_gather"]["outside"][case], alone, strict=True):
             torch.testing.assert_close(mine, expected, atol=ATOL, rtol=0)
 
 
 def test_ranks_may_name_modalities_in_any_order(results: list[dict[str, Any]]) -> None:
-    alone = functional.code_matching(batch(False, 0, B)[0], codes())
+    alone = code_matching(batch(False, 0, B)[0], codes())
     for result in results:
         torch.testing.assert_close(result["test_gather"]["turned"], alone, atol=ATOL, rtol=0)
 

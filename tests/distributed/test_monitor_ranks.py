@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from support import bools, uniform
+from support import bools, gloo, run_ranks, uniform
 
 from mmvq import CLUBEstimator, CodebookMonitor, MultiModalEMAQuantizer
 
@@ -58,20 +57,14 @@ def watch(share: slice, second: bool) -> dict[str, Any]:
     return {"history": monitor.history, "reduced": reduced}
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
-    torch.save(watch(SHARES[rank], rank == 1), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def work(rank: int, folder: Path) -> dict[str, Any]:
+    with gloo(rank, RANKS, folder):
+        return watch(SHARES[rank], rank == 1)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), nprocs=RANKS)
-    return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
+    return run_ranks(tmp_path_factory, RANKS, work)
 
 
 def test_figures_are_those_of_one_process_on_all_ranks(ranks: list[dict[str, Any]]) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
+import cmg_pretrain
 import numpy as np
 import pytest
+
+from cmg.data import Clips, load_clips
 
 N, T, CLASSES = 120, 4, 3
 Arrays = dict[str, np.ndarray]
@@ -38,6 +44,24 @@ def make_arrays(seed: int = 0) -> Arrays:
     return arrays | {f"seg_labels_{m}": truth.copy() for m in ("audio", "video", "text")}
 
 
+def before_call(
+    number: int, act: Callable[[], object], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The function, but `act` is called before its call of this number."""
+    calls = itertools.count(1)
+
+    def called(*arguments: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return function(*arguments)
+
+    return called
+
+
+def interrupt() -> NoReturn:
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
 def arrays() -> Arrays:
     """The arrays of a good file, free to be spoilt."""
@@ -50,3 +74,23 @@ def clips_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "clips.npz"
     np.savez(path, **make_arrays())
     return path
+
+
+@pytest.fixture
+def clips(clips_path: Path) -> Clips:
+    """Its clips."""
+    return load_clips(clips_path)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command line with arguments that it must refuse; the one line that it ends with."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert cmg_pretrain.main(list(map(str, arguments))) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("cmg_pretrain: ")
+        return line
+
+    return run

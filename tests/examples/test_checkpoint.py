@@ -126,9 +126,7 @@ def test_a_file_too_large_for_the_disk_loses_nothing(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(
-            DataError, match=r"state: cannot be written; .* untouched \(.*too large"
-        ):
+        with pytest.raises(DataError, match=r"state: cannot be written; .*too large"):
             save_checkpoint(path, {"x": torch.zeros(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -241,7 +239,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="cannot keep state/a/0, a set"):
+    with pytest.raises(TypeError, match="cannot save state/a/0, a set"):
         save_checkpoint(tmp_path / "state", {"a": [{1}]})
     with pytest.raises(TypeError, match=r"keys are str or int; state/a has 1\.5"):
         save_checkpoint(tmp_path / "state", {"a": {1.5: 0}})

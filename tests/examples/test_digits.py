@@ -238,7 +238,7 @@ def test_an_interrupted_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_house_has_the_same_arrays_and_other_clips(data: dict[str, np.ndarray]) -> None:
+def test_another_style_has_the_same_arrays_and_other_clips(data: dict[str, np.ndarray]) -> None:
     away = digits.render(5, clips=(1, 4, 4), style=style.AWAY)
     assert {name: x.shape[1:] for name, x in away.items()} == {
         name: x.shape[1:] for name, x in data.items()
@@ -251,7 +251,7 @@ def test_another_house_has_the_same_arrays_and_other_clips(data: dict[str, np.nd
         assert not set(speech.voices(0, split)) & set(speech.voices(0, split, style.AWAY))
 
 
-def test_hands_of_another_house_lean_to_the_right() -> None:
+def test_slanted_handwriting_leans_to_the_right() -> None:
     ones = np.ones(100, dtype=np.int64)
 
     def lean(hand: style.Style) -> float:

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from cmg.data import BACKGROUND, Clips, load_clips
+from cmg.data import BACKGROUND, Clips
 from cmg.evaluation import (
     clip_scores,
     evaluate,
-    event_localization,
-    event_scores,
     segment_scores,
 )
 
 WAYS = {f"{a}->{b}" for a in ("audio", "video", "text") for b in ("audio", "video", "text")}
 WAYS -= {"audio->audio", "video->video", "text->text"}
-
-
-@pytest.fixture
-def clips(clips_path: Path) -> Clips:
-    return load_clips(clips_path)
 
 
 def ideal_codes(clips: Clips, width: int = 8) -> dict[str, Tensor]:
@@ -131,26 +123,3 @@ def test_segment_scores_by_hand() -> None:
 def test_background_everywhere_has_no_f1() -> None:
     truth = torch.tensor([[1, 0]])
     assert segment_scores(torch.zeros_like(truth), truth)["segment_f1"] == 0.0
-
-
-def test_several_events_at_once_are_found_by_shared_codes(clips: Clips) -> None:
-    generator = torch.Generator().manual_seed(0)
-    events = (torch.rand(120, 4, 5, generator=generator) < 0.5).float()
-    book = torch.linalg.qr(torch.randn(8, 5, generator=generator)).Q.T
-    codes = dict.fromkeys(clips.features, events @ book)
-    scores = event_localization(codes, dict.fromkeys(codes, events), clips, seed=0)
-    assert set(scores) == WAYS
-    for way in scores.values():
-        assert way["segment_f1"] == way["precision"] == way["recall"] == way["upper_bound"] == 1.0
-        assert way["chance_f1"] < 0.75  # all events everywhere: 2 / 3
-
-
-def test_event_scores_by_hand() -> None:
-    truth = torch.tensor([[[1, 1, 0], [0, 1, 0]]])
-    predicted = torch.tensor([[[True, False, True], [False, True, False]]])
-    assert event_scores(predicted, truth) == {
-        "segment_f1": pytest.approx(2 / 3),  # two hits, three claims, three events
-        "precision": pytest.approx(2 / 3),
-        "recall": pytest.approx(2 / 3),
-        "chance_f1": pytest.approx(6 / 7),  # the two commonest everywhere: 3 hits of 4 claims
-    }

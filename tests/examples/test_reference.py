@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmg.data import load_clips
+from cmg.data import Clips, load_clips
 from cmg.reference import cca_reference, multiset_cca
 
 
@@ -43,8 +43,7 @@ def test_three_views_agree_on_what_they_share() -> None:
     assert np.corrcoef(first).min() > 0.99
 
 
-def test_a_linear_relation_is_found_in_every_direction(clips_path: Path) -> None:
-    clips = load_clips(clips_path)
+def test_a_linear_relation_is_found_in_every_direction(clips: Clips) -> None:
     reference = cca_reference(clips, seed=0)
     blocks = [reference, reference["logistic_regression"]]
     for scores in (s for block in blocks for s in block["classification"].values()):
@@ -83,7 +82,7 @@ def test_test_labels_are_not_used_to_choose(clips_path: Path) -> None:
     assert cca_reference(clips, 0)["settings"] == cca_reference(other, 0)["settings"]
 
 
-def test_without_segment_labels_there_is_no_localization(clips_path: Path) -> None:
-    clips = dataclasses.replace(load_clips(clips_path), segment_labels={})
+def test_without_segment_labels_there_is_no_localization(clips: Clips) -> None:
+    clips = dataclasses.replace(clips, segment_labels={})
     reference = cca_reference(clips, seed=0)
     assert reference["localization"] == reference["logistic_regression"]["localization"] == {}

@@ -53,9 +53,9 @@ def test_two_modalities_of_a_segment_have_one_code(capsys: pytest.CaptureFixture
 def test_an_autoencoder_learns_to_draw_from_tokens() -> None:
     left = run("02_autoencoder.py")
     assert left["losses"][-1] < left["losses"][0] / 2
-    assert left["error"] < left["spread"] / 2  # of a guess that is always the mean picture
+    assert left["error"] < left["baseline"] / 2  # the baseline is the mean picture
     assert left["tokens"].shape == (297, 4)
-    torch.testing.assert_close(left["again"], left["drawn"])
+    torch.testing.assert_close(left["from_tokens"], left["reconstruction"])
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # lightning's, against torch 2.13
@@ -82,7 +82,7 @@ def test_hugging_face_modules_come_back_from_a_folder() -> None:
 def test_tokens_survive_the_file() -> None:
     left = run("05_tokens.py")
     for name, tokens in left["tokens"].items():
-        assert torch.equal(left["back"][name], tokens)
+        assert torch.equal(left["padded"][name], tokens)
         assert (tokens == -1).any()
         assert (left["codes"][name][tokens == -1] == 0).all()
         assert torch.equal(

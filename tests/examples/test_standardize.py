@@ -13,8 +13,7 @@ from cmg.data import Clips, load_clips
 from cmg.standardize import Standardizer
 
 
-def test_components_have_the_shrunk_variance_of_their_axes(clips_path: Path) -> None:
-    clips = load_clips(clips_path)
+def test_components_have_the_shrunk_variance_of_their_axes(clips: Clips) -> None:
     shrink = 5.0
     y = Standardizer.fit(clips, shrink=shrink).transform(clips.features)["audio"]
     rows = clips.rows(0, 1)
@@ -44,8 +43,7 @@ def test_many_channels_give_the_components_of_a_few(
     torch.testing.assert_close(fast @ fast.T, exact @ exact.T, atol=1e-3, rtol=0)
 
 
-def test_split_2_has_no_say(clips_path: Path) -> None:
-    clips = load_clips(clips_path)
+def test_split_2_has_no_say(clips: Clips) -> None:
     spoilt = {name: x.clone() for name, x in clips.features.items()}
     for x in spoilt.values():
         x[clips.rows(2)] += 100
@@ -54,8 +52,7 @@ def test_split_2_has_no_say(clips_path: Path) -> None:
         assert torch.equal(x, there[name])
 
 
-def test_every_cell_of_a_grid_goes_through_one_map(clips_path: Path) -> None:
-    clips = load_clips(clips_path)
+def test_every_cell_of_a_grid_goes_through_one_map(clips: Clips) -> None:
     standardizer = Standardizer.fit(clips, width=4)
     y = standardizer.transform(clips.features)["video"]
     N, T = clips.split.shape[0], 4
@@ -65,8 +62,7 @@ def test_every_cell_of_a_grid_goes_through_one_map(clips_path: Path) -> None:
     torch.testing.assert_close(y[:, :, 1, 0], expected)
 
 
-def test_a_sample_of_rows_is_enough_and_always_the_same(clips_path: Path) -> None:
-    clips = load_clips(clips_path)
+def test_a_sample_of_rows_is_enough_and_always_the_same(clips: Clips) -> None:
     first, again = (Standardizer.fit(clips, samples=50).tensors() for _ in range(2))
     assert all(torch.equal(x, again[name]) for name, x in first.items())
     assert not torch.equal(first["standardizer/mean/audio"], Standardizer.fit(clips).mean["audio"])
@@ -95,8 +91,7 @@ def test_denoise_keeps_everything_at_full_width(clips_path: Path) -> None:
     torch.testing.assert_close(standardizer.denoise("text", x), expected, atol=1e-4, rtol=0)
 
 
-def test_tensors_and_back(clips_path: Path) -> None:
-    clips: Clips = load_clips(clips_path)
+def test_tensors_and_back(clips: Clips) -> None:
     one = Standardizer.fit(clips)
     two = Standardizer.from_tensors(one.tensors())
     x = one.transform(clips.features)

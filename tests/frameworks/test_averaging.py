@@ -20,8 +20,9 @@ from torch.optim.swa_utils import (
     get_swa_multi_avg_fn,
 )
 
-from mmvq import EMACodebook, MultiModalEMAQuantizer, functional
+from mmvq import EMACodebook, MultiModalEMAQuantizer
 from mmvq.averaging import settle_averaged
+from mmvq.functional import laplace_smoothing
 
 NAMES = ("audio", "video")
 B, T, D, L, STEPS = 5, 6, 3, 4, 6
@@ -116,7 +117,7 @@ def check(now: State, states: list[State], average: Average) -> None:
             assert now[name].dtype == torch.int64
         counts, sums = now[f"{book}.counts"].double(), now[f"{book}.sums"].double()
         assert (counts > 0.01).all()
-        wanted = sums / functional.laplace_smoothing(counts, EPS)[:, None]
+        wanted = sums / laplace_smoothing(counts, EPS)[:, None]
         assert wanted.abs().max() < SCALE
         close(now[f"{book}.codes"], wanted, rounding(torch.float32, L + 8, SCALE))
 
@@ -168,7 +169,7 @@ def idle() -> Model:
         model(seed)
     for book in books(model):
         assert torch.equal(book.codes[0], torch.full((D,), 50.0))
-        e = book.sums[0] / functional.laplace_smoothing(book.counts, EPS)[0]
+        e = book.sums[0] / laplace_smoothing(book.counts, EPS)[0]
         assert not torch.allclose(e, book.codes[0], rtol=1e-6)
     return model
 
@@ -282,7 +283,7 @@ def test_the_average_trains_on() -> None:
     book.accumulate(uniform(1, D, dtype=torch.float32), torch.tensor([1]))
     book.apply()
     assert int(book.steps) == 4
-    smoothed = functional.laplace_smoothing(book.counts.double(), book.eps)
+    smoothed = laplace_smoothing(book.counts.double(), book.eps)
     close(book.codes[1], book.sums[1].double() / smoothed[1], rounding(torch.float32, L + 8, 4.0))
 
 

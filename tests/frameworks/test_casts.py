@@ -18,9 +18,6 @@ from mmvq import (
     MultiModalEMAQuantizer,
 )
 
-# Casts
-
-
 CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "half()": lambda m: m.half(),
     "bfloat16()": lambda m: m.bfloat16(),
@@ -40,16 +37,19 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_casts_keep_the_kinds_and_every_bit(cast: str) -> None:
-    quantizer = trained()
-    before = state(quantizer)
+    """The statistics that wait are cast along."""
+    quantizer, other = trained(update="manual"), trained(update="manual")
+    before = state(quantizer)  # two batches wait for their update
     assert CASTS[cast](quantizer) is quantizer
     wide = torch.float64 if cast in ("double()", "type(float64)") else torch.float32
     assert dtypes(quantizer) == kinds(wide)
     assert all(torch.equal(x, before[n].to(x)) for n, x in state(quantizer).items())
-    other = trained()
-    for seed in (1, 2):
-        quantizer(batch(seed=seed)), other(batch(seed=seed))
-    atol = rounding(torch.float32, 2 * 3 * 15, 4.0)  # two steps of sums of 3 * 15 rows
+    for each in (quantizer, other):
+        each.update_codebook()
+        each(batch(seed=1))
+        each.update_codebook()
+    assert int(book_of(quantizer).steps) == 2
+    atol = rounding(torch.float32, 3 * 3 * 15, 4.0)  # sums of 3 * 15 rows of each batch
     for name, x in other.state_dict().items():
         close(quantizer.state_dict()[name], x, atol)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from parts import MODULES
 from quantizers import NAMES, D, L, batch, book_of, dtypes, kinds, trained
 from support import same, state, uniform
 from torch import Tensor, nn
@@ -18,10 +19,8 @@ from torch import Tensor, nn
 from mmvq import (
     CLUBEstimator,
     CrossCPC,
-    CrossModalCodeMatchingLoss,
     EMACodebook,
     MultiModalEMAQuantizer,
-    functional,
 )
 
 # Copies and process groups
@@ -39,15 +38,6 @@ def group() -> Iterator[dist.ProcessGroup]:
         dist.destroy_process_group()
 
 
-MODULES: dict[str, Callable[[Any], nn.Module]] = {
-    "quantizer": lambda g: MultiModalEMAQuantizer(D, L, NAMES, process_group=g),
-    "codebook": lambda g: EMACodebook(D, L, process_group=g),
-    "cpc": lambda g: CrossCPC(D, NAMES, process_group=g),
-    "club": lambda g: CLUBEstimator(D, D, process_group=g),
-    "matching": lambda g: CrossModalCodeMatchingLoss(process_group=g),
-}
-
-
 def group_of(module: nn.Module) -> Any:
     return getattr(module, "ema_codebook", module).process_group
 
@@ -62,7 +52,7 @@ def independent(copied: nn.Module, source: nn.Module) -> bool:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_deep_copy_keeps_the_group(group: dist.ProcessGroup, name: str) -> None:
-    source = nn.Sequential(MODULES[name](group))  # a teacher of a whole model
+    source = nn.Sequential(MODULES[name](process_group=group))  # a teacher of a whole model
     copied = copy.deepcopy(source)
     assert group_of(copied[0]) is group
     assert group_of(source[0]) is group
@@ -72,7 +62,7 @@ def test_a_deep_copy_keeps_the_group(group: dist.ProcessGroup, name: str) -> Non
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_pickle_finds_the_group_again(group: dist.ProcessGroup, name: str) -> None:
-    source = nn.Sequential(MODULES[name](group))
+    source = nn.Sequential(MODULES[name](process_group=group))
     again = pickle.loads(pickle.dumps(source))
     assert group_of(again[0]) is group
     assert group_of(source[0]) is group
@@ -85,7 +75,7 @@ def test_a_pickle_finds_the_group_again(group: dist.ProcessGroup, name: str) -> 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_pickle_without_its_group_falls_back(group: dist.ProcessGroup, name: str) -> None:
-    source = MODULES[name](group)
+    source = MODULES[name](process_group=group)
     data = pickle.dumps(source)
     dist.destroy_process_group()
     with pytest.warns(UserWarning, match="process group"):
@@ -96,7 +86,7 @@ def test_a_pickle_without_its_group_falls_back(group: dist.ProcessGroup, name: s
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_default_group_needs_no_name(name: str) -> None:
-    source = MODULES[name](None)
+    source = MODULES[name]()
     for again in (pickle.loads(pickle.dumps(source)), copy.deepcopy(source)):
         assert group_of(again) is None
         assert independent(again, source)
@@ -166,7 +156,7 @@ def outputs(module: nn.Module, z: dict[str, Tensor], x: Tensor) -> list[Tensor]:
 def test_modules_work_where_they_live(name: str) -> None:
     """Whatever the default device is: the same outputs, gradients and states."""
     z, x = batch(), uniform(L, D, dtype=torch.float32)
-    module = MODULES[name](None)
+    module = MODULES[name]()
     results = []
     for device in ("cpu", "meta"):
         each = copy.deepcopy(module)
@@ -195,24 +185,6 @@ def test_resets_under_a_default_device() -> None:
                 quantizer(z)
         states.append(state(quantizer))
     assert same(*states)
-
-
-def test_a_module_built_on_meta_starts_after_to_empty() -> None:
-    with torch.device("meta"):
-        quantizer = MultiModalEMAQuantizer(D, L, NAMES)
-    assert all(x.is_meta for x in quantizer.buffers())
-    quantizer.to_empty(device="cpu")
-    book = book_of(quantizer)
-    for x in quantizer.buffers():
-        x.fill_(77)
-    book.reset_parameters()
-    assert (book.codes.abs() <= 1 / L).all()
-    assert not book.sums.any()
-    assert not book.counts.any()
-    assert (book.ages == functional.UNSEEN).all()
-    assert not any(getattr(book, name).any() for name in ("usage", "steps", "initialized"))
-    quantizer(batch())
-    assert int(book.steps) == int(book.initialized) == 1
 
 
 # Inference mode

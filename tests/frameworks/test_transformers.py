@@ -10,8 +10,9 @@ import torch
 from support import same, state, uniform
 from torch import Tensor, nn
 
-from mmvq import CrossCPC, EMACodebook, MultiModalEMAQuantizer, functional
+from mmvq import CrossCPC, EMACodebook, MultiModalEMAQuantizer
 from mmvq.cpc import Predictors
+from mmvq.functional import UNSEEN
 
 transformers: Any = pytest.importorskip("transformers")
 safetensors: Any = pytest.importorskip("safetensors.torch")
@@ -89,13 +90,13 @@ def load(kind: type[Encoder], folder: Path, **options: Any) -> Any:
 
 def as_built(book: EMACodebook) -> bool:
     """The whole state is that of a new codebook of this size and start."""
-    fresh = EMACodebook(book.dim, book.size, groups=book.groups, init=book.init)
+    fresh = EMACodebook(book.dim, book.codebook_size, groups=book.groups, init=book.init)
     new, now = state(fresh), state(book)
     drawn, wanted = now.pop("codes"), new.pop("codes")
     assert drawn.dtype == wanted.dtype
     return (
         same(now, new)
-        and bool((drawn.abs() <= 1 / book.size).all())
+        and bool((drawn.abs() <= 1 / book.codebook_size).all())
         and len(drawn.unique()) > drawn.numel() / 2
     )
 
@@ -267,4 +268,4 @@ def test_a_wrong_codebook_would_be_seen() -> None:
         getattr(book, name).copy_(x)
         assert not as_built(book)
         book.reset_parameters()
-    assert (book.ages == functional.UNSEEN).all()
+    assert (book.ages == UNSEEN).all()

@@ -16,7 +16,7 @@ import torch
 from support import DTYPES, bools, close, peak_growth, rounding, strided, uniform
 from torch import Tensor
 
-from mmvq import functional
+from mmvq.functional import aligned_partner, cross_attend, cross_attend_ref
 
 B, T, D = 3, 5, 4
 TEMPERATURES = (None, D**0.5, 0.7)
@@ -50,8 +50,8 @@ def aligned_loop(z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
 def test_attention_equals_the_loop(dtype: torch.dtype, temperature: float | None) -> None:
     z, others, masks = batch(dtype)
     wide = {m: x.double() for m, x in others.items()}
-    expected = functional.cross_attend_ref(z.double(), wide, masks, temperature=temperature)
-    r = functional.cross_attend(z, others, masks, temperature=temperature)
+    expected = cross_attend_ref(z.double(), wide, masks, temperature=temperature)
+    r = cross_attend(z, others, masks, temperature=temperature)
     assert r.dtype == dtype
     close(r, expected, rounding(dtype, ROUNDINGS, max(1, 2 / (temperature or 2))))
 
@@ -62,23 +62,21 @@ def test_the_default_is_the_papers_formula_for_vectors_of_length_sqrt_d() -> Non
         D**0.5 * torch.nn.functional.normalize(x, dim=-1)
         for x in (z, others["video"], others["text"])
     )
-    paper = functional.cross_attend(z, others, masks, temperature=D**0.5)
-    close(functional.cross_attend(z, others, masks), paper, rounding(z.dtype, ROUNDINGS, 2))
-    assert (
-        functional.cross_attend(2 * z, others, masks, temperature=D**0.5) - paper
-    ).abs().max() > 0.1
+    paper = cross_attend(z, others, masks, temperature=D**0.5)
+    close(cross_attend(z, others, masks), paper, rounding(z.dtype, ROUNDINGS, 2))
+    assert (cross_attend(2 * z, others, masks, temperature=D**0.5) - paper).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e15])
 def test_the_default_does_not_depend_on_the_scale(scale: float) -> None:
     """1e15 is the largest element that enters the state; queries and keys may differ in scale."""
     z, others, masks = batch(torch.float32)
-    expected = functional.cross_attend(z, others, masks)
+    expected = cross_attend(z, others, masks)
     # the loss of a square of (1e-18 / 2)^2 to denormal numbers is below eps
     atol = rounding(z.dtype, ROUNDINGS)
-    close(functional.cross_attend(z * scale, others, masks)[:2], expected[:2], atol)
+    close(cross_attend(z * scale, others, masks)[:2], expected[:2], atol)
     scaled = {m: x * scale for m, x in others.items()}
-    close(functional.cross_attend(z * scale, scaled, masks)[:2] / scale, expected[:2], atol)
+    close(cross_attend(z * scale, scaled, masks)[:2] / scale, expected[:2], atol)
 
 
 def test_alike_vectors_find_each_other_at_unit_length() -> None:
@@ -87,10 +85,10 @@ def test_alike_vectors_find_each_other_at_unit_length() -> None:
     z = torch.eye(count, width)[None]
     valid = torch.ones(1, count, dtype=torch.bool)
     order = torch.arange(count).flip(0)
-    r = functional.cross_attend(z, {"b": z[:, order]}, {"b": valid})
+    r = cross_attend(z, {"b": z[:, order]}, {"b": valid})
     own = 1 / (1 + (count - 1) * torch.exp(torch.tensor(-16.0)))  # weight of the vector itself
     close(r.diagonal(dim1=1, dim2=2), own.expand(1, count), rounding(z.dtype, 16 * 4))
-    paper = functional.cross_attend(z, {"b": z[:, order]}, {"b": valid}, temperature=width**0.5)
+    paper = cross_attend(z, {"b": z[:, order]}, {"b": valid}, temperature=width**0.5)
     assert (paper - z.mean(1, keepdim=True)).abs().max() < 0.01
 
 
@@ -98,7 +96,7 @@ def test_alike_vectors_find_each_other_at_unit_length() -> None:
 def test_zero_vectors_have_cosine_0_and_finite_gradients(temperature: float | None) -> None:
     z, keys = torch.zeros(1, 2, D), torch.stack([torch.ones(D), torch.zeros(D)])[None]
     inputs = [x.requires_grad_() for x in (z, keys)]
-    r = functional.cross_attend(
+    r = cross_attend(
         z, {"b": keys}, {"b": torch.ones(1, 2, dtype=torch.bool)}, temperature=temperature
     )
     close(r, torch.full((1, 2, D), 0.5), 0)
@@ -128,11 +126,11 @@ def test_memory_is_linear_in_the_length(length: int, masked: bool, backward: boo
 def test_lengths_may_differ_and_be_zero() -> None:
     z, others, masks = batch()
     empty = {m: x[:, :0] for m, x in others.items()}, {m: x[:, :0] for m, x in masks.items()}
-    assert torch.equal(functional.cross_attend(z, *empty), z)
-    assert functional.cross_attend(z[:, :0], others, masks).shape == (B, 0, D)
+    assert torch.equal(cross_attend(z, *empty), z)
+    assert cross_attend(z[:, :0], others, masks).shape == (B, 0, D)
     with_text = {**others, "video": empty[0]["video"]}, {**masks, "video": empty[1]["video"]}
     alone = {"text": others["text"]}, {"text": masks["text"]}
-    close(functional.cross_attend(z, *with_text), functional.cross_attend(z, *alone), 0)
+    close(cross_attend(z, *with_text), cross_attend(z, *alone), 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,12 +138,12 @@ def test_aligned_equals_the_loop(dtype: torch.dtype) -> None:
     z, others, masks = batch(dtype)
     others["text"], masks["text"] = others["text"][:, :T], masks["text"][:, :T]
     expected = aligned_loop(z.double(), {m: x.double() for m, x in others.items()}, masks)
-    r = functional.aligned_partner(z, others, masks)
+    r = aligned_partner(z, others, masks)
     assert r.dtype == dtype
     close(r, expected, rounding(dtype, 2))  # a sum of two and a division
 
 
-@pytest.mark.parametrize("partner", [functional.cross_attend, functional.aligned_partner])
+@pytest.mark.parametrize("partner", [cross_attend, aligned_partner])
 def test_padding_is_never_read(partner: Partner) -> None:
     z, others, masks = batch()
     others["text"], masks["text"] = others["text"][:, :T], masks["text"][:, :T]
@@ -153,7 +151,7 @@ def test_padding_is_never_read(partner: Partner) -> None:
     assert torch.equal(partner(z, spoilt, masks), partner(z, others, masks))
 
 
-@pytest.mark.parametrize("partner", [functional.cross_attend, functional.aligned_partner])
+@pytest.mark.parametrize("partner", [cross_attend, aligned_partner])
 def test_alone_the_partner_is_the_vector_itself(partner: Partner) -> None:
     z, others, masks = batch()
     assert torch.equal(partner(z, {}, {}), z)
@@ -162,7 +160,7 @@ def test_alone_the_partner_is_the_vector_itself(partner: Partner) -> None:
     assert torch.equal(partner(z, others, nothing), z)
 
 
-@pytest.mark.parametrize("partner", [functional.cross_attend, functional.aligned_partner])
+@pytest.mark.parametrize("partner", [cross_attend, aligned_partner])
 def test_empty_batch_and_strides(partner: Partner) -> None:
     z, others, masks = batch()
     others["text"], masks["text"] = others["text"][:, :T], masks["text"][:, :T]
@@ -178,10 +176,10 @@ def test_one_key_is_the_answer_and_equal_keys_average() -> None:
     z = uniform(2, 3, D)
     key = uniform(2, 1, D, seed=1)
     valid = torch.ones(2, 1, dtype=torch.bool)
-    assert torch.equal(functional.cross_attend(z, {"b": key}, {"b": valid}), key.expand(2, 3, D))
+    assert torch.equal(cross_attend(z, {"b": key}, {"b": valid}), key.expand(2, 3, D))
     orthogonal = torch.zeros(2, 1, D, dtype=z.dtype)  # every logit 0: the mean of the values
     keys = uniform(2, 6, D, seed=2)
-    r = functional.cross_attend(orthogonal, {"b": keys}, {"b": torch.ones(2, 6, dtype=torch.bool)})
+    r = cross_attend(orthogonal, {"b": keys}, {"b": torch.ones(2, 6, dtype=torch.bool)})
     close(r, keys.mean(1, keepdim=True), rounding(z.dtype, ROUNDINGS))
 
 
@@ -191,7 +189,7 @@ def test_attention_gradient(temperature: float | None) -> None:
 
     def attend(q: Tensor, *keys: Tensor) -> Tensor:
         given = dict(zip(others, keys, strict=True))
-        return functional.cross_attend(q, given, masks, temperature=temperature)
+        return cross_attend(q, given, masks, temperature=temperature)
 
     inputs = [x.requires_grad_() for x in (z, *others.values())]
     assert torch.autograd.gradcheck(attend, inputs)
@@ -202,7 +200,7 @@ def test_attention_in_one_graph(temperature: float | None) -> None:
     z, others, masks = batch()
 
     def attend(q: Tensor) -> Tensor:
-        return functional.cross_attend(q, others, masks, temperature=temperature)
+        return cross_attend(q, others, masks, temperature=temperature)
 
     class Attend(torch.nn.Module):
         def forward(self, q: Tensor) -> Tensor:
@@ -222,8 +220,8 @@ def test_attention_is_twice_differentiable_within_a_transform() -> None:
     def energy(attend: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda q: attend(q, others, masks)[0].square().sum()
 
-    found = torch.func.jacrev(torch.func.jacrev(energy(functional.cross_attend)))(z)
-    expected = torch.autograd.functional.hessian(energy(functional.cross_attend_ref), z)
+    found = torch.func.jacrev(torch.func.jacrev(energy(cross_attend)))(z)
+    expected = torch.autograd.functional.hessian(energy(cross_attend_ref), z)
     assert expected.abs().max() > 0.1
     # two derivatives double each factor's error, twice, in sums of B T D terms
     close(found, expected, rounding(z.dtype, 16 * ROUNDINGS * B * T * D))

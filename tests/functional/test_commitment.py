@@ -11,7 +11,7 @@ import torch
 from support import DTYPES, bools, close, rounding, strided, uniform, wide
 from torch import Tensor
 
-from mmvq import functional
+from mmvq.functional import commitment, commitment_ref
 
 B, T, D = 4, 5, 3
 NAMES = ("video", "audio", "text")
@@ -59,9 +59,9 @@ def loop(
 def test_equals_the_reference(dtype: torch.dtype, names: tuple[str, ...]) -> None:
     z, e = batch(dtype, names)
     rows = [{m: x.flatten(0, 1).double() for m, x in part.items()} for part in (z, e)]
-    expected = functional.commitment_ref(rows[0], rows[1], beta=0.3, cross_ratio=0.7)
-    total = functional.commitment(z, e, beta=0.3, cross_ratio=0.7, reduction="sum")
-    mean = functional.commitment(z, e, beta=0.3, cross_ratio=0.7)
+    expected = commitment_ref(rows[0], rows[1], beta=0.3, cross_ratio=0.7)
+    total = commitment(z, e, beta=0.3, cross_ratio=0.7, reduction="sum")
+    mean = commitment(z, e, beta=0.3, cross_ratio=0.7)
     assert total.dtype == mean.dtype == wide(dtype)
     close(total, expected, atol(dtype))
     close(mean, expected / D, atol(dtype))
@@ -74,9 +74,9 @@ def test_masks_and_pairwise_ratios_equal_the_loop(pairs: str) -> None:
     ratio = {(a, b): 0.5 for a in z for b in z} if pairs == "all" else {("audio", "video"): 2.0}
     expected = loop(z, e, masks, 0.25, ratio)
     cross_ratio = 0.5 if pairs == "all" else ratio
-    out = functional.commitment(z, e, masks, cross_ratio=cross_ratio, reduction="sum")
+    out = commitment(z, e, masks, cross_ratio=cross_ratio, reduction="sum")
     close(out, expected, atol(z["audio"].dtype))
-    out = functional.commitment(z, e, masks, cross_ratio=cross_ratio)
+    out = commitment(z, e, masks, cross_ratio=cross_ratio)
     close(out, expected / D, atol(z["audio"].dtype))
 
 
@@ -84,10 +84,10 @@ def test_analytic() -> None:
     """All differences are 2: two own terms beta 4, two cross terms beta / 2 4."""
     z = {m: torch.ones(B, T, D) for m in "ab"}
     e = {m: -torch.ones(B, T, D) for m in "ab"}
-    assert functional.commitment(z, e) == 0.25 * 4 * 2 + 0.125 * 4 * 2
-    assert functional.commitment(z, e, reduction="sum") == D * 3
-    assert functional.commitment(z, e, cross_ratio=0) == 2
-    assert functional.commitment(z, z) == 0
+    assert commitment(z, e) == 0.25 * 4 * 2 + 0.125 * 4 * 2
+    assert commitment(z, e, reduction="sum") == D * 3
+    assert commitment(z, e, cross_ratio=0) == 2
+    assert commitment(z, z) == 0
 
 
 def test_padding_strides_and_nothing() -> None:
@@ -95,17 +95,17 @@ def test_padding_strides_and_nothing() -> None:
     masks = some_masks()
     spoilt = {m: torch.where(masks[m][..., None], x, torch.nan) for m, x in z.items()}
     spoilt = {m: strided(x).requires_grad_() for m, x in spoilt.items()}
-    loss = functional.commitment(spoilt, e, masks)
-    close(loss, functional.commitment(z, e, masks), atol(torch.float64))
+    loss = commitment(spoilt, e, masks)
+    close(loss, commitment(z, e, masks), atol(torch.float64))
     loss.backward()
     for m, x in spoilt.items():
         assert x.grad is not None
         assert (x.grad[~masks[m]] == 0).all()
         assert x.grad[masks[m]].isfinite().all()
     empty = {m: x[:0] for m, x in z.items()}
-    assert functional.commitment(empty, empty) == 0
+    assert commitment(empty, empty) == 0
     none = {m: torch.zeros_like(mask) for m, mask in masks.items()}
-    assert functional.commitment(z, e, none) == 0
+    assert commitment(z, e, none) == 0
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -116,9 +116,7 @@ def test_gradient_reaches_the_features_alone(reduction: str) -> None:
     codes = {m: x.requires_grad_() for m, x in e.items()}
 
     def loss(*features: Tensor) -> Tensor:
-        return functional.commitment(
-            dict(zip(z, features, strict=True)), codes, masks, reduction=reduction
-        )
+        return commitment(dict(zip(z, features, strict=True)), codes, masks, reduction=reduction)
 
     assert torch.autograd.gradcheck(loss, inputs)
     loss(*inputs).backward()

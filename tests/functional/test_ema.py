@@ -11,7 +11,7 @@ import torch
 from support import close, rounding, uniform
 from torch import Tensor
 
-from mmvq import functional
+from mmvq.functional import ema_update_, ema_update_ref, laplace_smoothing
 
 L, D = 7, 3
 
@@ -42,14 +42,14 @@ def test_update_and_reference_equal_the_loop(dtype: torch.dtype, decay: float, e
             expected[i] = codes[i]
     atol = rounding(dtype, 12, 100)
     kwargs = {"decay": decay, "eps": eps}
-    out = functional.ema_update_ref(sums, counts, batch_sums, batch_counts, **kwargs)
+    out = ema_update_ref(sums, counts, batch_sums, batch_counts, **kwargs)
     for value, wanted in zip(out, (every, o, n), strict=True):
         close(value, wanted, atol)
-    out = functional.ema_update_ref(sums, counts, batch_sums, batch_counts, codes=codes, **kwargs)
+    out = ema_update_ref(sums, counts, batch_sums, batch_counts, codes=codes, **kwargs)
     for value, wanted in zip(out, (expected, o, n), strict=True):
         close(value, wanted, atol)
     before = codes.clone()
-    functional.ema_update_(codes, sums, counts, batch_sums, batch_counts, decay=decay, eps=eps)
+    ema_update_(codes, sums, counts, batch_sums, batch_counts, decay=decay, eps=eps)
     for value, wanted in zip((codes, sums, counts), (expected, o, n), strict=True):
         close(value, wanted, atol)
     assert torch.equal(codes[b == 0], before[b == 0])
@@ -57,10 +57,10 @@ def test_update_and_reference_equal_the_loop(dtype: torch.dtype, decay: float, e
 
 def test_smoothing_keeps_the_total_and_leaves_no_zero() -> None:
     counts = torch.tensor([0.0, 1.0, 7.0], dtype=torch.float64)
-    smoothed = functional.laplace_smoothing(counts, 0.5)
+    smoothed = laplace_smoothing(counts, 0.5)
     close(smoothed, [8 * (n + 0.5) / 9.5 for n in (0, 1, 7)], rounding(counts.dtype, 8, 8))
     close(smoothed.sum(), 8, rounding(counts.dtype, 8, 8))
-    assert torch.equal(functional.laplace_smoothing(counts, 0.0), counts)
+    assert torch.equal(laplace_smoothing(counts, 0.0), counts)
 
 
 def test_a_constant_batch_is_the_fixed_point() -> None:
@@ -69,7 +69,7 @@ def test_a_constant_batch_is_the_fixed_point() -> None:
     codes = torch.zeros(L, D, dtype=torch.float64)
     sums, counts = codes.clone(), torch.ones(L, dtype=torch.float64)
     for _ in range(200):
-        functional.ema_update_(codes, sums, counts, batch_sums, batch_counts, decay=0.8, eps=0.0)
+        ema_update_(codes, sums, counts, batch_sums, batch_counts, decay=0.8, eps=0.0)
     close(counts, batch_counts + 0.8**200 * (1 - batch_counts), rounding(counts.dtype, 200 * 3, 6))
     chosen = batch_counts > 0
     means = batch_sums[chosen] / batch_counts[chosen, None]

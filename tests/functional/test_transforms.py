@@ -10,7 +10,23 @@ from support import bools, close, rounding, uniform
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, vmap
 
-from mmvq import CLUBEstimator, CrossCPC, MultiModalEMAQuantizer, functional
+from mmvq import CLUBEstimator, CrossCPC, MultiModalEMAQuantizer
+from mmvq.functional import (
+    aligned_partner,
+    club,
+    club_shuffled,
+    code_matching,
+    code_probabilities,
+    code_statistics,
+    commitment,
+    cross_attend,
+    gaussian_log_likelihood,
+    info_nce,
+    nearest_code,
+    rotate,
+    straight_through,
+    top1_hits,
+)
 
 V, B, T, D, L = 3, 4, 5, 6, 7
 # sums of at most B T D products of entries below 1, then a quotient and an exponential
@@ -28,30 +44,30 @@ def two(loss: Callable[..., Tensor], *others: object) -> Callable[..., Tensor]:
 
 Case = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 CASES: dict[str, Case] = {
-    "nearest_code": (functional.nearest_code, (X, CODES)),
-    "nearest_code in float32": (functional.nearest_code, (X.float(), CODES.float())),
-    "nearest_code of one codebook": (lambda x: functional.nearest_code(x, CODES[0]), (X,)),
+    "nearest_code": (nearest_code, (X, CODES)),
+    "nearest_code in float32": (nearest_code, (X.float(), CODES.float())),
+    "nearest_code of one codebook": (lambda x: nearest_code(x, CODES[0]), (X,)),
     "code_statistics": (
-        lambda x, i: torch.cat([y.flatten() for y in functional.code_statistics(x, i, L)]),
+        lambda x, i: torch.cat([y.flatten() for y in code_statistics(x, i, L)]),
         (X.flatten(1, 2), INDICES),
     ),
-    "code_probabilities": (functional.code_probabilities, (X, CODES, MASK)),
-    "code_matching": (two(functional.code_matching, CODES[0]), (X, Y, MASK)),
-    "info_nce": (lambda a, b, m: functional.info_nce(a, b, mask=m, symmetric=True), (X, Y, MASK)),
-    "info_nce of cosines": (lambda a, b: functional.info_nce(a, b, normalize=True), (X, Y)),
-    "top1_hits": (lambda a, b, m: functional.top1_hits(a, b, mask=m), (X, Y, MASK)),
-    "club": (functional.club, (X, Y, Z, MASK)),
+    "code_probabilities": (code_probabilities, (X, CODES, MASK)),
+    "code_matching": (two(code_matching, CODES[0]), (X, Y, MASK)),
+    "info_nce": (lambda a, b, m: info_nce(a, b, mask=m, symmetric=True), (X, Y, MASK)),
+    "info_nce of cosines": (lambda a, b: info_nce(a, b, normalize=True), (X, Y)),
+    "top1_hits": (lambda a, b, m: top1_hits(a, b, mask=m), (X, Y, MASK)),
+    "club": (club, (X, Y, Z, MASK)),
     "club_shuffled": (
-        lambda mu, v, y, m: functional.club_shuffled(mu, v, y, torch.arange(B).flip(0), m),
+        lambda mu, v, y, m: club_shuffled(mu, v, y, torch.arange(B).flip(0), m),
         (X, Y, Z, MASK),
     ),
-    "gaussian_log_likelihood": (functional.gaussian_log_likelihood, (X, Y, Z, MASK)),
-    "commitment": (two(functional.commitment, {"a": Y[0], "b": X[0]}), (X, Y, MASK)),
-    "straight_through": (functional.straight_through, (X, Y)),
-    "rotate": (functional.rotate, (X, Y)),
-    "cross_attend": (lambda z, o, m: functional.cross_attend(z, {"o": o}, {"o": m}), (X, Y, MASK)),
+    "gaussian_log_likelihood": (gaussian_log_likelihood, (X, Y, Z, MASK)),
+    "commitment": (two(commitment, {"a": Y[0], "b": X[0]}), (X, Y, MASK)),
+    "straight_through": (straight_through, (X, Y)),
+    "rotate": (rotate, (X, Y)),
+    "cross_attend": (lambda z, o, m: cross_attend(z, {"o": o}, {"o": m}), (X, Y, MASK)),
     "aligned_partner": (
-        lambda z, o, m: functional.aligned_partner(z, {"o": o}, {"o": m}),
+        lambda z, o, m: aligned_partner(z, {"o": o}, {"o": m}),
         (X, Y, MASK),
     ),
 }
@@ -89,7 +105,7 @@ def test_jacobians_of_the_code_distribution_in_features_and_codes() -> None:
     for argument, x in enumerate((X[0], CODES[0])):
 
         def of(y: Tensor, argument: int = argument) -> Tensor:
-            return functional.code_probabilities(*((y, CODES[0]) if argument == 0 else (X[0], y)))
+            return code_probabilities(*((y, CODES[0]) if argument == 0 else (X[0], y)))
 
         expected = torch.autograd.functional.jacobian(of, x)
         close(jacrev(of)(x), expected, ATOL)
@@ -98,7 +114,7 @@ def test_jacobians_of_the_code_distribution_in_features_and_codes() -> None:
 
 def test_the_curvature_of_the_commitment_is_constant() -> None:
     """beta |z - e|^2 / (B T D): twice beta / (B T D) for each element."""
-    curvature = jacrev(jacrev(lambda z: functional.commitment({"a": z}, {"a": Y[0]})))(X[0])
+    curvature = jacrev(jacrev(lambda z: commitment({"a": z}, {"a": Y[0]})))(X[0])
     size = B * T * D
     close(curvature.reshape(size, size), 0.5 / size * torch.eye(size, dtype=torch.float64), ATOL)
 
@@ -141,11 +157,11 @@ def test_functional_call_moves_the_state_it_was_given() -> None:
 
 
 def test_gradients_for_each_sample_of_the_learned_parts() -> None:
-    club = CLUBEstimator(D, D, 8).double()
-    weights = dict(club.named_parameters())
+    estimator = CLUBEstimator(D, D, 8).double()
+    weights = dict(estimator.named_parameters())
 
     def bound(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return functional_call(club, weights, (x, y))
+        return functional_call(estimator, weights, (x, y))
 
     batched = vmap(grad(bound), in_dims=(None, 0, 0))(weights, X, Y)
     for name, gradient in batched.items():

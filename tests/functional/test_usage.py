@@ -9,7 +9,7 @@ import torch
 from support import bools, close, rounding
 from torch import Tensor
 
-from mmvq import functional
+from mmvq.functional import code_agreement, code_usage
 
 EPS = 20 * torch.finfo(torch.float32).eps  # a sum of 8 terms and an exponential
 
@@ -21,7 +21,7 @@ def test_perplexity_of_known_distributions() -> None:
         "none": torch.zeros(8, dtype=torch.long),
         "two to one": torch.tensor([2, 1, 0, 0, 0, 0, 0, 0]),
     }
-    usage = functional.code_usage(counts)
+    usage = code_usage(counts)
     entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
     expected = {"even": 8.0, "one": 1.0, "none": 0.0, "two to one": math.exp(entropy)}
     for name, value in expected.items():
@@ -36,17 +36,17 @@ def test_shared_and_dead(dtype: torch.dtype) -> None:
         "video": torch.tensor([50, 0, 5, 6, 0, 30], dtype=dtype),
         "text": torch.tensor([0, 0, 0, 0, 0, 30], dtype=dtype),
     }
-    usage = functional.code_usage(counts)
+    usage = code_usage(counts)
     # held: more than 5% of the code's vectors; 5 of 100 is not, 6 of 100 is
     assert usage.shared.tolist() == [True, False, False, True, False, True]
     assert usage.single.tolist() == [False, True, True, False, False, False]
     assert usage.dead.tolist() == [False, False, False, False, True, False]
-    assert functional.code_usage(counts, min_share=0.3).shared.tolist() == [True] + [False] * 5
-    assert functional.code_usage(counts, min_share=0.0).shared.tolist()[2] is True
+    assert code_usage(counts, min_share=0.3).shared.tolist() == [True] + [False] * 5
+    assert code_usage(counts, min_share=0.0).shared.tolist()[2] is True
 
 
 def test_one_modality_shares_nothing() -> None:
-    usage = functional.code_usage({"audio": torch.tensor([1, 2, 3])})
+    usage = code_usage({"audio": torch.tensor([1, 2, 3])})
     assert not usage.shared.any()
     close(
         usage.perplexity["audio"].double(),
@@ -65,7 +65,7 @@ def test_agreement_counts_positions_one_by_one(shape: tuple[int, ...]) -> None:
         name: torch.where(bools(*shape, seed=10 + i), draw(*shape, seed=i), -1)
         for i, name in enumerate(("video", "audio", "text"))
     }
-    agreement = functional.code_agreement(indices)
+    agreement = code_agreement(indices)
     pairs = [("video", "audio"), ("video", "text"), ("audio", "text")]
     assert list(agreement.equal) == list(agreement.positions) == pairs
     for a, b in pairs:
@@ -82,9 +82,9 @@ def test_agreement_counts_positions_one_by_one(shape: tuple[int, ...]) -> None:
 
 def test_two_masks_do_not_agree() -> None:
     nowhere = torch.full((2, 3), -1)
-    agreement = functional.code_agreement({"audio": nowhere, "video": nowhere})
+    agreement = code_agreement({"audio": nowhere, "video": nowhere})
     assert agreement.equal["audio", "video"] == agreement.positions["audio", "video"] == 0
 
 
 def test_one_modality_has_no_pair() -> None:
-    assert functional.code_agreement({"audio": draw(2, 3, seed=0)}).equal == {}
+    assert code_agreement({"audio": draw(2, 3, seed=0)}).equal == {}

@@ -1,4 +1,4 @@
-"""The table of docs/migration.md, "From the authors' code": each factor gives the released number.
+"""mmvq against the released code: the settings and factors of docs/migration.md and equations.md.
 
 EXACT: both sides are the same float64 operations in another order, on values below 100 in sums of
 at most 500 terms: 500 * 2^-53 * 100 = 6e-12.
@@ -23,13 +23,13 @@ from mmvq.compat.cmg.quantizer import perplexity
 B, T, D, L = 4, 6, 5, 12
 NAMES = ("audio", "video", "text")
 EXACT = 1e-11
-FLOAT32 = rounding(torch.float32, 2 * L, L)  # of a perplexity, beside which L * 1e-10 is nothing
+FLOAT32 = rounding(torch.float32, 2 * L, L)  # of a perplexity; its L * 1e-10 is below that
 BETA = 0.25  # commitment_cost
 PAIRS = [NAMES[:2], NAMES]
 
 
 def features(names: tuple[str, ...] = NAMES, seed: int = 0) -> dict[str, Tensor]:
-    """Features [B, T, D] that ask for gradients."""
+    """Features [B, T, D] that require gradients."""
     return {m: uniform(B, T, D, seed=seed + i).requires_grad_() for i, m in enumerate(names)}
 
 
@@ -40,9 +40,9 @@ def gradients(loss: Tensor, z: dict[str, Tensor]) -> Tensor:
 def pair(
     names: tuple[str, ...] = NAMES, *, eps: float = 1e-5, counts: float = 1.0
 ) -> tuple[cmg.CMGQuantizer, mmvq.MultiModalEMAQuantizer]:
-    """Both quantizers, with the settings of the table, from one codebook in use.
+    """Both quantizers with the settings of the table, from the same codebook in use.
 
-    Of M modalities updated in turn, N is a share 1 / M of that of one joint step.
+    The released N is 1 / M of mmvq's, as the release updates M modalities in turn.
     """
     released = cmg.CMGQuantizer(D, L, names, eps=eps).double()
     released.embedding.copy_(uniform(L, D, seed=7))
@@ -68,8 +68,8 @@ def pair(
 
 
 @pytest.mark.parametrize("names", PAIRS)
-def test_the_tuple_of_the_quantizer(names: tuple[str, ...]) -> None:
-    """Codes, indices, commitment, perplexity and the clips of one code, from one forward."""
+def test_output_of_the_quantizer(names: tuple[str, ...]) -> None:
+    """Codes, indices, commitment loss, perplexity and clips of equal code."""
     z = features(names)
     released, quantizer = pair(names)
     book = quantizer.codebook
@@ -92,7 +92,7 @@ def test_the_tuple_of_the_quantizer(names: tuple[str, ...]) -> None:
 
 
 def test_loss_of_one_modality() -> None:
-    """`audio_embedding_loss` and its like; `Audio_vq_forward`, which the script does not call."""
+    """`audio_embedding_loss` and its like, and `Audio_vq_forward`, which the script never calls."""
     z = features()
     released, quantizer = pair()
     codes = {m: released.infer(x).detach() for m, x in z.items()}
@@ -122,10 +122,10 @@ def test_one_modality_alone(name: str) -> None:
 
 @pytest.mark.parametrize("names", PAIRS)
 def test_state_after_steps_on_equal_features(names: tuple[str, ...]) -> None:
-    """Where all modalities hold the same, decay^M and N times M give the released codes.
+    """If all modalities have the same features, decay^M and N times M give the released codes.
 
-    Without smoothing, which the release writes back. Codes that nobody chose keep N and o in
-    proportion, and with them e.
+    Without smoothing, which the release writes back. For unchosen codes N and o decay alike, so
+    that e stays.
     """
     released, quantizer = pair(names, eps=0.0)
     book, M = quantizer.ema_codebook, len(names)
@@ -139,7 +139,7 @@ def test_state_after_steps_on_equal_features(names: tuple[str, ...]) -> None:
 
 
 def test_state_after_a_step_on_other_features() -> None:
-    """In turn, what came before is weighed by 0.99 or 0.99^2: 2% at most, and not the same."""
+    """Updates in turn weigh earlier modalities by 0.99 or 0.99^2: a difference of at most 2%."""
     released, quantizer = pair(eps=0.0)
     before = quantizer.codebook
     z = features()
@@ -152,7 +152,7 @@ def test_state_after_a_step_on_other_features() -> None:
 
 @pytest.mark.parametrize("names", PAIRS)
 def test_unactivated_count(names: tuple[str, ...]) -> None:
-    """It is the smallest age over the modalities; 100 steps without reset."""
+    """It equals the smallest age over the modalities, here over 100 steps without reset."""
     released, quantizer = pair(names)
     for step in range(100):
         z = {m: uniform(1, 1, D, seed=step % 9 + i) for i, m in enumerate(names)}
@@ -164,8 +164,28 @@ def test_unactivated_count(names: tuple[str, ...]) -> None:
         ages = book.ages.amin(0)
         assert torch.equal(ages[used].double(), released.unactivated_count[used])
     assert 0 < int(used.sum()) < L
-    # of a code never chosen the release counts from -1, mmvq from 0
+    # for a code never chosen the release counts from -1, mmvq from 0
     assert torch.equal(ages[~used].double(), released.unactivated_count[~used] + 1)
+
+
+def test_reset_after() -> None:
+    """A code chosen once is reset at the 301st batch without it, in both."""
+    z = {name: torch.ones(1, 1, 1) for name in NAMES[:2]}
+    released = cmg.CMGQuantizer(1, 2, NAMES[:2])
+    options = {"reset_rule": "any", "reset_after": 301, "init": "uniform"}
+    quantizer = mmvq.MultiModalEMAQuantizer(1, 2, NAMES[:2], **options)
+    codes = torch.tensor([[1.0], [-50.0]])
+    quantizer.set_codes(codes)
+    released.embedding.copy_(codes)
+    released.ema_count.fill_(1)
+    released.ema_weight.copy_(codes)
+    for module in (quantizer, released):
+        module({name: -50 * x for name, x in z.items()})
+    for batch in range(1, 302):
+        for module in (quantizer, released):
+            module(z)
+        for codes in (released.embedding, quantizer.codebook):
+            assert (codes.min() > -5) == (batch == 301)
 
 
 def matching(z: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -177,7 +197,7 @@ def matching(z: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("names", "factor"), [(NAMES[:2], 0.5), (NAMES, 1.5)])
 def test_matching_at_chance(names: tuple[str, ...], factor: float) -> None:
-    """Clips that use the codes alike: ln B for mmvq. The release adds 1e-5 to a denominator B."""
+    """Equal clips give ln B in mmvq. The release adds 1e-5 to a denominator B."""
     z = dict.fromkeys(names, uniform(1, T, D).expand(B, T, D))
     released, loss = matching(z)
     close(loss, math.log(B), EXACT)
@@ -185,9 +205,9 @@ def test_matching_at_chance(names: tuple[str, ...], factor: float) -> None:
 
 
 def test_matching_has_no_factor() -> None:
-    """The released S pairs P_b of the row with P_a of the column; the row softmax alone is taken.
+    """The released S pairs P_b of the row with P_a of the column, and has the row softmax alone.
 
-    The constants move a pair's loss by at most 1e-5 / B, and by 2e-10 P'/P for each code.
+    Its constants change a pair's loss by at most 1e-5 / B, and by 2e-10 P'/P for each code.
     """
     z = {m: x.detach() for m, x in features().items()}
     book = pair()[0].embedding.clone()
@@ -204,36 +224,40 @@ def test_matching_has_no_factor() -> None:
 
 def cpcs(names: tuple[str, ...]) -> tuple[cmg.CMGCrossCPC, mmvq.CrossCPC]:
     """Both, with the settings of the table and the same parameters."""
-    released = cmg.CMGCrossCPC(D, names).double()
+    released = cmg.CMGCrossCPC(D, names, num_steps=2).double()
     ours = mmvq.CrossCPC(
         D,
         names,
         num_layers=2,
+        num_steps=2,
         min_context=2,
         self_weight=0.1 if len(names) == 2 else 0.05,
         normalize_over="contexts",
     ).double()
     with torch.no_grad():
         for m in names:
-            lstm, linear = f"{m}_ar_lstm", f"{m}_predictors.0"
-            ours.contexts[m].load_state_dict(released.get_submodule(lstm).state_dict())
-            ours.predictors[m][0] = released.get_parameter(f"{linear}.weight")
+            lstm = released.get_submodule(f"{m}_ar_lstm")
+            ours.contexts[m].load_state_dict(lstm.state_dict())
+            for k in range(2):
+                ours.predictors[m][k] = released.get_parameter(f"{m}_predictors.{k}.weight")
     return released, ours
 
 
 @pytest.mark.parametrize(("names", "factor"), [(NAMES[:2], 2), (NAMES, 6)])
 def test_cpc(names: tuple[str, ...], factor: int) -> None:
-    """Value and gradient; the released biases are there, and cancel."""
+    """Value and gradient; the released biases cancel, and its start counts from 0."""
     released, ours = cpcs(names)
     z = features(names)
-    for start in range(1, T - 1):
+    with pytest.raises(ValueError, match="start"):
+        ours(z, start=1)
+    for start in range(1, T - 2):
         theirs, loss = released(z, start=start).loss, factor * ours(z, start=start + 1).loss
         close(loss, theirs, EXACT)
         close(gradients(loss, z), gradients(theirs, z), EXACT)
 
 
 def test_cpc_accuracy_is_of_the_other_axis() -> None:
-    """Released: over the targets, after a softmax over the contexts. Not to be had from mmvq."""
+    """The release takes the argmax over the other axis than its softmax; mmvq cannot."""
     released, ours = cpcs(NAMES)
     z = features(seed=3)
     theirs, mine = released(z, start=2).accuracy, ours(z, start=3).accuracy
@@ -242,7 +266,7 @@ def test_cpc_accuracy_is_of_the_other_axis() -> None:
 
 
 class Clubs(nn.Module):
-    """Both estimators with the released network of q: three hidden layers each."""
+    """Both estimators with the released network of q, which has three hidden layers."""
 
     def __init__(self, negatives: Literal["all", "shuffled"]) -> None:
         super().__init__()
@@ -257,7 +281,7 @@ class Clubs(nn.Module):
 
 
 def test_club_likelihood() -> None:
-    """`-loglikeli` is `learning_loss` less the constant ln(2 pi) / 2 for each dimension of y."""
+    """`-loglikeli` is `learning_loss` minus the constant ln(2 pi) / 2 per dimension of y."""
     clubs = Clubs("shuffled")
     x, y = uniform(B, T, D), uniform(B, T, 3, seed=1)
     constant = 3 * math.log(2 * math.pi) / 2
@@ -265,7 +289,7 @@ def test_club_likelihood() -> None:
 
 
 def test_club_estimate() -> None:
-    """`mi_est` with the same permutation: equal for T = 1, or a variance that T does not change."""
+    """`mi_est` with the same permutation: equal for T = 1, or for a variance constant over T."""
     clubs = Clubs("shuffled")
     x, y = uniform(B, T, D).requires_grad_(), uniform(B, T, 3, seed=1).requires_grad_()
 

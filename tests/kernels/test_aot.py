@@ -2,8 +2,8 @@
 
 REGISTERS may differ from the committed table by 16, two of the steps in which they are handed out:
 a patch of ptxas moves them that much; shared memory follows from the tiles and may not differ.
-After a change of the kernels: python -m mmvq_kernels.aot --table > tests/kernels/aot_resources.json
-and paste what --report prints into docs/kernels.md.
+After a change of the kernels, paste what --report prints into docs/kernels.md, and
+PYTHONPATH=.:tests python -m kernels.audit.aot --table > tests/kernels/aot_resources.json
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from mmvq_kernels.aot import TARGETS, Outcome, markdown, violations
-from mmvq_kernels.workloads import WORKLOADS
+from kernels.audit.aot import TARGETS, Outcome, markdown, violations
+from kernels.audit.workloads import WORKLOADS
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = json.loads((ROOT / "tests/kernels/aot_resources.json").read_text())
@@ -41,8 +40,8 @@ needs_triton = pytest.mark.skipif(not has_triton(), reason="no triton from 3.3")
 @needs_triton
 def test_every_kernel_compiles_to_what_it_should(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mmvq_kernels.aot", "--table"]
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": ".:tests"}
+    command = [sys.executable, "-m", "kernels.audit.aot", "--table"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.stdout, done.stderr
     ((release, found),) = json.loads(done.stdout).items()
@@ -74,7 +73,7 @@ def test_every_kernel_workload_and_target_has_its_resources() -> None:
 
 @needs_triton
 def test_the_documents_show_the_roofline() -> None:
-    from mmvq_kernels import roofline
+    from kernels.audit import roofline
 
     if f"torch=={torch.__version__.split('+')[0]}" not in (ROOT / "constraints.txt").read_text():
         pytest.skip("the calls of torch were counted with the version of constraints.txt")

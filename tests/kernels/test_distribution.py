@@ -13,7 +13,11 @@ from support import DTYPES, bools, close, peak_growth, rounding, strided, unifor
 from torch import Tensor
 
 from mmvq_kernels import code_log_probabilities
-from mmvq_kernels.distribution import code_log_probabilities_ref
+from mmvq_kernels.distribution import (
+    _distances,
+    cancellation_threshold,
+    code_log_probabilities_ref,
+)
 
 B, T, D, L = 7, 5, 3, 41
 
@@ -150,3 +154,20 @@ def test_memory_holds_a_few_clips() -> None:
         "step(2, 3, 5)\n"
     )
     assert peak_growth(setup, "step(64, 64, 16384)") < 400  # a block is 8 MiB, the result 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("D", [1, 2, 8, 64, 256, 1024])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_a_vector_on_a_code_is_at_distance_0_and_one_beside_it_is_not(
+    dtype: torch.dtype, D: int, scale: float
+) -> None:
+    codes = (scale * uniform(128, D)).to(dtype)
+    norms = codes.square().sum(-1)
+    on, lost = _distances(codes[None], codes, norms)
+    assert (on[0].diagonal() == 0).all()
+    assert lost is not None
+    assert torch.equal(lost, on == 0)
+    beside = codes * (1 + 2 * cancellation_threshold(dtype, D) ** 0.5)  # four times the share
+    off, _ = _distances(beside[None], codes, norms)
+    assert (off[0].diagonal() > 0).all()

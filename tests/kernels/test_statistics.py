@@ -7,29 +7,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import DTYPES, close, rounding, strided, uniform, wide
-from torch import Tensor
+from kernels.draws import G, assignments
+from support import DTYPES, close, rounding, strided, wide
 
 from mmvq_kernels import code_statistics
 from mmvq_kernels.statistics import code_statistics_ref
 
 SIZES = [(1, 1, 1), (63, 1, 8), (97, 101, 13), (257, 40, 3), (0, 5, 3), (16_385, 7, 2)]
-G = 3
-
-
-def draw(
-    N: int, L: int, D: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(N)
-    indices = torch.randint(-1, L, (N,), generator=generator)
-    groups = torch.randint(G, (N,), generator=generator)
-    return uniform(N, D, dtype=dtype), indices, groups
 
 
 @pytest.mark.parametrize(("N", "L", "D"), SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_reference(N: int, L: int, D: int, dtype: torch.dtype) -> None:
-    values, indices, groups = draw(N, L, D, dtype)
+    values, indices, groups = assignments(N, L, D, dtype=dtype)
     n, s = code_statistics_ref(values, indices, L)
     counts, sums = code_statistics(values, indices, L)
     assert counts.dtype == sums.dtype == wide(dtype)
@@ -48,7 +38,7 @@ def test_equals_the_reference(N: int, L: int, D: int, dtype: torch.dtype) -> Non
 
 
 def test_left_out_rows_are_not_read() -> None:
-    values, indices, groups = draw(50, 7, 4)
+    values, indices, groups = assignments(50, 7, 4)
     expected = code_statistics(values, indices, 7, groups=groups, num_groups=G)
     values[indices < 0] = torch.nan
     out = code_statistics(values, indices, 7, groups=groups, num_groups=G)
@@ -58,7 +48,7 @@ def test_left_out_rows_are_not_read() -> None:
 
 
 def test_same_bits_for_repetition_and_strides() -> None:
-    values, indices, _ = draw(257, 5, 16, torch.float32)
+    values, indices, _ = assignments(257, 5, 16)
     expected = code_statistics(values, indices, 5)
     for again in (
         code_statistics(values, indices, 5),

@@ -11,7 +11,8 @@ from quantizers import NAMES, D, L, Tensors, batch, some_masks, trained
 from support import close, rounding, same, state, uniform
 from torch import Tensor
 
-from mmvq import EMACodebook, MultiModalEMAQuantizer, functional
+from mmvq import EMACodebook, MultiModalEMAQuantizer
+from mmvq.functional import UNSEEN, code_statistics_ref, ema_update_ref, laplace_smoothing
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 KINDS = pytest.mark.parametrize("kind", ["codebook", "quantizer"])
@@ -40,11 +41,11 @@ def test_given_codes_are_the_codes(kind: str, dtype: torch.dtype, counted: bool)
     assert book.codes.dtype == book.counts.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.equal(book.codes, codes.to(book.codes))
     assert torch.equal(book.counts, counts.to(book.counts) if counted else torch.ones_like(counts))
-    smoothed = functional.laplace_smoothing(book.counts, book.eps)[:, None]
+    smoothed = laplace_smoothing(book.counts, book.eps)[:, None]
     close(book.sums, book.codes * smoothed, rounding(book.sums.dtype, 4, 9))
     assert book.initialized == 1
     assert not any(x.any() for x in (book.usage, book.steps))
-    assert (book.ages == functional.UNSEEN).all()
+    assert (book.ages == UNSEEN).all()
 
 
 @KINDS
@@ -60,10 +61,8 @@ def test_given_codes_are_where_training_goes_on_from(kind: str) -> None:
     index = book.search(x)
     book.accumulate(x, index)
     book.apply()
-    counts, sums = functional.code_statistics_ref(x, index, L)
-    wanted = functional.ema_update_ref(
-        codes, torch.ones(L).double(), sums, counts, decay=0.8, codes=codes
-    )
+    counts, sums = code_statistics_ref(x, index, L)
+    wanted = ema_update_ref(codes, torch.ones(L).double(), sums, counts, decay=0.8, codes=codes)
     for value, expected in zip((book.codes, book.sums, book.counts), wanted, strict=True):
         close(value, expected, rounding(torch.float64, 60, 40))
 
@@ -188,7 +187,7 @@ def test_extended_keeps_every_bit_that_it_had(
     assert same(part(rows_of(new), rows_of(old)), rows_of(old))
     assert mine.steps == theirs.steps
     for name in added:
-        assert (rows_of(new)[f"ages {name}"] == functional.UNSEEN).all()
+        assert (rows_of(new)[f"ages {name}"] == UNSEEN).all()
         assert not rows_of(new)[f"usage {name}"].any()
     assert mine.codes.isfinite().all()
     assert mine.codes.unique(dim=0).shape[0] == theirs.codes.unique(dim=0).shape[0] + (

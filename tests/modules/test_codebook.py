@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
 
 import pytest
 import torch
 from support import DTYPES, bools, close, rounding, same, state, uniform
 from torch import Tensor, nn
 
-from mmvq import EMACodebook, functional, update_codebooks
-from mmvq.state import Init
+from mmvq import EMACodebook, update_codebooks
+from mmvq.codebook import Init
+from mmvq.functional import UNSEEN, code_statistics_ref, ema_update_ref, kmeans, sample_rows
 
 D, L, N = 4, 6, 40
 
@@ -29,9 +29,9 @@ def test_a_step_is_equation_7(dtype: torch.dtype) -> None:
     x = uniform(N, D, dtype=dtype)
     before = state(book)
     indices = step(book, x)
-    counts, sums = functional.code_statistics_ref(x, indices, L)
+    counts, sums = code_statistics_ref(x, indices, L)
     old = {name: before[name].double() for name in ("sums", "counts", "codes")}
-    expected = functional.ema_update_ref(**old, batch_sums=sums, batch_counts=counts, decay=0.8)
+    expected = ema_update_ref(**old, batch_sums=sums, batch_counts=counts, decay=0.8)
     # sums of up to N values below 1; a code of a chosen row divides by 1 or more
     for value, wanted in zip((book.codes, book.sums, book.counts), expected, strict=True):
         close(value, wanted, rounding(dtype, N + 12, N))
@@ -59,30 +59,19 @@ def test_accumulate_takes_any_shape(shape: tuple[int, ...]) -> None:
     assert same(state(book), state(flat))
 
 
-def test_accumulating_in_parts_is_one_step() -> None:
-    x = uniform(N, D)
-    whole, parts = EMACodebook(D, L).double(), EMACodebook(D, L).double()
-    parts.load_state_dict(whole.state_dict())
-    step(whole, x)
-    indices = parts.search(x)
-    before = state(parts)
-    for rows in torch.arange(N).split(7):
-        parts.accumulate(x[rows], indices[rows])
-    assert same(state(parts), before)  # nothing moves before apply
-    parts.apply()
-    for name, value in state(whole).items():
-        close(state(parts)[name], value.double(), rounding(x.dtype, N + 12, N))
-    before = state(parts)
-    parts.apply()  # all was taken
-    assert same(state(parts), before)
-
-
-def test_apply_with_a_function_is_that_of_a_module() -> None:
-    seen: list[nn.Module] = []
+def test_apply_without_a_function_is_a_step_and_with_one_that_of_a_module() -> None:
+    """`apply(fn)` visits modules, wherever the codebook sits, and takes no step."""
     book = EMACodebook(D, L)
-    holder = nn.Sequential(nn.Linear(2, 2), book)
+    holder, seen = nn.Sequential(nn.Linear(2, 2), book), list[nn.Module]()
+    book.accumulate(uniform(N, D, dtype=torch.float32), torch.zeros(N, dtype=torch.long))
+    before = state(book)
     assert holder.apply(seen.append) is holder
     assert seen == [holder[0], book, holder]
+    assert book.apply(seen.append) is book
+    assert seen[-1] is book
+    assert same(state(book), before)
+    assert book.apply() is book
+    assert book.steps == 1
 
 
 def test_left_out_rows_and_silent_groups() -> None:
@@ -100,26 +89,10 @@ def test_left_out_rows_and_silent_groups() -> None:
     assert torch.equal(both.counts, one.counts)
     assert both.usage.sum(1).tolist() == [N / 2, N / 2]
     assert one.usage.sum(1).tolist() == [0, N / 2]
-    assert (one.ages[0] == functional.UNSEEN).all()
+    assert (one.ages[0] == UNSEEN).all()
     assert (both.ages[0] >= 0).all()
     both.reset_usage()
     assert (both.usage == 0).all()
-
-
-@pytest.mark.parametrize(("rule", "reset"), [("all", True), ("any", False)])
-def test_resets_follow_the_rule(rule: Any, reset: bool) -> None:
-    """Group 0 uses both codes, group 1 the first alone."""
-    book = EMACodebook(2, 2, groups=2, reset_after=2, reset_rule=rule)
-    book.set_codes(torch.tensor([[0.0, 0.0], [9.0, 9.0]]))
-    x = torch.tensor([[0.0, 0.0], [9.0, 9.0], [0.0, 0.0]])
-    groups = torch.tensor([0, 0, 1])
-    step(book, x, groups)
-    # smoothing pulls the two codes together by no more than eps of their 9
-    close(book.codes[1], torch.full((2,), 9.0), 9 * 2e-5)
-    step(book, x, groups)
-    code = book.codes[1]
-    assert bool((code < 1).all()) is reset  # beside the most chosen code, or where it was
-    assert book.ages.tolist() == ([[0, 0], [0, 0]] if reset else [[0, 0], [0, 2]])
 
 
 @pytest.mark.parametrize("init", ["kmeans", "samples"])
@@ -133,7 +106,7 @@ def test_first_codes_from_data(init: Init, rows: int) -> None:
     assert same(state(book), before)
     assert not book.initialized
     book.initialize(x, groups, usable)
-    draw = functional.kmeans if init == "kmeans" else functional.sample_rows
+    draw = kmeans if init == "kmeans" else sample_rows
     assert torch.equal(book.codes, draw(x[1::2], L))
     assert torch.equal(book.sums, book.codes)
     assert torch.equal(book.counts, torch.ones(L))
@@ -179,7 +152,7 @@ def test_one_all_reduce_for_many_codebooks(monkeypatch: pytest.MonkeyPatch) -> N
         twin.apply()
         assert same(state(book), state(twin))
     reduced.clear()
-    update_codebooks([shared])  # nothing waits
+    update_codebooks(books[0])  # one module alone; nothing waits
     assert reduced == []
 
 
@@ -197,13 +170,3 @@ def test_takes_what_search_takes_and_leaves_out_what_is_not_finite() -> None:
         book.apply()
         assert book.weight.isfinite().all()
     assert torch.equal(spoilt.weight, clean.weight)
-
-
-def test_update_codebooks_takes_one_module_too() -> None:
-    one, many = EMACodebook(D, L), torch.nn.ModuleDict({"a": EMACodebook(D, L)})
-    x = torch.randn(7, D)
-    for book in (one, many["a"]):
-        book.accumulate(x, book.search(x))
-    update_codebooks(one)
-    update_codebooks(many)
-    assert one.steps == many["a"].steps == 1

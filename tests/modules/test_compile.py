@@ -1,4 +1,4 @@
-"""`torch.compile`, `torch.export`, activation checkpointing, accumulation: the same results."""
+"""`torch.compile` and `torch.export`: the same results, few graphs, no wait for a device."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
-from mmvq import (
-    CLUBEstimator,
-    CrossCPC,
-    CrossModalCodeMatchingLoss,
-    MultiModalEMAQuantizer,
-    functional,
-)
+from mmvq import CLUBEstimator, CrossCPC, CrossModalCodeMatchingLoss, MultiModalEMAQuantizer
+from mmvq.functional import sample_rows
 
 B, T, D, L = 4, 6, 4, 8
 NAMES = ("audio", "video")
@@ -94,25 +88,28 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def test_fifty_batches_of_any_size_take_two_graphs() -> None:
+def test_batches_of_any_size_take_two_graphs() -> None:
     """The first size, then any: to the bit what eager gives, state included."""
     module = Step()
     eager = deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, backend="eager")
-    follow(compiled, eager, sizes(50), atol=0)
+    follow(compiled, eager, sizes(12), atol=0)
     assert graphs() == 2
     module.eval(), eager.eval()
-    follow(compiled, eager, sizes(10), atol=0)
+    follow(compiled, eager, sizes(3), atol=0)
     assert graphs() == 3
-    for size in sizes(4):  # without masks, which is another graph
+    for size in sizes(3):  # without masks, which is another graph
         z, _ = batch(*size)
         assert torch.equal(compiled(z), eager(z))
     assert graphs() == 4
     agree(state(module), state(eager))
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("started", [True, False], ids=["trained", "new"])
+@pytest.mark.parametrize(
+    ("training", "started"),
+    [(True, False), (True, True), (False, True)],
+    ids=["new", "trained", "eval"],
+)
 def test_outputs_agree_from_the_first_batch_on(training: bool, started: bool) -> None:
     """Whose data become the codes."""
     eager = MultiModalEMAQuantizer(D, L, NAMES, gradient="rotation")
@@ -136,7 +133,7 @@ def test_the_graphs_of_autograd_agree() -> None:
     module = Step()
     eager = deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
-    follow(compiled, eager, sizes(4), ATOL)
+    follow(compiled, eager, sizes(3), ATOL)
     assert graphs() == 1
     agree(state(module), state(eager), ATOL)
 
@@ -149,7 +146,7 @@ def test_cross_cpc_compiles_for_any_batch_of_one_length() -> None:
 
     with torch._dynamo.config.patch(allow_rnn=True):
         compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="eager")
-        follow(compiled, loss, sizes(4, fixed=3), ATOL)
+        follow(compiled, loss, sizes(3, fixed=3), ATOL)
     assert graphs() == 1
 
 
@@ -182,16 +179,16 @@ def test_inductor_draws_the_first_codes() -> None:
     other rows may be drawn.
     """
     x = batch(8, 4)[0]["audio"].detach().flatten(0, 1)
-    compiled = torch.compile(functional.sample_rows, dynamic=False, backend="inductor")
-    assert torch.equal(compiled(x, 5), functional.sample_rows(x, 5))
+    compiled = torch.compile(sample_rows, dynamic=False, backend="inductor")
+    assert torch.equal(compiled(x, 5), sample_rows(x, 5))
 
 
 def test_each_set_of_present_modalities_is_a_graph() -> None:
     module = MultiModalEMAQuantizer(D, L, NAMES, init="uniform")
     eager = deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
-    for i in range(12):
-        z, masks = batch(*sizes(12)[i], seed=i)
+    for i, size in enumerate(sizes(6)):
+        z, masks = batch(*size, seed=i)
         present = (("audio", "video"), ("audio",), ("video",))[i % 3]
         z, masks = ({m: x[m] for m in present} for x in (z, masks))
         assert torch.equal(compiled(z, masks).loss, eager(z, masks).loss)
@@ -291,77 +288,3 @@ def test_encode_decode_and_forward_export_for_any_batch() -> None:
         assert torch.equal(out.indices["audio"], expected.indices["audio"])
         assert torch.equal(out.loss, expected.loss)
     agree(state(quantizer), before)
-
-
-@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
-@pytest.mark.parametrize("init", ["uniform", "kmeans"])
-def test_checkpointing_changes_nothing(reentrant: bool, init: Any) -> None:
-    """The forward pass that runs again in the backward pass finds the same codes, adds no row."""
-    modules = []
-    for again in (False, True):
-        torch.manual_seed(0)
-        module, encoder = Step(init=init, update="manual"), nn.Linear(D, D)
-
-        def loss(a: Tensor, v: Tensor, module: Step = module, encoder: Any = encoder) -> Tensor:
-            return module({"audio": encoder(a), "video": encoder(v)})
-
-        for seed in range(4):
-            z = batch(seed=seed)[0].values()
-            out = checkpoint(loss, *z, use_reentrant=reentrant) if again else loss(*z)
-            out.backward()
-            module.quantizer.update_codebook()
-        modules.append((module, encoder))
-    (plain, weights), (repeated, same_weights) = modules
-    agree(state(repeated), state(plain))
-    assert torch.equal(same_weights.weight.grad, weights.weight.grad)
-    assert plain.quantizer.ema_codebook.steps == 4
-
-
-def test_checkpointing_with_automatic_updates_moves_the_codebook_once() -> None:
-    plain = MultiModalEMAQuantizer(D, L, NAMES)
-    repeated = deepcopy(plain)
-    for seed in range(3):
-        z = batch(seed=seed)[0]
-        plain(z)
-
-        def loss(a: Tensor, v: Tensor) -> Tensor:
-            return repeated({"audio": a, "video": v}).loss
-
-        checkpoint(loss, z["audio"], z["video"], use_reentrant=True).backward()
-    agree(state(repeated), state(plain))
-
-
-@pytest.mark.parametrize("micro", [2, 3, 6])
-def test_micro_batches_equal_one_batch(micro: int) -> None:
-    """To the bit where sums are exact: values are multiples of 1/8 below 8, and so are their means.
-
-    Sums of 72 of them, halved, have 4 + 7 + 3 + 1 bits; the average is made once, from the same.
-    """
-    one = MultiModalEMAQuantizer(
-        D, L, NAMES, partner="aligned", init="uniform", reset_after=2, update="manual"
-    )
-    many = deepcopy(one)
-    for seed in range(5):
-        z = {m: (x.detach() * 64).round() / 8 for m, x in batch(6, T, seed=seed)[0].items()}
-        one(z)
-        for part in range(0, 6, 6 // micro):
-            many({m: x[part : part + 6 // micro] for m, x in z.items()})
-        one.update_codebook()
-        many.update_codebook()
-        agree(state(many), state(one))
-    assert one.ema_codebook.steps == 5
-
-
-def test_first_codes_come_from_the_first_micro_batch() -> None:
-    quantizer = MultiModalEMAQuantizer(D, L, NAMES, partner="none", update="manual")
-    first, second = batch(seed=0)[0], batch(seed=1)[0]
-    rows = torch.cat([first[m].detach().flatten(0, 1) for m in sorted(NAMES)])
-    quantizer(first)
-    codes = quantizer.codebook
-    assert torch.equal(codes, functional.kmeans(rows, L))
-    quantizer(second)
-    assert torch.equal(quantizer.codebook, codes)
-    quantizer.update_codebook()
-    assert not torch.equal(quantizer.codebook, codes)
-    counted = sum(counts.sum() for counts in quantizer.usage().counts.values())
-    assert counted == 2 * len(rows)

@@ -56,8 +56,17 @@ def test_exactly_80_percent_is_shared() -> None:
     assert not shows(figure, VIDEO)
 
 
-@pytest.mark.parametrize("modalities", [("sound",), ("audio", "video", "text"), tuple("abcdefgh")])
-@pytest.mark.parametrize(("L", "D", "highest"), [(1, 1, 5), (37, 1, 5), (37, 8, 5), (7, 3, 0)])
+@pytest.mark.parametrize(
+    ("modalities", "L", "D", "highest"),
+    [
+        (("sound",), 1, 1, 5),
+        (("sound",), 37, 8, 5),
+        (("audio", "video", "text"), 37, 1, 5),
+        (("audio", "video", "text"), 7, 3, 0),
+        (tuple("abcdefgh"), 37, 8, 5),
+    ],
+    ids=str,
+)
 def test_any_number_of_modalities_and_codes(
     modalities: tuple[str, ...], L: int, D: int, highest: int
 ) -> None:

@@ -1,13 +1,13 @@
-"""Every error that mmvq and mmvq_kernels raise: where, the rule, what came, what to do.
+"""Every error that mmvq and mmvq_kernels raise: its type, where, the rule, and its form.
 
-`tests/cases` holds them. The last test reads the sources, so that no `raise` can be added without
-a case there.
+The cases are in `tests/cases`. The last test reads the sources, so that each `raise` has one.
 """
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from cases.arguments import ARGUMENTS
 from cases.codebook import CODEBOOK
-from cases.compat import COMPAT, FOREIGN
+from cases.compat import COMPAT
 from cases.features import FEATURES
 from cases.form import Case, both, nan, quantizer, z
 from cases.kernels import KERNELS
@@ -28,15 +28,19 @@ import mmvq
 import mmvq_kernels as kernels
 from mmvq_kernels.messages import message
 
-CASES = ARGUMENTS + FEATURES + CODEBOOK + LOSSES + KERNELS + COMPAT + FOREIGN + SAVING + USE
+CASES = ARGUMENTS + FEATURES + CODEBOOK + LOSSES + KERNELS + COMPAT + SAVING + USE
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.rule.replace(": ", "-"))
 def test_message(case: Case) -> None:
-    with pytest.raises(case.kind) as error:
-        case.call()
-    assert type(error.value) is case.kind
-    assert str(error.value) == case.text
+    """The rule, then a line of what it got, then a hint."""
+    for call in case.calls:
+        with pytest.raises(case.kind) as error:
+            call()
+        assert type(error.value) is case.kind
+        text = str(error.value)
+        assert re.fullmatch(rf"{re.escape(case.rule)}\.\n  .+: .+\n  Hint: .+\.", text)
+        assert case.hint in text
 
 
 def test_values_are_looked_at_only_when_asked() -> None:
@@ -75,9 +79,9 @@ def test_every_raise_has_a_case() -> None:
         if isinstance(node, ast.Raise)
     }
     reached = set()
-    for case in CASES:
-        with pytest.raises(case.kind) as error:
-            case.call()
+    for kind, call in ((case.kind, call) for case in CASES for call in case.calls):
+        with pytest.raises(kind) as error:
+            call()
         end = error.traceback[-1]
         path = Path(end.path)
         reached.add((path.name, path.parent.name, end.lineno + 1))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import run_python
 
 import mmvq
 import mmvq_kernels
@@ -45,7 +44,7 @@ KERNELS = [
 # the arguments that may be passed by position, then those by name, each with its default
 SIGNATURES: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, Any]]] = {
     mmvq.EMACodebook: (
-        {"dim": REQUIRED, "size": REQUIRED},
+        {"dim": REQUIRED, "codebook_size": REQUIRED},
         {
             "decay": 0.99,
             "eps": 1e-5,
@@ -216,6 +215,27 @@ def test_signatures(call: Callable[..., Any]) -> None:
         assert list(found.items()) == list(expected.items())
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        mmvq.MultiModalEMAQuantizer,
+        mmvq.CrossCPC,
+        mmvq.CLUBEstimator,
+        mmvq.CrossModalCommitmentLoss,
+        mmvq.CrossModalCodeMatchingLoss,
+    ],
+)
+def test_a_call_has_the_types_of_forward(kind: type) -> None:
+    """To a type checker: `nn.Module` gives a call none."""
+    tree = ast.parse(inspect.getsource(kind))
+    found = {
+        node.name: (ast.dump(node.args), ast.dump(node.returns or ast.Pass()))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert found["__call__"] == found["forward"]
+
+
 def test_every_public_name_is_documented() -> None:
     for package in (mmvq, mmvq_kernels, mmvq.functional):
         for name in package.__all__:
@@ -258,7 +278,7 @@ assert missing.items() <= sys.modules.items()
 
 
 def test_works_without_the_optional_packages() -> None:
-    subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT], check=True, timeout=120)
+    run_python("-W", "error", "-c", WITHOUT, timeout=120)
 
 
 def test_both_packages_are_typed() -> None:

@@ -7,27 +7,8 @@ from quantizers import B, D, T, Tensors, batch, some_masks, trained
 from support import close, rounding, same, state, uniform
 from torch import Tensor, nn
 
-from mmvq import functional
+from mmvq.functional import cross_attend
 from mmvq.partners import mix_partners
-
-
-def test_a_callable_partner_and_its_weight() -> None:
-    """Weight 1 and a partner that is 3 everywhere: every chosen code is pulled towards 3."""
-    seen: list[tuple[set[str], set[str]]] = []
-
-    def three(z: Tensor, others: Tensors, masks: Tensors) -> Tensor:
-        seen.append((set(others), set(masks)))
-        return torch.full_like(z, 3.0)
-
-    quantizer = trained(partner=three, partner_weight=1.0, decay=0.0, reset_after=None, eps=1e-12)
-    chosen = torch.cat([i.flatten() for i in quantizer(batch()).indices.values()]).unique()
-    close(
-        quantizer.codebook[chosen],
-        torch.full((len(chosen), D), 3.0),
-        rounding(torch.float32, 99, 3),
-    )
-    assert len(seen) == 3 * 3
-    assert all(len(others) == 2 and others == masks for others, masks in seen)
 
 
 def test_a_callable_partner_is_asked_only_where_there_are_others() -> None:
@@ -63,7 +44,7 @@ def test_the_temperature_reaches_the_attention_alone() -> None:
         mixed = mix_partners(z, masks, "attention", 0.5, temperature)
         for name, x in z.items():
             others = {other: z[other] for other in z if other != name}
-            r = functional.cross_attend(x, others, masks, temperature=temperature)
+            r = cross_attend(x, others, masks, temperature=temperature)
             close(mixed[name], (x + r) / 2, rounding(x.dtype, 3))
     assert not same(mixed, mix_partners(z, masks, "attention", 0.5))
     aligned = mix_partners(z, masks, "aligned", 0.5, 0.3)

@@ -7,61 +7,11 @@ from typing import Any
 import pytest
 import torch
 from quantizers import NAMES, B, D, L, T, batch, some_masks, trained
-from support import close, rounding, same, state, uniform
+from support import same, state, uniform
 from torch import Tensor, nn
 
-from mmvq import CodeUsage, MultiModalEMAQuantizer, functional, update_codebooks
-
-
-@pytest.mark.parametrize("partner", ["attention", "aligned", "none"])
-def test_one_snapshot_then_one_joint_step(partner: Any) -> None:
-    """The whole of Eq. 7 from the references, with masks."""
-    quantizer = trained(partner=partner, commitment=None, decay=0.9).double()
-    z, masks = batch(torch.float64), some_masks()
-    before = {name.removeprefix("ema_codebook."): x for name, x in state(quantizer).items()}
-    quantized, indices, loss = quantizer(z, masks)
-    values, chosen = [], []
-    for m, x in z.items():
-        own = functional.nearest_code_ref(x.flatten(0, 1), before["codes"]).view(B, T)
-        assert torch.equal(indices[m], torch.where(masks[m], own, -1))
-        code = torch.where(masks[m][..., None], before["codes"][own], 0)
-        assert torch.equal(quantized[m], code)
-        others = {b: z[b] for b in z if b != m}
-        if partner == "attention":
-            r = functional.cross_attend_ref(x, others, masks)
-        else:
-            r = x if partner == "none" else functional.aligned_partner(x, others, masks)
-        values.append(((x + r) / 2)[masks[m]])
-        chosen.append(own[masks[m]])
-    counts, sums = functional.code_statistics_ref(torch.cat(values), torch.cat(chosen), L)
-    old = {"decay": 0.9, "codes": before["codes"]}
-    expected = functional.ema_update_ref(before["sums"], before["counts"], sums, counts, **old)
-    # up to 45 vectors of entries below 1 into o, and a division by N >= 0.8
-    atol = rounding(torch.float64, 50 + 50, 45)
-    book = quantizer.ema_codebook
-    for value, wanted in zip((book.codes, book.sums, book.counts), expected, strict=True):
-        close(value, wanted, atol)
-    assert loss == 0
-
-
-@pytest.mark.parametrize("how", ["eval", "freeze", "no modality valid"])
-@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "trained"])
-def test_nothing_is_written(how: str, fresh: bool) -> None:
-    quantizer = MultiModalEMAQuantizer(D, L, NAMES) if fresh else trained(reset_after=1)
-    before = state(quantizer)
-    if how == "eval":
-        quantizer.eval()(batch())
-    elif how == "freeze":
-        quantizer(batch(), freeze=True)
-    else:
-        quantizer(batch(), {m: torch.zeros(B, T, dtype=torch.bool) for m in NAMES})
-        before.pop("ema_codebook.steps")
-    after = state(quantizer)
-    assert all(torch.equal(after[name], x) for name, x in before.items())
-    if fresh:
-        assert not quantizer.ema_codebook.initialized
-        quantizer.train()(batch())
-        assert quantizer.ema_codebook.initialized
+from mmvq import CodeUsage, MultiModalEMAQuantizer, update_codebooks
+from mmvq.functional import kmeans, sample_rows
 
 
 @pytest.mark.parametrize("init", ["kmeans", "samples"])
@@ -77,7 +27,7 @@ def test_first_codes_come_from_what_enters_o(init: Any, size: int) -> None:
     quantizer.train()
     assert not quantizer.ema_codebook.initialized
     kept = z["text"][masks["text"] & z["text"].isfinite().all(-1)]
-    draw = functional.kmeans if init == "kmeans" else functional.sample_rows
+    draw = kmeans if init == "kmeans" else sample_rows
     first = draw(kept, size)
     quantized, indices, _ = quantizer(z, masks)
     good = masks["audio"]
@@ -85,38 +35,6 @@ def test_first_codes_come_from_what_enters_o(init: Any, size: int) -> None:
     assert quantizer.codebook.isfinite().all()
     if size > len(kept):
         assert first.unique(dim=0).shape[0] == size
-
-
-def test_rows_that_are_not_finite_show_but_do_not_enter() -> None:
-    quantizer, clean = trained(), trained()
-    z, masks = batch(), {m: torch.ones(B, T, dtype=torch.bool) for m in NAMES}
-    z["audio"][0, 1, 2], z["video"][2, 0] = torch.nan, torch.inf
-    masks["audio"][0, 1] = masks["video"][2, 0] = False
-    quantized, indices, loss = quantizer(z)
-    clean({m: torch.where(masks[m][..., None], x, 0) for m, x in z.items()}, masks)
-    assert same(state(quantizer), state(clean))
-    assert not loss.isfinite()
-    assert quantized["audio"][0, 1].isnan().any()
-    assert indices["audio"][0, 1] == indices["video"][2, 0] == 0
-    assert all(quantized[m][masks[m]].isfinite().all() for m in NAMES)
-
-
-def test_without_time() -> None:
-    quantizer, timed = trained(), trained()
-    z, masks = (
-        {m: x[:, 0] for m, x in batch().items()},
-        {"audio": torch.tensor([True, False, True])},
-    )
-    quantized, indices, loss = quantizer(z, masks)
-    expected = timed({m: x[:, None] for m, x in z.items()}, {"audio": masks["audio"][:, None]})
-    assert torch.equal(loss, expected.loss)
-    for m in NAMES:
-        assert quantized[m].shape == (B, D)
-        assert indices[m].shape == (B,)
-        assert torch.equal(quantized[m], expected.quantized[m][:, 0])
-        assert torch.equal(indices[m], expected.indices[m][:, 0])
-    assert same(state(quantizer), state(timed))
-    assert indices["audio"][1] == -1
 
 
 def test_any_subset_and_lengths_of_their_own() -> None:
@@ -142,24 +60,6 @@ def test_an_empty_batch_is_harmless(names: tuple[str, ...]) -> None:
     loss.backward()
     after = state(quantizer)
     assert all(torch.equal(after[k], x) for k, x in before.items() if not k.endswith("steps"))
-
-
-def test_gradients_of_both_kinds() -> None:
-    seed = uniform(B, T, D, dtype=torch.float32, seed=50)
-    for gradient in ("straight_through", "rotation"):
-        quantizer = trained(gradient=gradient, commitment=None).eval()
-        z, masks = batch()["audio"].requires_grad_(), {"audio": some_masks()["audio"]}
-        q, i, _ = quantizer({"audio": z}, masks)
-        (grad,) = torch.autograd.grad(q["audio"], z, seed)
-        kept = masks["audio"]
-        assert (grad[~kept] == 0).all()
-        if gradient == "straight_through":
-            expected = seed
-        else:
-            leaf = z.detach().requires_grad_()
-            turned = functional.rotate(leaf, quantizer.decode(i["audio"]))
-            (expected,) = torch.autograd.grad(turned, leaf, seed)
-        assert torch.equal(grad[kept], expected[kept])
 
 
 def test_manual_updates_wait() -> None:
@@ -234,6 +134,21 @@ def test_the_first_batch_with_something_valid_starts_the_codebook() -> None:
     twin(batch(seed=2))
     assert torch.equal(quantizer.codebook, twin.codebook)
     assert quantizer.ema_codebook.initialized
+
+
+def test_first_codes_come_from_the_first_micro_batch() -> None:
+    quantizer = MultiModalEMAQuantizer(D, L, NAMES, partner="none", update="manual")
+    first, second = batch(seed=0), batch(seed=1)
+    rows = torch.cat([first[m].flatten(0, 1) for m in sorted(NAMES)])
+    quantizer(first)
+    codes = quantizer.codebook
+    assert torch.equal(codes, kmeans(rows, L))
+    quantizer(second)
+    assert torch.equal(quantizer.codebook, codes)
+    quantizer.update_codebook()
+    assert not torch.equal(quantizer.codebook, codes)
+    counted = sum(counts.sum() for counts in quantizer.usage().counts.values())
+    assert counted == 2 * len(rows)
 
 
 def test_a_forward_that_fails_leaves_the_codebook_as_it_was() -> None:

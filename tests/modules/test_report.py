@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import runpy
+
 import pytest
 import torch
-from support import run_python
 
 import mmvq
+from mmvq import __main__
 from mmvq.__main__ import report
 
 
-def test_it_prints_versions_and_backends() -> None:
-    found = run_python("-m", "mmvq").splitlines()
+def test_it_prints_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(__main__.__file__, run_name="__main__")
+    found = capsys.readouterr().out.splitlines()
     lines = dict(line.split(None, 1) for line in found if "backend" not in line)
     assert lines["mmvq"] == mmvq.__version__
     assert lines["torch"].startswith(torch.__version__)

@@ -99,20 +99,21 @@ def compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-SCHEDULED = ["decay", "eps", "partner_weight", "partner_temperature", "beta", "reset_after"]
+SCHEDULED = ("decay", "eps", "partner_weight", "partner_temperature", "beta")
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("name", SCHEDULED)
-def test_a_schedule_compiles_twice_at_most(name: str) -> None:
-    """For the first value, and then for any: to the bit what eager does."""
+def test_a_schedule_of_all_settings_compiles_twice_at_most() -> None:
+    """For the first values, and then for any: to the bit what eager does."""
     quantizer = trained(reset_after=2, partner_temperature=2.0)
     eager = deepcopy(quantizer)
     compiled = torch.compile(quantizer, fullgraph=True, backend="eager")
-    for step in range(12):
+    for step in range(5):
         for each in (quantizer, eager):
-            holder: Any = each.commitment if name == "beta" else each
-            setattr(holder, name, step + 1 if name == "reset_after" else 0.9 - step / 20)
+            for i, name in enumerate(SCHEDULED):
+                holder: Any = each.commitment if name == "beta" else each
+                setattr(holder, name, 0.9 - step / 10 - i / 50)
+            each.reset_after = step + 1
         z = batch(seed=step)
         assert torch.equal(compiled(z).loss, eager(z).loss)
         assert same(state(quantizer), state(eager))
@@ -121,11 +122,10 @@ def test_a_schedule_compiles_twice_at_most(name: str) -> None:
 
 @pytest.mark.usefixtures("compiler")
 def test_a_schedule_of_the_temperature_of_cpc_compiles_twice_at_most() -> None:
-    cpc = CrossCPC(D, NAMES)
+    cpc, z = CrossCPC(D, NAMES), batch()
     compiled = torch.compile(cpc, fullgraph=True, backend="eager")
-    for step in range(12):
+    for step in range(5):
         cpc.temperature = 0.1 + step / 10
-        z = batch(seed=step)
         with torch._dynamo.config.patch(allow_rnn=True):
             loss = compiled(z, start="all").loss
         assert torch.equal(loss, cpc(z, start="all").loss)
@@ -139,14 +139,12 @@ def test_the_settings_of_cross_cpc_show() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_a_compiled_step_undoes_a_cast_that_it_was_not_told_of(backend: str) -> None:
+def test_a_compiled_step_undoes_a_cast_that_it_was_not_told_of() -> None:
     """As FSDP1 casts buffers: once, behind the module's back. The graph gives way to eager code."""
     cast, plain = trained(decay=0.999), trained(decay=0.999)
-    compiled = torch.compile(cast, backend=backend)
-    for step in range(4):
-        if step == 2:
+    compiled = torch.compile(cast, backend="eager")
+    for step in range(3):
+        if step == 1:
             for buffer in cast.buffers():
                 if buffer.is_floating_point():
                     buffer.data = buffer.to(torch.bfloat16)

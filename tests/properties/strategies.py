@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
+from support import close
 from torch import Tensor
 
 from mmvq import EMACodebook, MultiModalEMAQuantizer
@@ -119,18 +120,14 @@ def start(book: EMACodebook, codes: Tensor) -> None:
     book.counts.fill_(1)
 
 
-def state(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of the state_dict."""
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
 def pending(module: MultiModalEMAQuantizer) -> tuple[Tensor, Tensor, Tensor]:
     """Take out the accumulated statistics: as one buffer, and as counts `[M, L]`, sums `[L, D]`."""
     book = module.ema_codebook
+    G, L, D = book.groups, book.codebook_size, book.dim
     flat = book.take_pending()
     assert flat is not None
-    counts, sums = flat.split([book.groups * book.size, book.size * book.dim])
-    return flat, counts.view(book.groups, book.size), sums.view(book.size, book.dim)
+    counts, sums = flat.split([G * L, L * D])
+    return flat, counts.view(G, L), sums.view(L, D)
 
 
 def assert_same_bits(actual: Tensors, expected: Tensors) -> None:
@@ -140,13 +137,8 @@ def assert_same_bits(actual: Tensors, expected: Tensors) -> None:
         assert torch.equal(actual[key], value), key
 
 
-def assert_near(actual: Tensor, expected: Tensor | float, atol: float) -> None:
-    expected = torch.as_tensor(expected, dtype=actual.dtype)
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
-
-
 def assert_near_state(actual: Tensors, expected: Tensors, atol: float) -> None:
     """Codes and sums within `atol`; counts are whole numbers before the decay, hence equal."""
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        assert_near(actual[key], value, atol if key.endswith(("codes", "sums")) else 0)
+        close(actual[key], value, atol if key.endswith(("codes", "sums")) else 0)

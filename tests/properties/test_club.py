@@ -1,4 +1,4 @@
-"""CLUB: the closed form is the sum over pairs, and the bound is the one that theory gives.
+"""CLUB: one negative averages to all, and the bound is the one that theory gives.
 
 For d pairs of Gaussians with correlation rho, I = -d/2 ln(1 - rho^2), and CLUB under
 q = N(a x, v) is d a rho / v, which for the exact conditional is d rho^2 / (1 - rho^2): a bound, not
@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
-from properties.strategies import EPS, Draw, assert_near, draws, randn
+from properties.strategies import Draw, draws, randn
+from support import close
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvq import CLUBEstimator
-from mmvq.functional import club, club_ref, club_shuffled, gaussian_log_likelihood
+from mmvq.functional import club, club_shuffled
 
 DIMENSIONS, BATCH = 20, 64
 NATS = (2, 4, 6, 8, 10)
@@ -34,61 +34,14 @@ def gaussians(rho: float, *shape: int, generator: torch.Generator) -> tuple[Tens
     return x, rho * x + math.sqrt(1 - rho**2) * noise
 
 
-def parts(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-    """mu, logvar (moderate) and y, `[B, T, D]`, not centred."""
+@given(draw=draws())
+def test_one_negative_averages_to_all(draw: Draw) -> None:
+    """The B rotations of the batch meet each pair once: Eq. 5 in full."""
     z = draw.features(["mu", "logvar", "y"])
-    return z["mu"] + 2, z["logvar"].clamp(-2, 2), z["y"] - 3
-
-
-@given(draw=draws())
-def test_the_closed_form_is_the_double_loop(draw: Draw) -> None:
-    mu, logvar, y = parts(draw)
-    assert_near(club(mu, logvar, y), club_ref(mu, logvar, y), 1e-10)
-    assert_near(club(mu[:, 0], logvar[:, 0], y[:, 0]), club(mu[:, :1], logvar[:, :1], y[:, :1]), 0)
-
-
-@given(draw=draws())
-def test_the_closed_form_with_masks_is_the_loop_over_valid_pairs(draw: Draw) -> None:
-    """A clip masked at t is neither sample nor negative there."""
-    mu, logvar, y = parts(draw)
-    mask = draw.masks(["x"])["x"]
-    terms = []
-    for i, t in mask.nonzero().tolist():
-        log_q = [
-            -((mu[i, t] - y[j, t]).square() / logvar[i, t].exp()).sum() / 2
-            for j in mask[:, t].nonzero().flatten().tolist()
-        ]
-        own = -((mu[i, t] - y[i, t]).square() / logvar[i, t].exp()).sum() / 2
-        terms.append(own - torch.stack(log_q).mean())
-    expected = torch.stack(terms).mean() if terms else 0.0
-    assert_near(club(mu, logvar, y, mask), expected, 1e-10)
-
-
-@given(draw=draws(), bound=st.sampled_from((1.0, 8.0, None)))
-def test_the_estimator_is_its_parts(draw: Draw, bound: float | None) -> None:
-    """forward is the closed form of its posterior; the likelihood is the normal density."""
-    torch.manual_seed(draw.seed)
-    module = CLUBEstimator(draw.D, 3, hidden_dim=7, logvar_bound=bound).double()
-    x = 20 * draw.features(["x"])["x"]
-    y = randn(draw.B, draw.T, 3, seed=draw.seed)
-    mu, logvar = module.posterior(x)
-    raw = module.p_logvar(x)
-    assert torch.equal(logvar, raw if bound is None else bound * torch.tanh(raw / bound))
-    assert torch.equal(module(x, y), club(mu, logvar, y))
-    density = torch.distributions.Normal(mu, (logvar / 2).exp()).log_prob(y).sum(-1).mean()
-    # D + 10 roundings of terms of the size of the result, and of their mean over B T rows.
-    atol = (draw.D + 10 + draw.B * draw.T) * EPS * float(density.detach().abs() + 1)
-    assert_near(module.log_likelihood(x, y), density, atol)
-    assert torch.equal(module.learning_loss(x, y), -gaussian_log_likelihood(mu, logvar, y))
-
-
-@given(draw=draws())
-def test_shuffled_negatives_average_to_all_negatives(draw: Draw) -> None:
-    """The mean over the B rotations of the batch meets each pair once: Eq. 5 in full."""
-    mu, logvar, y = parts(draw)
+    triple = z["mu"] + 2, z["logvar"].clamp(-2, 2), z["y"] - 3  # not centred
     rotations = [torch.arange(draw.B).roll(k) for k in range(draw.B)]
-    drawn = torch.stack([club_shuffled(mu, logvar, y, order) for order in rotations])
-    assert_near(drawn.mean(), club(mu, logvar, y), 1e-10)
+    drawn = torch.stack([club_shuffled(*triple, order) for order in rotations])
+    close(drawn.mean(), club(*triple), 1e-10)
 
 
 class Largest(TorchDispatchMode):
@@ -144,7 +97,7 @@ def test_independent_variables_have_none() -> None:
     assert abs(float(club(0.3 * x, zero, y))) < 0.05
 
 
-@pytest.mark.parametrize("nats", NATS)
+@pytest.mark.parametrize("nats", [NATS[0], NATS[-1]])
 def test_a_trained_q_comes_within_a_tenth_and_stays_a_bound(nats: int) -> None:
     """Hidden width 256, 600 steps; then 200 fresh batches, whose mean is off by 0.5% at most."""
     rho, generator = correlation(nats), torch.Generator().manual_seed(nats)

@@ -8,19 +8,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from properties.strategies import (
-    EPS,
-    NAMES,
-    Draw,
-    Tensors,
-    assert_near,
-    assert_same_bits,
-    draws,
-    pending,
-    randn,
-    start,
-    state,
-)
+from properties.strategies import EPS, NAMES, Draw, Tensors, assert_same_bits, draws, pending, start
+from support import close, state
 from torch import Tensor, nn
 
 from mmvq import (
@@ -79,7 +68,7 @@ def test_two_quantizers_make_a_residual_one(names: Sequence[str], draw: Draw) ->
             assert out.indices[name].shape == (draw.B, draw.T, 2)
             # z - (z - e1 - e2) against e1 + e2: four roundings of vectors like z.
             atol = 10 * EPS * float(1 + z[name].detach().abs().max())
-            assert_near(out.quantized[name].detach(), module.decode(out.indices[name]), atol)
+            close(out.quantized[name].detach(), module.decode(out.indices[name]), atol)
             (found,) = torch.autograd.grad(out.quantized[name].sum(), z[name], retain_graph=True)
             assert torch.equal(found, torch.ones_like(found))
             (pull,) = torch.autograd.grad(out.loss, z[name], retain_graph=True)
@@ -120,8 +109,8 @@ def test_codebooks_tied_by_index(names: Sequence[str], draw: Draw) -> None:
         old = {"decay": 0.9, "codes": before["codes"]}
         expected = ema_update_ref(before["sums"], before["counts"], sums, counts, **old)
         atol = draw.slack(z)  # for rows [n, D], which it counts as [B, T]
-        assert_near(books[name].weight, expected[0], atol)
-        assert_near(books[name].sums, expected[1], atol)
+        close(books[name].weight, expected[0], atol)
+        close(books[name].sums, expected[1], atol)
 
 
 @pytest.mark.parametrize("names", [NAMES[:2], NAMES])  # alone, there is nobody to ask about
@@ -150,21 +139,4 @@ def test_a_callable_is_given_the_others_and_what_is_fit_of_them(
         assert torch.equal(x, torch.where(masks[name][..., None], z[name], 0))
     (_, counts, sums), (_, n, wanted) = pending(module), pending(plain)
     assert torch.equal(counts, n)
-    assert_near(sums, 2 * wanted, 5 * draw.slack(z))  # (1 - w) z + w 5 z = 2 z
-
-
-def test_apply_of_a_function_is_that_of_every_module() -> None:
-    """`apply()` steps the codebook; `apply(fn)` visits modules, wherever the codebook sits."""
-    quantizer = MultiModalEMAQuantizer(3, 5, init="uniform")
-    parent = nn.Sequential(nn.Linear(3, 3), quantizer)
-    book = quantizer.ema_codebook
-    book.accumulate(randn(7, 3, seed=0), torch.zeros(7, dtype=torch.long))
-    before, visited = state(quantizer), list[nn.Module]()
-    assert parent.apply(visited.append) is parent
-    assert visited == [parent[0], *quantizer.children(), quantizer, parent]
-    assert book in visited
-    assert book.apply(visited.append) is book
-    assert visited[-1] is book
-    assert_same_bits(state(quantizer), before)
-    assert book.apply() is book
-    assert book.steps == 1
+    close(sums, 2 * wanted, 5 * draw.slack(z))  # (1 - w) z + w 5 z = 2 z

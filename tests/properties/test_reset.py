@@ -10,20 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from properties.strategies import (
-    EPS,
-    NAMES,
-    Draw,
-    assert_near,
-    draws,
-    every_wiring,
-    pending,
-    state,
-)
+from properties.strategies import EPS, NAMES, Draw, draws, every_wiring, pending
+from support import close, state
 from torch import Tensor
 
 from mmvq.functional import laplace_smoothing
 
+RULES = st.sampled_from(("all", "any"))
 STATE = ("codes", "sums", "counts")
 
 
@@ -32,9 +25,8 @@ def chosen(indices: dict[str, Tensor], size: int) -> dict[str, Tensor]:
     return {n: torch.isin(torch.arange(size), index) for n, index in indices.items()}
 
 
-@pytest.mark.parametrize("rule", ["all", "any"])
 @every_wiring
-@given(draw=draws(), reset_after=st.integers(1, 3))
+@given(draw=draws(), reset_after=st.integers(1, 3), rule=RULES)
 def test_dead_codes_move_and_no_other(
     names: Sequence[str], partner: Any, draw: Draw, reset_after: int, rule: Any
 ) -> None:
@@ -68,8 +60,8 @@ def test_dead_codes_move_and_no_other(
 
         mass = twin.ema_codebook.counts
         rounding = draw.L * EPS * float(mass.sum())
-        assert_near(book.counts[dead], mass[dead].mean().expand(int(dead.sum())), rounding)
-        assert_near(book.counts.sum(), mass.sum(), rounding)
+        close(book.counts[dead], mass[dead].mean().expand(int(dead.sum())), rounding)
+        close(book.counts.sum(), mass.sum(), rounding)
         n = n.sum(0)
         crowded = n.argsort(descending=True, stable=True)[: int((n > 0).sum())][: int(dead.sum())]
         means = sums[crowded] / n[crowded, None]
@@ -80,9 +72,8 @@ def test_dead_codes_move_and_no_other(
             assert len(book.codes[dead].unique(dim=0)) == dead.sum()
 
 
-@pytest.mark.parametrize("rule", ["all", "any"])
 @every_wiring
-@given(draw=draws(), eps=st.sampled_from((0.0, 1e-5)))
+@given(draw=draws(), eps=st.sampled_from((0.0, 1e-5)), rule=RULES)
 def test_a_reset_code_is_still_there_at_the_next_step(
     names: Sequence[str], partner: Any, draw: Draw, eps: float, rule: Any
 ) -> None:
@@ -110,14 +101,13 @@ def test_a_reset_code_is_still_there_at_the_next_step(
     wanted = (0.9 * old * before["codes"] + 0.1 * sums) / new
     module(z)
     atol = 2 * draw.slack(z)
-    assert_near(book.codes[dead & now], wanted[dead & now], atol)
+    close(book.codes[dead & now], wanted[dead & now], atol)
     assert (dead & ~now).any()
     assert torch.equal(book.codes[dead & ~now], before["codes"][dead & ~now])
 
 
-@pytest.mark.parametrize("rule", ["all", "any"])
 @pytest.mark.parametrize("names", [NAMES[:2], NAMES])
-@given(draw=draws())
+@given(draw=draws(), rule=RULES)
 def test_a_modality_never_seen_does_not_vote(names: Sequence[str], draw: Draw, rule: Any) -> None:
     """Trained on one modality, a quantizer of many resets just as a quantizer of that one does."""
     settings: dict[str, Any] = {"partner": "none", "reset_after": 1, "reset_rule": rule}
@@ -148,7 +138,7 @@ def test_training_on_pairs_does_not_reset_the_codebook(draw: Draw) -> None:
             else:
                 present = {n: torch.full((2, draw.L), n != absent) for n in NAMES}
                 module(every, present)
-            assert_near(module.codebook, draw.codes(), draw.slack(every))
+            close(module.codebook, draw.codes(), draw.slack(every))
             assert not (book.ages > 0).any()
 
 

@@ -6,22 +6,15 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from properties.strategies import (
-    Draw,
-    assert_same_bits,
-    draws,
-    every_wiring,
-    state,
-)
-from torch import nn
+from properties.strategies import Draw, assert_same_bits, draws, every_wiring
+from support import state
 
 from mmvq import CrossModalCodeMatchingLoss, MultiModalEMAQuantizer
 
-LOW = (torch.bfloat16, torch.float16)
+LOW = st.sampled_from((torch.bfloat16, torch.float16))
 INITS = st.sampled_from(("uniform", "samples", "kmeans"))
 
 
@@ -33,10 +26,9 @@ def freeze(module: MultiModalEMAQuantizer, *batch: Any) -> Any:
     return module.train()(*batch, freeze=True)
 
 
-@pytest.mark.parametrize("quiet", [evaluate, freeze])
 @every_wiring
-@given(draw=draws(), init=INITS)
-@example(draw=Draw(B=1, T=1, D=1, L=1, strided=False, seed=578527), init="samples")
+@given(draw=draws(), init=INITS, quiet=st.sampled_from((evaluate, freeze)))
+@example(Draw(B=1, T=1, D=1, L=1, strided=False, seed=578527), "samples", evaluate)
 def test_eval_and_freeze_write_nothing(
     names: Sequence[str], partner: Any, draw: Draw, init: Any, quiet: Callable[..., Any]
 ) -> None:
@@ -60,9 +52,13 @@ def test_eval_and_freeze_write_nothing(
             assert torch.equal(shown.loss, trained.loss)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @every_wiring
-@given(draw=draws(), init=INITS, stop=st.integers(0, 3))
+@given(
+    draw=draws(),
+    init=INITS,
+    stop=st.integers(0, 3),
+    dtype=st.sampled_from((torch.float64, torch.float32)),
+)
 def test_save_load_continue_is_never_stopping(
     names: Sequence[str], partner: Any, draw: Draw, init: Any, stop: int, dtype: torch.dtype
 ) -> None:
@@ -89,34 +85,8 @@ def test_save_load_continue_is_never_stopping(
         assert_same_bits(state(resumed), state(going))
 
 
-def cast_by(how: str, dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
-    if how == "method":
-        return lambda module: module.bfloat16() if dtype == torch.bfloat16 else module.half()
-    return lambda module: module.to(dtype) if how == "to" else module.type(dtype)
-
-
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("how", ["method", "to", "type"])
-@given(draw=draws())
-def test_casts_leave_the_state_in_float32(dtype: torch.dtype, how: str, draw: Draw) -> None:
-    """Not a bit is lost, pending statistics included; the weights of a parent are cast as usual."""
-    module = MultiModalEMAQuantizer(draw.D, draw.L, init="uniform", update="manual")
-    parent = nn.Sequential(nn.Linear(2, 2), module)
-    module({name: x.float() for name, x in draw.features(("audio", "video")).items()})
-    pending = module.ema_codebook._pending
-    assert pending is not None
-    before, statistics = state(module), pending.clone()
-    cast_by(how, dtype)(parent)
-    assert parent[0].weight.dtype == dtype
-    assert_same_bits(state(module), before)
-    assert module.ema_codebook.codes.dtype == torch.float32
-    assert torch.equal(module.ema_codebook._pending, statistics)
-    assert parent.double()[1].codebook.dtype == torch.float64  # a wider state is the user's choice
-
-
-@pytest.mark.parametrize("dtype", LOW)
 @every_wiring
-@given(draw=draws())
+@given(draw=draws(), dtype=LOW)
 def test_low_precision_features_are_kept_as_if_in_float32(
     names: Sequence[str], partner: Any, draw: Draw, dtype: torch.dtype
 ) -> None:
@@ -136,9 +106,8 @@ def test_low_precision_features_are_kept_as_if_in_float32(
         assert_same_bits(actual.quantized, rounded)
 
 
-@pytest.mark.parametrize("dtype", LOW)
 @every_wiring
-@given(draw=draws())
+@given(draw=draws(), dtype=LOW)
 def test_autocast_changes_nothing(
     names: Sequence[str], partner: Any, draw: Draw, dtype: torch.dtype
 ) -> None:

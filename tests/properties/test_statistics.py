@@ -14,19 +14,18 @@ from properties.strategies import (
     NAMES,
     Draw,
     Tensors,
-    assert_near,
     assert_near_state,
     assert_same_bits,
     clip_mean,
     draws,
     every_wiring,
     pending,
-    state,
 )
+from support import close, state
 from torch import Tensor
 
 from mmvq import EMACodebook, update_codebooks
-from mmvq.functional import cross_attend_ref, laplace_smoothing
+from mmvq.functional import cross_attend_ref, laplace_smoothing, nearest_code_ref
 
 WEIGHTS = st.sampled_from((0.0, 0.3, 0.5, 1.0))
 
@@ -69,7 +68,7 @@ def test_each_code_gets_its_vectors(
     for name, values in contributions(partner, weight, z, masks).items():
         for value, index in zip(values, indices[name][masks[name]].tolist(), strict=True):
             expected[index] += value
-    assert_near(sums, expected, draw.slack(z))
+    close(sums, expected, draw.slack(z))
 
 
 @every_wiring
@@ -94,18 +93,19 @@ def test_the_average_follows_its_recurrence(
         counts = decay * before["counts"] + (1 - decay) * n
         atol = draw.slack(z) * (step + 1)
         scale = EPS * float(counts.sum()) * draw.L
-        assert_near(book.counts, counts, scale)
+        close(book.counts, counts, scale)
         mass = decay * before["counts"].sum() + (1 - decay) * len(chosen)
-        assert_near(book.counts.sum(), mass, scale)
-        assert_near(book.sums, decay * before["sums"] + (1 - decay) * s, atol)
+        close(book.counts.sum(), mass, scale)
+        close(book.sums, decay * before["sums"] + (1 - decay) * s, atol)
         smoothed = laplace_smoothing(counts, eps)
         # Counts down to decay^3 >= 1/8: the division multiplies errors by 8, rather than by 2.
         averaged = torch.where(n[:, None] > 0, book.sums / smoothed[:, None], before["codes"])
-        assert_near(book.codes, averaged, 8 * atol)
+        close(book.codes, averaged, 8 * atol)
         assert torch.equal(book.codes[n == 0], before["codes"][n == 0])  # nothing chose them
         for name in names:
-            shown = before["codes"][out.indices[name].clamp(min=0)]
-            wanted = torch.where(masks[name][..., None], shown, 0)
+            nearest = nearest_code_ref(z[name].flatten(0, 1), before["codes"]).view(draw.B, draw.T)
+            assert torch.equal(out.indices[name], torch.where(masks[name], nearest, -1))
+            wanted = torch.where(masks[name][..., None], before["codes"][nearest], 0)
             assert torch.equal(out.quantized[name], wanted)
 
 
@@ -166,11 +166,35 @@ def test_micro_batches_equal_one_batch(
         for name in names:
             assert torch.equal(torch.cat([p.indices[name] for p in parts]), expected.indices[name])
             quantized = torch.cat([p.quantized[name] for p in parts])
-            assert_near(quantized, expected.quantized[name], atol)
+            close(quantized, expected.quantized[name], atol)
         assert_near_state(state(split), state(whole), atol)
         before = state(split)
         split.update_codebook()  # nothing is left to apply
         assert_same_bits(state(split), before)
+
+
+@every_wiring
+@given(draw=draws(), ranks=st.integers(1, 3))
+def test_ranks_that_add_their_statistics_are_one_process(
+    names: Sequence[str], partner: Any, draw: Draw, ranks: int
+) -> None:
+    """Each rank on its clips, maybe none, and one sum of flat buffers: the same bits on all."""
+    settings = {"partner": partner, "reset_after": 1}
+    whole = draw.quantizer(names, **settings)
+    parts = [draw.quantizer(names, **settings, update="manual") for _ in range(ranks)]
+    for step in range(3):
+        z, masks = draw.features(names, step), draw.masks(names, step)
+        whole(z, masks)
+        for rank, part in enumerate(parts):
+            part(
+                {n: x[rank::ranks] for n, x in z.items()},
+                {n: m[rank::ranks] for n, m in masks.items()},
+            )
+        total = torch.stack([pending(part)[0] for part in parts]).sum(0)
+        for part in parts:
+            part.ema_codebook.update_(total)
+            assert_same_bits(state(part), state(parts[0]))
+        assert_near_state(state(parts[0]), state(whole), 3 * draw.slack(z))
 
 
 @given(draw=draws())

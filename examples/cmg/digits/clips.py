@@ -1,9 +1,8 @@
 """The plot of a clip: which digit each modality shows in each of its ten segments.
 
-One event is shared: the clip's digit is shown, spoken and written during the same 3 to 7 segments.
-Outside of it a modality may go its own way, as when a cat is filmed while somebody out of sight is
-talking: with probability 0.3, on its own, it shows another digit that no other modality shows.
-All the rest is background. For example, with "." for background:
+All modalities show the clip's digit during the same 3 to 7 segments. Outside this event, each
+modality independently shows another digit with probability 0.3, which no other modality shows. All
+other segments are background. For example, with "." for background:
 
     video  . . 4 4 4 4 . 9 9 .
     audio  . . 4 4 4 4 . . . .
@@ -16,16 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cmg.digits.style import HOME, Style
+from ..data import BACKGROUND
+from .style import HOME, Style
 
 SEGMENTS = 10
 CLASSES = 10
-BACKGROUND = -1
 MODALITIES = ("audio", "video", "text")
 
 
 class Clip(NamedTuple):
-    """One clip: its class, and per modality the digit of every segment."""
+    """One clip: its class, and the digit of every segment of each modality."""
 
     label: int
     shown: dict[str, np.ndarray]  # modality -> int64 [T], BACKGROUND where no digit is shown
@@ -48,7 +47,7 @@ def compose(rng: np.random.Generator, style: Style = HOME) -> Clip:
 
 
 def aside(rng: np.random.Generator, start: int, length: int) -> slice:
-    """Choose a run of segments before or after the event, always shorter than the event."""
+    """Choose a run of segments before or after the event, shorter than the event."""
     gaps = [gap for gap in ((0, start), (start + length, SEGMENTS)) if gap[0] < gap[1]]
     low, high = gaps[rng.integers(len(gaps))]
     run = int(rng.integers(1, min(high - low, length - 1, 3) + 1))

@@ -1,15 +1,16 @@
-"""Moving pictures: real handwritten digits in 56 x 56 frames, seen by a frozen random layer.
+"""Video: handwritten digits in frames of 56 x 56 pixels, and features from a random layer.
 
-The handwriting is scikit-learn's `load_digits`: 1797 digits of 8 x 8 pixels that thirteen people
-wrote one after the other. A digit is put into a frame like this:
+The handwriting is scikit-learn's `load_digits`: 1797 digits of 8 x 8 pixels by thirteen writers, in
+order. A digit is drawn into a frame in four steps:
 
-1. upscale its 8 x 8 pixels smoothly, as ink between 0 and 1;
-2. for every pixel of the frame, ask where it falls on the digit after moving, turning and scaling;
-3. pass the ink through a soft threshold: a low threshold gives a thick stroke, a high one a thin;
-4. lay it over shapes of the background, choose a brightness, add noise.
+1. upscale its 8 x 8 pixels smoothly to ink between 0 and 1;
+2. resample the ink under a random translation, rotation and scale;
+3. apply a soft threshold to the ink: a low threshold gives a thick stroke, a high one a thin one;
+4. combine it with background shapes, and draw brightness and noise at random.
 
-A frame is then cut into 7 x 7 cells of 8 x 8 pixels. Each cell is described by 512 rectified
-random projections of itself and its eight neighbours: an untrained convolution, the same for all.
+A frame is then divided into 7 x 7 cells of 8 x 8 pixels. The features of a cell are 512 rectified
+random projections of the cell and its eight neighbours: an untrained convolution with fixed
+weights.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+from einops import rearrange, reduce
 from sklearn.datasets import load_digits
 
-from cmg.digits.style import HOME, Style
+from .style import HOME, Style
 
 FRAME, GRID, CELL, CHANNELS = 56, 7, 8, 512
-INK = 32  # pixels of an upscaled digit
+INK = 32  # side of an upscaled digit, in pixels
 ROW, COLUMN = np.mgrid[:FRAME, :FRAME].astype(np.float32) + 0.5  # pixel centres
-# Consecutive samples come from one writer: about 138 each. The gap of as many keeps the writers of
-# the splits 1 and 2 apart.
+# Consecutive samples are from one writer, about 138 each. The gap of this size between the splits 1
+# and 2 separates their writers.
 WRITERS = {0: range(0, 900), 1: range(900, 1280), 2: range(1418, 1797)}
 
 
 def film(
     digits: np.ndarray, split: int, rng: np.random.Generator, style: Style = HOME
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Film one clip: digits [T] to frames [T, 56, 56] and boxes [T, 4] (zeros where no digit)."""
+    """Draw one clip: digits [T] to frames [T, 56, 56] and boxes [T, 4], zeros without a digit."""
     T = len(digits)
     frames = 0.6 * (_stripes(T, rng) if style.striped else _shapes(T, rng))
     boxes = np.zeros((T, 4), dtype=np.int64)
@@ -46,16 +48,16 @@ def film(
 def film_pair(
     named: np.ndarray, others: np.ndarray, split: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Film two digits at a time, side by side or one above the other.
+    """Draw two digits in each frame, side by side or one above the other.
 
     Args:
-        named: The digit to find, [T], negative = neither digit is shown.
+        named: The digit to find, [T]; if negative, no digit is drawn.
         others: The other digit, [T].
-        split: Whose handwriting.
-        rng: Where chance comes from.
+        split: Split that the handwriting is from.
+        rng: Random generator.
 
     Returns:
-        Frames [T, 56, 56], the pixels of the digit to find, bool [T, 56, 56], and its boxes
+        Frames [T, 56, 56], and of the digit to find the pixels, bool [T, 56, 56], and the boxes
         [T, 4].
     """
     T = len(named)
@@ -80,21 +82,22 @@ def film_pair(
 
 
 def _expose(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Choose brightness and noise of every frame."""
+    """Apply a random brightness and noise to every frame."""
     T = len(frames)
     grain = rng.standard_normal(frames.shape, dtype=np.float32)
     return _draw(rng, T, 0.5, 1.0) * frames + _draw(rng, T, 0.03, 0.15) * grain
 
 
 def see(frames: np.ndarray) -> np.ndarray:
-    """Describe every cell with its neighbours: frames [T, 56, 56] to features [T, 7, 7, 512]."""
-    T, half, side = len(frames), FRAME // 2, CELL // 2
-    small = frames.reshape(T, half, 2, half, 2).mean((2, 4))
+    """Compute the features of every cell: frames [T, 56, 56] to [T, 7, 7, 512]."""
+    side = CELL // 2
+    small = reduce(frames, "t (h a) (w b) -> t h w", "mean", a=2, b=2)
     padded = np.pad(small, ((0, 0), (side, side), (side, side)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3 * side, 3 * side), axis=(1, 2))
-    patches = windows[:, ::side, ::side].reshape(T * GRID * GRID, -1)  # [T * 49, 144]
+    patches = rearrange(windows[:, ::side, ::side], "t i j h w -> (t i j) (h w)")
     weight, bias = _layer()
-    return np.maximum(patches @ weight + bias, 0).reshape(T, GRID, GRID, CHANNELS)
+    features = np.maximum(patches @ weight + bias, 0)
+    return rearrange(features, "(t i j) c -> t i j c", i=GRID, j=GRID)
 
 
 def _draw(
@@ -115,7 +118,7 @@ def _pick(digits: np.ndarray, split: int, rng: np.random.Generator) -> np.ndarra
 def _handwriting() -> tuple[np.ndarray, np.ndarray]:
     """All digits upscaled [1797, 32, 32] and their classes [1797]."""
     images, classes = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8) / 16
+    images = rearrange(images, "n (h w) -> n h w", h=8) / 16
     centres = (np.arange(INK) + 0.5) * 8 / INK - 0.5
     blend = np.exp(-0.5 * ((centres[:, None] - np.arange(8)) / 0.5) ** 2)
     blend /= blend.sum(1, keepdims=True)
@@ -129,9 +132,9 @@ def _place(
     rng: np.random.Generator,
     style: Style,
 ) -> np.ndarray:
-    """Move, turn, scale and redraw ink [S, 32, 32] into frames [S, 56, 56].
+    """Translate, rotate and scale ink [S, 32, 32] into frames [S, 56, 56].
 
-    The centre lies between `rows` and between `columns`, (low, high) for all or each [S, 1, 1].
+    The centre is drawn between `rows` and between `columns`: (low, high), numbers or [S, 1, 1].
     """
     S = len(ink)
     angle, scale = _draw(rng, S, -0.3, 0.3), INK / _draw(rng, S, *style.size)
@@ -144,7 +147,7 @@ def _place(
 
 
 def _bilinear(images: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """Read images [S, H, W] at places [S, h, w] between the pixels; all is blank outside."""
+    """Interpolate images [S, H, W] at positions [S, h, w]; outside they are 0."""
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
     row = np.clip(row + 0.5, 0, padded.shape[1] - 1.01)
     column = np.clip(column + 0.5, 0, padded.shape[2] - 1.01)
@@ -178,7 +181,7 @@ def _shapes(T: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _stripes(T: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw soft parallel stripes [T, 56, 56], of one width and direction in a frame."""
+    """Draw soft parallel stripes [T, 56, 56], with one width and direction in each frame."""
     angle, period = _draw(rng, T, 0, np.pi), _draw(rng, T, 6, 20)
     across = np.cos(angle) * ROW + np.sin(angle) * COLUMN
     return (1 + np.sin(2 * np.pi * (across / period + _draw(rng, T, 0, 1)))) / 2
@@ -186,7 +189,7 @@ def _stripes(T: int, rng: np.random.Generator) -> np.ndarray:
 
 @cache
 def _layer() -> tuple[np.ndarray, np.ndarray]:
-    """Draw the frozen layer, blurred noise of zero mean: weight [144, 512] and bias [512]."""
+    """Draw the fixed layer, blurred noise of zero mean: weight [144, 512] and bias [512]."""
     rng = np.random.default_rng(2023)
     side = np.arange(3 * CELL // 2)
     blur = np.exp(-0.5 * (side[:, None] - side) ** 2)

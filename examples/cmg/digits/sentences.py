@@ -1,11 +1,12 @@
-"""Words: sentences that name the digit, as hashed character n-grams.
+"""Text: sentences that name the digit, and their features, hashed character n-grams.
 
-A sentence is a template in which a name, a thing and a place are filled in. The thing is a digit,
-or in the background a noun; a few nouns look like a digit (wine, stone). Every split has its own
-templates, names, nouns and places, so that little but the digits is known from one to the next.
+A sentence is a template filled with a name, a thing and a place. The thing is a digit, or a noun in
+background segments; some nouns resemble a digit (wine, stone). Every split has its own templates,
+names, nouns and places, so that the splits share few words except the digits.
 
-A sentence is described by the runs of 2 to 5 characters inside its words (word ends included), each
-hashed to one of 768 places with a sign: "five" gives "<f", "fi", "iv", ..., "<five", "five>".
+The features of a sentence count the runs of 2 to 5 characters in its words, including the ends of
+words: "five" has "<f", "fi", "iv", ..., "<five", "five>". Each is hashed to one of 768 indices and
+a sign.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from zlib import crc32
 
 import numpy as np
 
-from cmg.digits.style import HOME, Style
+from .style import HOME, Style
 
 WIDTH = 768
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# What follows is given for the splits 0, 1 and 2; a plus sign stands for a space.
+# The following tuples are of the splits 0, 1 and 2; a plus sign stands for a space.
 NAMES = (
     "anna peter maria jonas ruth victor helen oscar leo sarah the+teacher my+uncle a+child "
     "the+driver our+guest the+king a+lawyer your+cousin the+mayor another+player",
@@ -96,7 +97,7 @@ TEMPLATES = (
 def write(
     digits: np.ndarray, split: int, rng: np.random.Generator, style: Style = HOME
 ) -> list[str]:
-    """Write one clip: digits [T] to T sentences."""
+    """Write the sentences of one clip: digits [T] to T sentences."""
 
     def pick(words: str) -> str:
         choices = words.split()
@@ -111,7 +112,7 @@ def write(
 
 
 def read(sentences: list[str]) -> np.ndarray:
-    """Describe T sentences: [T, 768], unit length."""
+    """Compute the features of T sentences: [T, 768], of unit length."""
     features = np.stack([np.sum([_hash(w) for w in s.split()], axis=0) for s in sentences])
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 

@@ -1,11 +1,11 @@
-"""Sound: digits spoken by a formant synthesiser, among hums and sirens, as log-mel features.
+"""Audio: digits spoken by a formant synthesiser, hums and sirens, and log-mel features.
 
-A voice is a source and a filter. The source is a train of glottal pulses at the pitch f0, or
-breath. The filter is the vocal tract: resonances (formants) where the phoneme wants them, divided
-by the length of the tract. Consonants such as S add a band of noise of their own. The synthesiser
-works on frames of 20 ms every 10 ms: it takes the spectrum of the source, multiplies it by the
-filter of that moment, and adds the frames up again into sound at 16 kHz. Each word lies somewhere
-in its second, at a loudness of its own, in the noise of a room.
+Speech is a source and a filter. The source is a train of glottal pulses at the pitch f0, or breath.
+The filter is the vocal tract: the resonances (formants) of the phoneme, divided by the length of
+the tract. Consonants such as S add a band of noise. The synthesiser works on frames of 20 ms every
+10 ms: it multiplies the spectrum of the source by the filter of the frame, and overlap-adds the
+frames to sound at 16 kHz. Each word has a random position in its second and a random loudness, with
+the noise of a room.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from einops import rearrange, repeat
 
-from cmg.digits.style import HOME, Style
+from .style import HOME, Style
 
 RATE, HOP = 16_000, 160
 FRAMES = 70  # synthesis frames of the longest word
 TURN = 2 * math.pi
-ECHO = RATE // 12  # samples to the walls and back
+ECHO = RATE // 12  # delay of the echo, in samples
 BANDS, STEPS = 16, 8  # log-mel bands and time steps per second: 128 numbers
 
-# phoneme: milliseconds, formants F1 F2 F3 (Hz), voicing, friction, its centre and width (Hz)
+# phoneme: milliseconds, formants F1 F2 F3 (Hz), voicing, friction, centre and width of it (Hz)
 PHONEMES = {
     "AA": (110, 730, 1150, 2500, 1.0, 0.0, 0, 1),
     "AH": (90, 620, 1220, 2550, 1.0, 0.0, 0, 1),
@@ -45,7 +46,7 @@ PHONEMES = {
     "TH": (90, 300, 1400, 2500, 0.0, 0.25, 5500, 2500),
     "T": (30, 350, 1800, 2700, 0.0, 0.8, 4500, 1500),
     "K": (40, 350, 1900, 2500, 0.0, 0.7, 2200, 900),
-    "-": (50, 350, 1700, 2600, 0.0, 0.0, 0, 1),  # the closure before T and K
+    "-": (50, 350, 1700, 2600, 0.0, 0.0, 0, 1),  # closure before T and K
 }
 WORDS = (
     "Z IY R OW",
@@ -59,7 +60,7 @@ WORDS = (
     "EY IH - T",
     "N AA IH N",
 )
-SMOOTH = np.hanning(9)[1:-1].astype(np.float32) / 4  # the mouth moves in about 40 ms
+SMOOTH = np.hanning(9)[1:-1].astype(np.float32) / 4  # articulation takes about 40 ms
 VOICES = {0: 40, 1: 20, 2: 20}  # speakers per split
 
 
@@ -73,12 +74,12 @@ class Voice(NamedTuple):
 
 
 def voices(seed: int, split: int, style: Style = HOME) -> list[Voice]:
-    """Draw the speakers of a split; no other split has them."""
+    """Draw the speakers of a split, who are in no other split."""
     key = (split, *style.name.encode())
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
     speakers = []
     for _ in range(VOICES[split]):
-        size = rng.uniform(-1, 1)  # large bodies have low voices and long tracts
+        size = rng.uniform(-1, 1)  # large speakers have low voices and long tracts
         f0 = style.pitch * 2 ** (-0.6 * size + rng.uniform(-0.2, 0.2))
         tract = style.tract + 0.12 * size + rng.uniform(-0.04, 0.04)
         speakers.append(Voice(f0, tract, rng.uniform(*style.pace), rng.uniform(*style.breath)))
@@ -88,7 +89,7 @@ def voices(seed: int, split: int, style: Style = HOME) -> list[Voice]:
 def record(
     digits: np.ndarray, voice: Voice, rng: np.random.Generator, style: Style = HOME
 ) -> np.ndarray:
-    """Record one clip: digits [T] to sound [T, 16000]."""
+    """Synthesise one clip: digits [T] to sound [T, 16000]."""
     T = len(digits)
     spoken = digits >= 0
     sound = np.zeros((T, RATE), dtype=np.float32)
@@ -104,10 +105,12 @@ def record(
 
 
 def hear(sound: np.ndarray) -> np.ndarray:
-    """Log-mel features of sound [T, 16000]: [T, 128], eight steps of sixteen bands."""
-    blocks = sound.reshape(len(sound), STEPS, -1) * np.hanning(RATE // STEPS).astype(np.float32)
+    """Compute log-mel features of sound [T, 16000]: [T, 128], eight steps of sixteen bands."""
+    blocks = rearrange(sound, "t (steps samples) -> t steps samples", steps=STEPS)
+    blocks = blocks * np.hanning(RATE // STEPS).astype(np.float32)
     power = np.abs(np.fft.rfft(blocks)) ** 2 / blocks.shape[-1]  # [T, 8, 1001]
-    return np.log(power @ _mel_filters() + 1e-3).reshape(len(sound), -1)
+    features = np.log(power @ _mel_filters() + 1e-3)
+    return rearrange(features, "t steps bands -> t (steps bands)")
 
 
 def _draw(rng: np.random.Generator, T: int, low: float, high: float) -> np.ndarray:
@@ -116,12 +119,12 @@ def _draw(rng: np.random.Generator, T: int, low: float, high: float) -> np.ndarr
 
 
 def _gain(decibels: np.ndarray) -> np.ndarray:
-    """Turn decibels into a factor on the amplitude."""
+    """Convert decibels to a factor of the amplitude."""
     return 10 ** (decibels / 20)
 
 
 def _speak(digits: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.ndarray:
-    """Speak digits [S]: sound [S, 11200] of power 1 while it lasts."""
+    """Speak digits [S]: sound [S, 11200] of power 1 during the word."""
     S = len(digits)
     mouth = np.empty((S, FRAMES, 7), dtype=np.float32)
     for track, digit in zip(mouth, digits, strict=True):
@@ -140,7 +143,7 @@ def _speak(digits: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.nda
 
 
 def _articulate(digit: int, voice: Voice, rng: np.random.Generator) -> np.ndarray:
-    """Move the mouth through the phonemes of one word: [frames, 7], the columns of PHONEMES."""
+    """Interpolate the phonemes of one word: [frames, 7], by the last columns of PHONEMES."""
     table = np.array([PHONEMES[phoneme] for phoneme in WORDS[digit].split()], dtype=np.float32)
     milliseconds, targets = table[:, 0], table[:, 1:]
     targets[:, :3] *= rng.uniform(0.95, 1.05, (len(table), 3))
@@ -153,7 +156,7 @@ def _articulate(digit: int, voice: Voice, rng: np.random.Generator) -> np.ndarra
 
 
 def _resonances(f: np.ndarray, formants: np.ndarray) -> np.ndarray:
-    """Magnitude of the tract with formants [..., 3] (Hz) at the frequencies f: [..., F]."""
+    """Magnitude of the tract with formants [..., 3] (Hz) at the frequencies f [F]: [..., F]."""
     gain = np.ones((*formants.shape[:-1], len(f)), dtype=np.float32)
     for k, bandwidth in enumerate((80, 110, 160)):
         centre = formants[..., k, None]
@@ -179,10 +182,10 @@ def _spectra(sound: np.ndarray) -> np.ndarray:
 
 
 def _overlap_add(frames: np.ndarray) -> np.ndarray:
-    """Add up half-overlapping frames [S, frames, 320]: sound [S, 11200]."""
+    """Add half-overlapping frames [S, frames, 320]: sound [S, 11200]."""
     sound = frames[..., :HOP].copy()
     sound[:, 1:] += frames[:, :-1, HOP:]
-    return sound.reshape(len(frames), -1)
+    return rearrange(sound, "s frames hop -> s (frames hop)")
 
 
 def _background(S: int, rng: np.random.Generator) -> np.ndarray:
@@ -201,18 +204,18 @@ def _background(S: int, rng: np.random.Generator) -> np.ndarray:
 def _room(T: int, rng: np.random.Generator) -> np.ndarray:
     """Noise of a room, stronger at low frequencies: [T, 16000] of power 1.
 
-    It is a mean of white noises, one of which changes with every sample, the others more rarely.
+    It is the sum of three white noises, of which two are held for 8 and 64 samples.
     """
     noise = rng.standard_normal((T, RATE), dtype=np.float32)
     for held in (8, 64):
-        slow = rng.standard_normal((T, RATE // held, 1), dtype=np.float32)
-        noise.reshape(T, -1, held)[:] += slow
+        slow = rng.standard_normal((T, RATE // held), dtype=np.float32)
+        noise += repeat(slow, "t n -> t (n held)", held=held)
     return noise / math.sqrt(3)
 
 
 @cache
 def _mel_filters() -> np.ndarray:
-    """Sixteen triangles, equally spaced in mel between 60 and 7600 Hz: [1001, 16]."""
+    """Sixteen triangular filters, equally spaced in mel from 60 to 7600 Hz: [1001, 16]."""
     f = np.fft.rfftfreq(RATE // STEPS, 1 / RATE)
     lowest, highest = (2595 * math.log10(1 + hertz / 700) for hertz in (60, 7600))
     mel = np.linspace(lowest, highest, BANDS + 2)

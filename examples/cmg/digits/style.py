@@ -1,11 +1,10 @@
-"""Two houses that make such clips: other hands, other voices, other words, another layout.
+"""Two styles of rendering, which differ in handwriting, voices, sentences and layout.
 
-HOME made the built-in set. AWAY shows the same ten digits in its own way, for tests of what still
-holds on another data set. Its hands lean to the right and write narrow digits, and its camera puts
-them anywhere, in front of stripes. Its speakers are small, breathy and slow, in rooms that echo.
-Its sentences are long. Its events are shorter, and more often there is something else besides.
-How far it goes was chosen by what an encoder that is trained on HOME still tells there: less, but
-not nothing.
+HOME is the style of the built-in set. AWAY renders the same ten digits differently, to test
+generalisation to another data set: narrow handwriting that leans to the right, anywhere in the
+frame, in front of stripes; high, breathy and slow voices with an echo; longer sentences; shorter
+events and more distractors. The difference was chosen such that an encoder trained on HOME
+recognises the digits of AWAY less well, but above chance.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Style:
-    """How a house makes its clips.
+    """Parameters of the rendering.
 
     Attributes:
-        name: In the names of files; none for HOME.
-        length: The shortest and the longest event, in segments.
-        distracted: How probably a modality shows a second digit outside of the event.
-        slant: Columns that a stroke moves to the right per row that it goes down.
+        name: Name that the random numbers depend on; empty for HOME.
+        length: Shortest and longest event, in segments.
+        distracted: Probability that a modality shows a second digit outside the event.
+        slant: Columns that a stroke moves to the right for each row down.
         narrow: Width of the handwriting relative to its height.
-        size: Width of a digit's square in pixels.
-        centre: Row and column of its centre in pixels.
-        stroke: Threshold on the ink: low is thick.
-        striped: Stripes for a background, else outlines.
-        pitch: Of the average speaker, in Hz.
-        tract: Length of the average vocal tract, relative to HOME's.
+        size: Side of a digit's square, in pixels.
+        centre: Row and column of its centre, in pixels.
+        stroke: Threshold of the ink; a low threshold gives a thick stroke.
+        striped: Whether the background has stripes, otherwise outlines.
+        pitch: Pitch of the average speaker, in Hz.
+        tract: Length of the average vocal tract, relative to that of HOME.
         pace: Speed of speech.
         breath: Share of breath in a voice.
-        echo: Amplitude of what comes back from the walls.
-        sentence: What is said around a template, in place of {}.
+        echo: Amplitude of the echo.
+        sentence: Sentence around a template, which replaces {}.
     """
 
     name: str = ""

@@ -1,8 +1,8 @@
-"""The files of the authors' released features and labels, as their folders have them.
+"""Read the features and labels that the authors released, in their own folders and formats.
 
-`sets` has a loader for each, and for the pairs of sets (AVE with AVVP, UCF with VGGSound); `text`
-reads the prompts, `avs` has AVSBench-S4. `arrays` reads the pickles inside the zips, and takes
-numpy arrays and nothing else.
+`sets` has a loader for each data set and for the pairs of sets (AVE with AVVP, UCF with VGGSound).
+`avs` reads AVSBench-S4. `text` encodes the prompts. `arrays` reads the pickles inside the zips,
+and accepts only numpy arrays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..errors import DataError
 from .sets import ReleasedSet, ave, avvp, vggsound_avel
 from .text import with_text
 
-SETS: dict[str, tuple[Callable[[Path], ReleasedSet], str]] = {  # kind -> loader, what ROOT holds
+SETS: dict[str, tuple[Callable[[Path], ReleasedSet], str]] = {  # kind -> loader, files in ROOT
     "vggsound-avel": (
         vggsound_avel,
         "vggsound-avel40k.csv VggsoundAVEL40kCategories.txt vggsoundCategories2Prompts.csv "
@@ -32,23 +32,22 @@ SETS: dict[str, tuple[Callable[[Path], ReleasedSet], str]] = {  # kind -> loader
     ),
 }
 
-__all__ = ["SETS", "ReleasedSet", "load_released"]
+__all__ = ["SETS", "load_released"]
 
 
 def load_released(
     kind: str, root: str, modalities: Sequence[str] | None = None, text_encoder: str = ""
 ) -> Clips:
-    """The clips of a released set.
+    """Load the clips of a released set.
 
     Args:
-        kind: One of SETS.
-        root: Its folder.
-        modalities: None takes audio and video; "text" is only there if it is asked for.
-        text_encoder: As `with_text` takes it.
+        kind: Name of the set, a key of SETS.
+        root: Folder of the set.
+        modalities: The modalities to load. None is audio and video; "text" must be named.
+        text_encoder: Encoder of the prompts, see `with_text`.
 
     Raises:
-        DataError: The folder lacks something that the set is made of, a file is odd, or there is no
-            such modality.
+        DataError: A file is missing or malformed, or there is no such modality.
     """
     read, layout = SETS[kind]
     missing = [x for x in layout.split() if not root or not (Path(root) / x).exists()]
@@ -62,5 +61,5 @@ def load_released(
     for name in modalities or ():
         if name not in clips.features:
             offered = ", ".join(clips.modalities)
-            raise DataError(f"{kind}:{root}: no modality '{name}'. The set offers: {offered}.")
+            raise DataError(f"{kind}:{root}: no modality '{name}'. The set has: {offered}.")
     return clips.only(modalities or clips.modalities)

@@ -1,14 +1,13 @@
-"""Arrays from files that are not trusted: zips of one pickle, and HDF5."""
+"""Read arrays from files that are not trusted: zips with one pickle, and HDF5."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,14 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import DataError
+from ..files import cache_folder
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_LARGEST = 2**28  # bytes of one clip's pickle; the largest released one has 1 MB
+_LARGEST = 2**28  # maximum bytes of a clip's pickle; the largest released one has 1 MB
 _NUMBER = re.compile(r"[fiub]\d{1,2}")
 
 
 class _Type:
-    """Stands for numpy.dtype in a pickle: a code such as "f4", and the order of its bytes."""
+    """Replaces numpy.dtype in a pickle: a code such as "f4", and the byte order."""
 
     def __init__(self, code: str, *_: object) -> None:
         self.code, self.order = code, "="
@@ -35,7 +35,7 @@ class _Type:
 
 
 class _Array:
-    """Stands for an array in a pickle, until `build` has checked what it says of itself."""
+    """Replaces an array in a pickle; `build` checks its description and makes the array."""
 
     def __init__(self, *_: object) -> None:
         self.state: Any = None
@@ -52,7 +52,7 @@ class _Array:
     def build(self) -> Array:
         shape, dtype, fortran, raw = self.state
         if not isinstance(dtype, _Type) or not _NUMBER.fullmatch(dtype.code):
-            raise ValueError("it holds no numbers")
+            raise ValueError("it has no numbers")
         kind = np.dtype(dtype.order.replace("|", "=") + dtype.code)
         flat = np.frombuffer(bytes(memoryview(raw)), kind)
         return flat.reshape(shape, order="F" if fortran else "C").astype(kind.newbyteorder("="))
@@ -62,7 +62,7 @@ def _encode(text: str, codec: str) -> bytes:
     return text.encode({"latin1": "latin1"}[codec])
 
 
-_PARTS = {  # what a pickled array is made of
+_PARTS = {  # the names in the pickle of an array
     ("numpy", "dtype"): _Type,
     ("numpy", "ndarray"): _Array,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
@@ -73,10 +73,10 @@ _PARTS = {  # what a pickled array is made of
 }
 
 
-class _ArraysOnly(pickle._Unpickler):  # the one in Python: that in C stumbles over damaged buffers
-    """Finds stand-ins for the parts of an array, and refuses every other name.
+class _ArraysOnly(pickle._Unpickler):  # in Python: the one in C fails on damaged buffers
+    """Replaces the parts of an array by the classes above, and refuses every other name.
 
-    Not even numpy's own: its constructors trust a pickle with the insides of a dtype.
+    The constructors of numpy are not used, because they trust the dtype in a pickle.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -86,15 +86,15 @@ class _ArraysOnly(pickle._Unpickler):  # the one in Python: that in C stumbles o
 
 
 def unpickle_array(file: BinaryIO) -> Array:
-    """The one array of numbers that a pickle holds; nothing else is ever built.
+    """Read the array of numbers in a pickle, without executing anything.
 
     Raises:
-        pickle.UnpicklingError: It holds something else, or is damaged.
+        pickle.UnpicklingError: The pickle has other content, or is damaged.
     """
     try:
         found = _ArraysOnly(file, encoding="latin1").load()
         if not isinstance(found, _Array):
-            raise pickle.UnpicklingError("it holds no array")
+            raise pickle.UnpicklingError("it has no array")
         return found.build()
     except pickle.UnpicklingError:
         raise
@@ -103,10 +103,10 @@ def unpickle_array(file: BinaryIO) -> Array:
 
 
 def read_zip(path: Path) -> Array:
-    """The array of a zip with one .pkl file.
+    """Read the array of a zip with one .pkl file.
 
     Raises:
-        DataError: The file is missing, damaged, or holds something else.
+        DataError: The file is missing, damaged, or has other content.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -116,7 +116,7 @@ def read_zip(path: Path) -> Array:
             with archive.open(member) as file:
                 return unpickle_array(file)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file, though the list of clips names it.") from None
+        raise DataError(f"{path}: no such file, but it is in the list of clips.") from None
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, zlib.error) as error:
         raise DataError(f"{path}: must be a zip of one pickled numpy array ({error}).") from error
     except zipfile.BadZipFile as error:
@@ -124,22 +124,22 @@ def read_zip(path: Path) -> Array:
 
 
 def read_h5(path: Path, key: str) -> Any:
-    """An open HDF5 data set: index it to read.
+    """Open an array of an HDF5 file; index it to read.
 
     Raises:
-        DataError: The file or the key is missing, or h5py is.
+        DataError: The file or the key is missing, or h5py is not installed.
     """
     try:
         import h5py
     except ImportError as error:
-        raise DataError(f"{path}: reading it takes h5py. Hint: pip install h5py") from error
+        raise DataError(f"{path}: needs h5py. Hint: pip install h5py") from error
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         raise DataError(f"{path}: missing, damaged, or not HDF5 ({error}).") from error
     if not isinstance(file.get(key), h5py.Dataset):
         raise DataError(
-            f"{path}: no array '{key}'. The file holds: {', '.join(file) or 'nothing'}."
+            f"{path}: no array '{key}'. Arrays in the file: {', '.join(file) or 'none'}."
         )
     return file[key]
 
@@ -147,31 +147,34 @@ def read_h5(path: Path, key: str) -> Any:
 def stack(
     name: str, clips: Sequence[Any], read: Callable[[Any], Array], shape: tuple[int, ...]
 ) -> Tensor:
-    """Features of all clips, float32 [N, *shape], in a file of its own that no path names.
+    """Stack the features of all clips into float32 [N, *shape], in a temporary file.
 
-    Such a file is memory that the system may write out: 40,000 clips of video are 40 GB.
+    The operating system can move this memory to disk: 40,000 clips of video take 40 GB.
 
     Args:
-        name: Of the modality, for the progress bar and errors.
-        clips: What `read` takes, one for each clip.
-        read: Gives [T', ...]; T' is cut to T, or the last segment repeated.
-        shape: T and the rest.
+        name: Name of the modality, for the progress bar and errors.
+        clips: The argument of `read` for each clip.
+        read: Reads the features of a clip, [T', ...].
+        shape: Shape (T, ...) of a clip, see `fit_length`.
     """
-    folder = Path(os.environ.get("MMVQ_CACHE") or "~/.cache/mmvq").expanduser()
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         out = np.memmap(file, np.float32, "w+", shape=(len(clips), *shape))
     for row, clip in zip(out, tqdm(clips, desc=f"reading {name}", leave=False), strict=True):
-        array = read(clip)
-        if array.ndim != len(shape) or array.shape[1:] != shape[1:] or len(array) == 0:
-            raise DataError(f"{clip}: {name} must be {list(shape)}; came {list(array.shape)}.")
-        row[:] = array[np.minimum(np.arange(shape[0]), len(array) - 1)]
-        if not np.isfinite(row).all():
-            raise DataError(f"{clip}: {name} must be finite; NaN or Inf came.")
+        row[:] = fit_length(f"{clip}: {name}", read(clip), shape)
     return torch.from_numpy(out)
 
 
-def one_hot_events(classes: Iterable[int], T: int, K: int) -> Tensor:
-    """Bool [N, T, K]: each clip's class in all its segments."""
-    rows = torch.nn.functional.one_hot(torch.tensor(list(classes)), K).bool()
-    return rows[:, None].expand(-1, T, -1)
+def fit_length(where: str, array: Array, shape: tuple[int, ...]) -> Array:
+    """Cut [T', ...] to T segments, or repeat the last one: float32 [T, ...].
+
+    Raises:
+        DataError: The array is empty, or not finite, or of another shape than (T', *shape[1:]).
+    """
+    if array.ndim != len(shape) or array.shape[1:] != shape[1:] or len(array) == 0:
+        raise DataError(f"{where} must be {list(shape)}; got {list(array.shape)}.")
+    fitted = array[np.minimum(np.arange(shape[0]), len(array) - 1)].astype(np.float32)
+    if not np.isfinite(fitted).all():
+        raise DataError(f"{where} must be finite; got NaN or Inf.")
+    return fitted

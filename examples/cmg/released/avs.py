@@ -1,4 +1,4 @@
-"""AVSBench-S4: five frames of a video, masks of what sounds, and the sound's features."""
+"""AVSBench-S4: five frames of a video, masks of the sounding object, and audio features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
-from .arrays import read_zip
+from .arrays import fit_length, read_zip
 from .sets import read_table
 
 FRAMES = 5
@@ -21,11 +21,11 @@ class AVSClip(NamedTuple):
     """One video.
 
     Attributes:
-        name: Of the video.
-        category: What sounds.
-        prompt: A sentence that names it.
+        name: Name of the video.
+        category: Category of the sounding object.
+        prompt: Sentence that names the category.
         frames: uint8 [5, H, W, 3].
-        masks: bool [n, H, W], n = 1 in training (the first frame's), else 5.
+        masks: bool [n, H, W], n = 1 in training (of the first frame), otherwise 5.
         audio: float32 [5, 128].
     """
 
@@ -38,15 +38,16 @@ class AVSClip(NamedTuple):
 
 
 class AVSBenchS4:
-    """The clips of a split, read when asked for.
+    """The clips of a split, read when indexed.
 
     Args:
-        root: s4_meta_data.csv, s4_data/{visual_frames,gt_masks}/SPLIT/CATEGORY/NAME/NAME_i.png,
-            audio/SPLIT/zip/CATEGORY/NAME.zip, AVSBenchCategories2Prompts.csv.
-        split: train, val or test.
+        root: Folder with s4_meta_data.csv, AVSBenchCategories2Prompts.csv,
+            s4_data/{visual_frames,gt_masks}/SPLIT/CATEGORY/NAME/NAME_i.png and
+            audio/SPLIT/zip/CATEGORY/NAME.zip.
+        split: "train", "val" or "test".
 
     Raises:
-        DataError: A table is missing or odd, or the split has no clips.
+        DataError: A table is missing or malformed, or the split has no clips.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -65,7 +66,7 @@ class AVSBenchS4:
         """Read a clip.
 
         Raises:
-            DataError: One of its files is missing or odd.
+            DataError: One of its files is missing or malformed.
         """
         name, category = self.rows[index]
         if category not in self.prompts:
@@ -78,17 +79,14 @@ class AVSBenchS4:
         count = 1 if self.split == "train" else FRAMES
         masks = [_image(folders[1] / f"{name}_{i}.png", "1") for i in range(1, count + 1)]
         path = self.root / "audio" / self.split / "zip" / category / f"{name}.zip"
-        audio = read_zip(path)
-        if audio.ndim != 2 or audio.shape[1] != 128 or len(audio) == 0:
-            raise DataError(f"{path}: must be [{FRAMES}, 128]; came {list(audio.shape)}.")
-        rows = np.minimum(np.arange(FRAMES), len(audio) - 1)
+        audio = fit_length(f"{path}: audio", read_zip(path), (FRAMES, 128))
         return AVSClip(
             name,
             category,
             self.prompts[category],
             torch.stack(frames),
             torch.stack(masks),
-            torch.from_numpy(audio[rows]).float(),
+            torch.from_numpy(audio),
         )
 
 

@@ -1,19 +1,21 @@
-"""The released sets: which clips there are, what they show when, and who trains on them."""
+"""The released sets: features, events and splits of their clips."""
 
 from __future__ import annotations
 
 import csv
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from einops import repeat
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ..data import BACKGROUND, PRETRAIN, TEST, TRAIN, Clips
 from ..errors import DataError
-from .arrays import one_hot_events, read_h5, read_zip, stack
+from .arrays import read_h5, read_zip, stack
 
 SEGMENTS = 10
 _SHAPES = {"audio": (SEGMENTS, 128), "video": (SEGMENTS, 7, 7, 512)}
@@ -22,16 +24,16 @@ _SPLITS = {"train": PRETRAIN, "val": TRAIN, "test": TEST}
 
 @dataclass(frozen=True)
 class ReleasedSet:
-    """N clips of T segments and K kinds of event.
+    """N clips of T segments with events of K categories.
 
     Attributes:
-        ids: Of the clips.
+        ids: Names of the clips.
         features: Name -> float32 [N, T, ..., C].
-        events: Name -> bool [N, T, K], what the modality shows when; several at once may be.
-        labels: int64 [N], the class of the clip; of several events the longest.
-        split: int64 [N] of PRETRAIN, TRAIN and TEST.
-        categories: The K names.
-        prompts: Category -> its sentence; may be empty.
+        events: Name -> bool [N, T, K], the events of each segment; there may be several at once.
+        labels: int64 [N], the class of each clip: its longest event.
+        split: int64 [N], one of PRETRAIN, TRAIN and TEST.
+        categories: Names of the K categories.
+        prompts: Category -> sentence; may be empty.
     """
 
     ids: tuple[str, ...]
@@ -40,23 +42,18 @@ class ReleasedSet:
     labels: Tensor
     split: Tensor
     categories: tuple[str, ...]
-    prompts: dict[str, str]
-
-    def multi_hot(self, name: str) -> Tensor:
-        """As the release has labels: [N, T, K + 1] of 0 and 1, the last column the background."""
-        events = self.events[name]
-        return torch.cat([events, ~events.any(-1, keepdim=True)], -1).float()
+    prompts: dict[str, str] = field(default_factory=dict)
 
     def clips(self) -> Clips:
-        """With one event a segment: the clip's own class where that is among several.
+        """Convert to `Clips`, with one event for each segment: of several, the clip's own class.
 
-        Labels of the pre-training clips become -1: nothing later can read them.
+        Labels of the pre-training clips are replaced by -1.
         """
         hidden = self.split == PRETRAIN
         segments: dict[str, Tensor] = {}
         for name, events in self.events.items():
-            own = torch.nn.functional.one_hot(self.labels, len(self.categories))[:, None]
-            best = (events * (1 + own)).max(-1)  # [N, T]; the clip's own class counts double
+            own = one_hot(self.labels, len(self.categories))[:, None]
+            best = (events * (1 + own)).max(-1)  # [N, T]; the clip's own class has priority
             shown = torch.where(best.values > 0, best.indices, BACKGROUND)
             segments[name] = torch.where(hidden[:, None], BACKGROUND, shown)
         return Clips(
@@ -70,9 +67,9 @@ class ReleasedSet:
 
 
 def vggsound_avel(root: Path) -> ReleasedSet:
-    """VGGSound-AVEL: its train clips pre-train, val clips train the heads, test clips test.
+    """VGGSound-AVEL: train clips for pre-training, val clips for the heads, test clips for testing.
 
-    The release pre-trains on all three; its downstream sets are others.
+    The released code pre-trains on all three, because it uses other sets for the heads.
     """
     rows = read_table(root / "vggsound-avel40k.csv", ("split", "category", "video_id"))
     categories = read_lines(root / "VggsoundAVEL40kCategories.txt")
@@ -82,9 +79,9 @@ def vggsound_avel(root: Path) -> ReleasedSet:
     here = [read_zip(root / "label" / "zip" / f"{name}.zip").reshape(-1) for name in ids]
     for name, flags in zip(ids, here, strict=True):
         if len(flags) != SEGMENTS:
-            raise DataError(f"{root}: label of {name}: must be [{SEGMENTS}]; came [{len(flags)}].")
+            raise DataError(f"{root}: label of {name}: must be [{SEGMENTS}]; got [{len(flags)}].")
     shown = torch.stack([torch.from_numpy(flags != 0) for flags in here])  # [N, T]
-    events = one_hot_events(labels.tolist(), SEGMENTS, len(categories)) & shown[..., None]
+    events = in_all_segments(labels, len(categories)) & shown[..., None]
     return ReleasedSet(
         ids=ids,
         features={name: _zips(root / name / "zip", name, ids) for name in _SHAPES},
@@ -100,22 +97,15 @@ def ave(root: Path) -> ReleasedSet:
     """AVE, in the order of its train, val and test lists."""
     orders = {x: read_h5(root / f"{x}_order.h5", "order")[:].astype(int) for x in _SPLITS}
     rows = [int(n) for order in orders.values() for n in order]
-    events = _ave_events(root / "labels.h5", rows)
-    return ReleasedSet(
-        ids=tuple(map(str, rows)),
-        features=_ave_features(root, rows),
-        events=dict.fromkeys(_SHAPES, events),
-        labels=_longest(events),
-        split=torch.tensor([_SPLITS[x] for x, order in orders.items() for _ in order]),
-        categories=tuple(f"event {k}" for k in range(events.shape[-1])),
-        prompts={},
-    )
+    split = torch.tensor([_SPLITS[x] for x, order in orders.items() for _ in order])
+    return _ave_clips(root, root / "labels.h5", rows, split)
 
 
 def avvp(root: Path) -> ReleasedSet:
-    """AVVP: labels of each modality apart; half of the clips train the heads, half test.
+    """AVVP, with separate labels of each modality; half of the clips train the heads, half test.
 
-    Clips that both lists name; the halves by a checksum of the name, as the release has none.
+    The clips are those in both lists. The released lists have no such split, so a checksum of the
+    name decides.
     """
     data = root / "data"
     categories = read_lines(data / "AVVP_Categories.txt")
@@ -126,31 +116,24 @@ def ave_avvp(root: Path, ave_root: Path, avvp_root: Path) -> tuple[ReleasedSet, 
     """AVE clips to train on and AVVP clips to test on, with the 12 classes they share.
 
     Args:
-        root: ave_avvp_{labels,order}.h5, AVE_AVVP_Categories.txt, AVE_AVVP_eval_*.csv.
-        ave_root: The HDF5 features of AVE.
-        avvp_root: The features of AVVP, feature/{audio,video}/zip.
+        root: Folder with ave_avvp_{labels,order}.h5, AVE_AVVP_Categories.txt, AVE_AVVP_eval_*.csv.
+        ave_root: Folder with the HDF5 features of AVE.
+        avvp_root: Folder with the features of AVVP, feature/{audio,video}/zip.
     """
     categories = read_lines(root / "AVE_AVVP_Categories.txt")
     rows = [int(n) for n in read_h5(root / "ave_avvp_order.h5", "order")[:]]
-    events = _ave_events(root / "ave_avvp_labels.h5", rows)
-    train = ReleasedSet(
-        ids=tuple(map(str, rows)),
-        features=_ave_features(ave_root, rows),
-        events=dict.fromkeys(_SHAPES, events),
-        labels=_longest(events),
-        split=torch.full((len(rows),), TRAIN),
-        categories=categories,
-        prompts={},
-    )
+    split = torch.full((len(rows),), TRAIN)
+    train = _ave_clips(ave_root, root / "ave_avvp_labels.h5", rows, split, categories)
     return train, _parsed(root, "AVE_AVVP_eval", categories, avvp_root / "feature")
 
 
 def ucf_vggsound(root: Path) -> tuple[ReleasedSet, ReleasedSet]:
-    """Video of UCF101 and audio of VGGSound: unpaired clips of 16 classes, line by line the same.
+    """Video of UCF101 and audio of VGGSound: unpaired clips of the same 16 classes.
 
     Args:
-        root: ucf2vggsound.csv, vggsound2ucf.csv, UCF101sameVGGSound.txt, VGGSoundsameUCF101.txt,
-            UCF101/feature/video/zip, vggsound40k/feature/audio/zip.
+        root: Folder with ucf2vggsound.csv, vggsound2ucf.csv, UCF101/feature/video/zip,
+            vggsound40k/feature/audio/zip, and two lists of the classes in the same order:
+            UCF101sameVGGSound.txt and VGGSoundsameUCF101.txt.
     """
     sets = (
         ("video", "ucf2vggsound.csv", "UCF101sameVGGSound.txt", "UCF101/feature/video/zip"),
@@ -161,15 +144,15 @@ def ucf_vggsound(root: Path) -> tuple[ReleasedSet, ReleasedSet]:
         for name, table, names, zips in sets
     )
     if len(ucf.categories) != len(vggsound.categories):
-        raise DataError(f"{root}: the two lists of classes must be as long as each other.")
+        raise DataError(f"{root}: the two lists of classes must have the same length.")
     return ucf, vggsound
 
 
 def read_table(path: Path, columns: Sequence[str], separator: str = ",") -> list[dict[str, str]]:
-    """The rows of a table with a header, as name -> text.
+    """Read a table with a header: a dict of column -> text for each row.
 
     Raises:
-        DataError: The file is missing, or has no rows, or not these columns.
+        DataError: The file is missing, has no rows, or lacks a column.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -178,15 +161,15 @@ def read_table(path: Path, columns: Sequence[str], separator: str = ",") -> list
         raise DataError(f"{path}: cannot be read as a table ({error}).") from error
     for row in rows or [{}]:
         if any(row.get(column) is None for column in columns):
-            raise DataError(f"{path}: needs the columns {', '.join(columns)}; came {row}.")
+            raise DataError(f"{path}: needs the columns {', '.join(columns)}; got {row}.")
     return rows
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
-    """The lines of a file that are not empty.
+    """Read the lines of a file that are not empty.
 
     Raises:
-        DataError: The file is missing, or a line comes twice.
+        DataError: The file is missing, or a line occurs twice.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -199,7 +182,7 @@ def read_lines(path: Path) -> tuple[str, ...]:
 
 
 def _parsed(folder: Path, stem: str, categories: tuple[str, ...], features: Path) -> ReleasedSet:
-    """A set whose events stand in two tables of onsets and offsets."""
+    """A set with a table of event onsets and offsets for each modality."""
     tables = {"audio": f"{stem}_audio_checked_combined.csv"}
     tables["video"] = f"{stem}_visual_checked_combined.csv"
     found: dict[str, dict[str, Tensor]] = {}
@@ -218,12 +201,11 @@ def _parsed(folder: Path, stem: str, categories: tuple[str, ...], features: Path
         labels=_longest(torch.cat(list(events.values()), 1)),
         split=torch.tensor([(TRAIN, TEST)[zlib.crc32(x.encode()) % 2] for x in ids]),
         categories=categories,
-        prompts={},
     )
 
 
 def _events(path: Path, row: dict[str, str], categories: tuple[str, ...]) -> Tensor:
-    """Bool [T, K] of one row: comma lists of names, onsets and offsets in segments."""
+    """Events [T, K] of a row: comma-separated names, and onsets and offsets in segments."""
     names = row["event_labels"].split(",")
     try:
         times = [[int(x) for x in row[key].split(",")] for key in ("onset", "offset")]
@@ -233,8 +215,8 @@ def _events(path: Path, row: dict[str, str], categories: tuple[str, ...]) -> Ten
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        rule = "event_labels, onset and offset must be comma lists of one length"
-        raise DataError(f"{path}: {row['filename']}: {rule}; came {row}.") from error
+        rule = "event_labels, onset and offset must be comma-separated lists of the same length"
+        raise DataError(f"{path}: {row['filename']}: {rule}; got {row}.") from error
     return events
 
 
@@ -247,12 +229,16 @@ def _one_modality(
     return ReleasedSet(
         ids=ids,
         features={modality: _zips(zips, modality, ids)},
-        events={modality: one_hot_events(labels.tolist(), SEGMENTS, len(categories))},
+        events={modality: in_all_segments(labels, len(categories))},
         labels=labels,
         split=torch.full((len(rows),), TRAIN),
         categories=categories,
-        prompts={},
     )
+
+
+def in_all_segments(labels: Tensor, K: int) -> Tensor:
+    """Events of clips that show their class in every segment: int64 [N] -> bool [N, T, K]."""
+    return repeat(one_hot(labels, K).bool(), "n k -> n t k", t=SEGMENTS)
 
 
 def _zips(folder: Path, name: str, ids: Sequence[str]) -> Tensor:
@@ -267,27 +253,33 @@ def _position(path: Path, categories: tuple[str, ...], name: str) -> int:
 
 def _split(path: Path, name: str) -> int:
     if name not in _SPLITS:
-        raise DataError(f"{path}: split must be one of {', '.join(_SPLITS)}; came '{name}'.")
+        raise DataError(f"{path}: split must be one of {', '.join(_SPLITS)}; got '{name}'.")
     return _SPLITS[name]
 
 
-def _ave_features(root: Path, rows: Sequence[int]) -> dict[str, Tensor]:
-    files = {"audio": root / "audio_feature.h5", "video": root / "visual_feature.h5"}
-    return {
-        name: stack(name, rows, read_h5(path, "avadataset").__getitem__, _SHAPES[name])
-        for name, path in files.items()
-    }
-
-
-def _ave_events(path: Path, rows: Sequence[int]) -> Tensor:
-    """Bool [N, T, K] of the clips `rows`; the file's last column is the background."""
+def _ave_clips(
+    root: Path, path: Path, rows: Sequence[int], split: Tensor, categories: tuple[str, ...] = ()
+) -> ReleasedSet:
+    """The clips `rows` of AVE with the labels of a file, whose last column is the background."""
     labels = read_h5(path, "avadataset")[:]
     if labels.ndim != 3 or labels.shape[1] != SEGMENTS or max(rows) >= len(labels):
-        rule = f"must be [clips, {SEGMENTS}, K + 1] and have all clips of the order"
-        raise DataError(f"{path}: {rule}; came {list(labels.shape)}.")
-    return torch.from_numpy(labels[rows][..., :-1] > 0)
+        rule = f"must be [clips, {SEGMENTS}, K + 1], with all clips of the order file"
+        raise DataError(f"{path}: {rule}; got {list(labels.shape)}.")
+    events = torch.from_numpy(labels[rows][..., :-1] > 0)
+    files = {"audio": root / "audio_feature.h5", "video": root / "visual_feature.h5"}
+    return ReleasedSet(
+        ids=tuple(map(str, rows)),
+        features={
+            name: stack(name, rows, read_h5(file, "avadataset").__getitem__, _SHAPES[name])
+            for name, file in files.items()
+        },
+        events=dict.fromkeys(_SHAPES, events),
+        labels=_longest(events),
+        split=split,
+        categories=categories or tuple(f"event {k}" for k in range(events.shape[-1])),
+    )
 
 
 def _longest(events: Tensor) -> Tensor:
-    """The event with the most segments of each clip, bool [N, T, K] -> int64 [N]."""
+    """The event of each clip with the most segments: bool [N, T, K] -> int64 [N]."""
     return events.sum(1).argmax(-1)

@@ -1,26 +1,28 @@
-"""Features of the prompts: the words of a category's sentence, as a text encoder reads them."""
+"""Text features: the prompt of each category, encoded by a text encoder."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from ..errors import DataError
-from .sets import SEGMENTS, ReleasedSet
+from .sets import SEGMENTS, ReleasedSet, in_all_segments
 
 
 @torch.no_grad()
 def with_text(released: ReleasedSet, encoder: str) -> ReleasedSet:
-    """The same set with a modality "text": every clip has the sentence of its category.
+    """Add the modality "text": every clip has the prompt of its category.
 
-    The vectors of the first 10 tokens, zeros after the last, as the release pads them (it takes
-    whole words of a fixed vocabulary). Text names the event in every segment.
+    The features are those of the first 10 tokens, padded with zeros as in the release (whose tokens
+    are whole words of a fixed vocabulary). The event of text is the category, in every segment.
 
     Args:
         released: A set with prompts.
-        encoder: A BERT of Hugging Face, by name or folder; the release has bert-base-uncased, 768.
+        encoder: Name or folder of a Hugging Face BERT; the release uses bert-base-uncased.
 
     Raises:
-        DataError: transformers is not installed, or has no such encoder here, or a category has no
+        DataError: transformers is not installed, the encoder cannot be loaded, or a category has no
             prompt.
     """
     try:
@@ -38,13 +40,10 @@ def with_text(released: ReleasedSet, encoder: str) -> ReleasedSet:
         if category not in released.prompts:
             raise DataError(f"text: category '{category}' has no prompt in the table of prompts.")
         tokens = tokenizer(released.prompts[category], return_tensors="pt")
-        words = model.eval()(**tokens).last_hidden_state[0, 1:-1][:SEGMENTS]  # no [CLS], no [SEP]
+        words = model.eval()(**tokens).last_hidden_state[0, 1:-1][:SEGMENTS]  # no [CLS], [SEP]
         sentences[k, : len(words)] = words
-    events = torch.nn.functional.one_hot(released.labels, K).bool()[:, None]
-    return ReleasedSet(
-        **vars(released)
-        | {
-            "features": released.features | {"text": sentences[released.labels]},
-            "events": released.events | {"text": events.expand(-1, SEGMENTS, -1)},
-        }
+    return replace(
+        released,
+        features=released.features | {"text": sentences[released.labels]},
+        events=released.events | {"text": in_all_segments(released.labels, K)},
     )

@@ -1,16 +1,12 @@
-"""What the authors built on the method later, on the same runs.
+"""Later work of the same authors, applied to the same runs.
 
 PYTHONPATH=examples python -m experiments.followups runs/digits
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ..run import Task
 from .channels import select_channels
-from .open_set import meet_unknown
+from .open_set import score_open_set
 
-if TYPE_CHECKING:
-    from ..run import Task
-
-all_followups: dict[str, Task] = {"channels": select_channels, "open_set": meet_unknown}
+all_followups: dict[str, Task] = {"channels": select_channels, "open_set": score_open_set}

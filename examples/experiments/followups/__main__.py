@@ -1,4 +1,4 @@
-"""Print the follow-ups of a model folder that `cmg_pretrain` made of digits or of an npz file."""
+"""Print the scores of the follow-ups for a model folder of cmg_pretrain.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 
-from cmg_pretrain import open_data
-
+from cmg.command import seed
 from cmg.errors import DataError
+from cmg.sources import open_data
 
 from ..run import TrainedRun
 from . import all_followups
@@ -17,7 +17,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", help="the --output of cmg_pretrain.py")
 parser.add_argument("--data", default="digits", help="as in cmg_pretrain.py")
 parser.add_argument("--modalities", nargs="+", metavar="NAME", help="as in cmg_pretrain.py")
-parser.add_argument("--seed", type=int, default=0, help="of the heads")
+parser.add_argument("--seed", type=seed, default=0, help="of the heads")
 args = parser.parse_args()
 try:
     _, clips = open_data(args.data, args.modalities)

@@ -1,36 +1,35 @@
 """Training-free selection of codebook channels (TOC).
 
 "Enhancing Multimodal Unified Representations for Cross Modal Generalization" (Huang et al., ACL
-Findings 2025) keeps the channels of a finished codebook in which codes differ most, and uses the
-codes in those channels only. Nothing is trained. The authors' code loops over all pairs of codes
-and can mix in the worst channels, in shares tuned for each task; here the pairs are summed in
-closed form, and the best channels are kept.
+Findings 2025) keeps the channels of a trained codebook in which codes differ most, and discards the
+others. Nothing is trained. The authors' code loops over all pairs of codes and can add the worst
+channels, in shares tuned for each task. Here the pairs are summed in closed form, and only the best
+channels are kept.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cmg.evaluation import classification
 
-if TYPE_CHECKING:
-    from ..run import TrainedRun
+from ..run import TrainedRun
 
 
 def channel_scores(codebook: Tensor) -> Tensor:
     """Score of every channel: -0.7 x mean product of two codes + 0.3 x variance over codes.
 
-    With x_i the L values of a channel, the products of all ordered pairs i != j sum to
-    (sum_i x_i)^2 - sum_i x_i^2, so no [L, L] is formed. The variance is the unbiased one.
+    If x_i are the L values of a channel, the products of all ordered pairs i != j sum to
+    (sum_i x_i)^2 - sum_i x_i^2, so no matrix [L, L] is needed. The variance is unbiased.
 
     Args:
-        codebook: [L, D], L at least 2.
+        codebook: Codes [L, D], L at least 2.
 
     Returns:
-        [D]; a high score is a channel to keep.
+        Scores [D]; channels with high scores are kept.
     """
     L = len(codebook)
     products = (codebook.sum(0).square() - codebook.square().sum(0)) / (L * (L - 1))
@@ -38,21 +37,21 @@ def channel_scores(codebook: Tensor) -> Tensor:
 
 
 def best_channels(codebook: Tensor, keep: int) -> Tensor:
-    """The `keep` channels of the highest score, in ascending order."""
+    """Indices of the `keep` channels with the highest scores, in ascending order."""
     return channel_scores(codebook).topk(keep).indices.sort().values
 
 
 def select_channels(run: TrainedRun, share: float = 0.5, draws: int = 3) -> dict[str, Any]:
-    """Clip accuracy with all channels, with the best, and with as many at random.
+    """Clip accuracy with all channels, with the best ones, and with random ones.
 
     Args:
         run: The run.
-        share: Of the channels to keep.
-        draws: Random choices to average over.
+        share: Share of the channels to keep.
+        draws: Number of random selections to average over.
 
     Returns:
-        "kept" and "channels", their numbers, and {"a->b": "all", "selected", "random", "chance"}
-        under "classification".
+        "kept" and "channels", the numbers of channels, and "classification",
+        {"a->b": {"all", "selected", "random", "chance"}}.
     """
     codes, _ = run.codes
     codebook = run.model.quantizer.codebook

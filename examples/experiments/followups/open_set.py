@@ -1,17 +1,15 @@
-"""Open-set generalisation: the classes of one modality's labels, and everything else is unknown.
+"""Open-set generalisation: name known classes in another modality, and reject unknown ones.
 
 The task of "Open-set Cross Modal Generalization via Multimodal Unified Representation" (Huang et
-al., ICCV 2025). A head learns the known classes in one modality. In another modality it must name
-clips of known classes and refuse clips of classes that it was never shown.
+al., ICCV 2025). A head is trained on the known classes in one modality. In another modality it must
+classify clips of known classes and reject clips of unknown classes.
 
-A clip is refused if the head's highest probability is below a threshold. The threshold is chosen
-on training clips of the source modality that the head did not learn from, so that a given share of
-them is accepted; no unknown and no test clip takes part.
+A clip is rejected if the highest probability of the head is below a threshold. The threshold is
+chosen on held-out training clips of the source modality, such that a given share of them is
+accepted. No clip of an unknown class and no test clip is used for it.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +17,21 @@ from torch import Tensor, nn
 from cmg.data import TEST, TRAIN
 from cmg.evaluation import ClipHead, Scores, directions, fit_head
 
-if TYPE_CHECKING:
-    from ..run import TrainedRun
+from ..run import TrainedRun
 
 UNKNOWN = -1
 
 
-def meet_unknown(run: TrainedRun, known: float = 0.6, accept: float = 0.9) -> Scores:
+def score_open_set(run: TrainedRun, known: float = 0.6, accept: float = 0.9) -> Scores:
     """H-score of every direction.
 
     Args:
-        run: The run. Its pre-training saw all classes, without labels.
-        known: The share of the classes that are known; which ones depends on the run's seed.
-        accept: The share of held-out training clips to accept.
+        run: The run. Its pre-training uses clips of all classes, without labels.
+        known: Share of the classes that are known; they are drawn with the seed of the run.
+        accept: Share of held-out training clips to accept.
 
     Returns:
-        {"a->b": the fields of `open_scores`, and "upper_bound", the h_score of b to b}.
+        {"a->b": the fields of `open_scores`, and "upper_bound", the h_score from b to b}.
     """
     clips, codes = run.clips, run.codes[0]
     generator = torch.Generator().manual_seed(run.seed)
@@ -60,21 +57,21 @@ def meet_unknown(run: TrainedRun, known: float = 0.6, accept: float = 0.9) -> Sc
 
 
 def renumber(labels: Tensor, classes: Tensor) -> Tensor:
-    """Labels as places in `classes`, ascending; UNKNOWN where they are none of them."""
+    """Labels as indices into `classes` (ascending); UNKNOWN for all other labels."""
     place = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
     return torch.where(classes[place] == labels, place, UNKNOWN)
 
 
 def open_scores(answer: Tensor, truth: Tensor) -> dict[str, float]:
-    """H = 2 k u / (k + u): k of the known clips named right, u of the unknown clips refused.
+    """H = 2 k u / (k + u), k the accuracy on known clips, u the share of unknown clips rejected.
 
-    Chance is the highest H of a guess that knows nothing: it accepts a clip with probability p and
-    names the commonest class, c of the known clips. Then k = p c and u = 1 - p, and the best p
-    gives H = 2 c / (1 + sqrt c)^2.
+    Chance is the highest H of a guess independent of the clip. It accepts a clip with probability p
+    and predicts the most common class, a share c of the known clips. Then k = p c and u = 1 - p,
+    and the best p gives H = 2 c / (1 + sqrt c)^2.
 
     Args:
-        answer: int64 [n], UNKNOWN = refused.
-        truth: int64 [n], UNKNOWN = of no known class.
+        answer: Predictions, int64 [n]; UNKNOWN = rejected.
+        truth: Labels, int64 [n]; UNKNOWN = not a known class.
 
     Returns:
         "known", "unknown", "h_score" and "chance".

@@ -1,6 +1,6 @@
-"""The systems of Table 1, each an objective in a file of its own.
+"""The systems of Table 1. Each file has the objective of one system.
 
-The baseline (Sec. 4.1) and Uni-Code itself add nothing: they are `UniCode` with and without parts.
+The baseline (Sec. 4.1) and Uni-Code need no file: they are `UniCode` without and with its parts.
 """
 
 from __future__ import annotations
@@ -26,5 +26,5 @@ ALIGNMENTS: dict[str, type[Alignment]] = {
 
 
 def build(config: Config, alignment: str | None) -> UniCode:
-    """A model to train: Uni-Code without the parts that `config` leaves out, plus an alignment."""
+    """Build Uni-Code without the parts that `config` leaves out, and with an alignment if named."""
     return UniCode(config) if alignment is None else System(config, ALIGNMENTS[alignment])

@@ -1,7 +1,7 @@
-"""What the systems of Table 1 have in common: the model of Sec. 4.1, one more objective.
+"""The common parts of the systems of Table 1: the model of Sec. 4.1 and an alignment objective.
 
 Every system has the encoders, the shared codebook and the decoders of the baseline, and is tested
-through its codes. It differs in how it aligns the modalities: in one `Alignment`.
+on its codes. Systems differ only in their `Alignment` of the modalities.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ TEMPERATURE = 0.1
 
 
 class Alignment(nn.Module):
-    """An objective beside those of Uni-Code, and the parameters that it needs; a base class.
-
-    Each system gives its own `forward`.
+    """Base class of an objective that is added to those of Uni-Code, with its parameters.
 
     Args:
-        model: The model that it will train with; an alignment may change it before training, and
-            keeps no reference to it.
+        model: Model to be trained. An alignment may modify it, and keeps no reference to it.
     """
 
     def __init__(self, model: UniCode) -> None:
@@ -33,23 +30,23 @@ class Alignment(nn.Module):
     def forward(
         self, model: UniCode, x: Mapping[str, Tensor], features: Features, *, quantize: bool
     ) -> Tensor:
-        """The loss of a batch, a scalar.
+        """Return the loss of a batch, a scalar.
 
         Args:
-            model: The model in training.
+            model: Model in training.
             x: Name -> standardised features [B, T, P, C].
-            features: What the model's encoders made of them.
-            quantize: False while features are still to spread and there are no codes.
+            features: Outputs of the model's encoders.
+            quantize: Whether the codebook is used yet, see `UniCode.losses`.
         """
         raise NotImplementedError
 
 
 class System(UniCode):
-    """Uni-Code, some parts left out by `config.without`, with an alignment as one more term.
+    """Uni-Code without the parts in `config.without`, with an alignment as one more term.
 
     Args:
-        config: What to build.
-        align: Makes the alignment.
+        config: Settings of the model.
+        align: Builds the alignment, given the model.
     """
 
     def __init__(self, config: Config, align: Callable[[UniCode], Alignment]) -> None:
@@ -59,18 +56,18 @@ class System(UniCode):
     def losses(
         self, x: Mapping[str, Tensor], features: Features, *, quantize: bool
     ) -> dict[str, Tensor]:
-        """The terms of Uni-Code, and "alignment"."""
+        """Compute the terms of Uni-Code, and "alignment"."""
         terms = super().losses(x, features, quantize=quantize)
         return terms | {"alignment": self.alignment(self, x, features, quantize=quantize)}
 
 
 def clip_vectors(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A clip as one vector: the mean over time at unit length, [B, T, D] -> [B, D]."""
+    """Clips as vectors: the mean over time, normalised to unit length, [B, T, D] -> [B, D]."""
     return {name: nn.functional.normalize(v.mean(1), dim=-1) for name, v in z.items()}
 
 
 def decoder_input(model: UniCode, z: Mapping[str, Tensor], *, quantize: bool) -> dict[str, Tensor]:
-    """What the decoders see: codes [B, T, D], the gradient passed through, or features before."""
+    """The input of the decoders: codes [B, T, D] (straight-through), or features before those."""
     return model.quantizer(z, freeze=True).quantized if quantize else dict(z)
 
 
@@ -80,17 +77,17 @@ def over_pairs(loss: Callable[[Tensor, Tensor], Tensor], views: Mapping[str, Ten
 
 
 def margin_softmax(a: Tensor, b: Tensor, margin: Callable[[Tensor], Tensor]) -> Tensor:
-    """InfoNCE in both directions whose positives are handicapped: [B, D] twice -> a scalar.
+    """InfoNCE in both directions with a margin on positives: [B, D] twice -> a scalar.
 
     Args:
-        a: Unit vectors, one a clip.
-        b: Those of another modality, in the same order.
-        margin: Cosines [B, B], a row for each query -> what its positive loses, [B] or a scalar.
+        a: Unit vectors of the clips in one modality.
+        b: Unit vectors of the same clips in another modality.
+        margin: Function of cosines [B, B], a row for each query, to margins [B] or a scalar.
     """
     target = torch.arange(len(a), device=a.device)
     cosines = a @ b.T
     losses = []
     for rows in (cosines, cosines.T):
-        handicap = torch.diag(margin(rows.detach()).expand(len(rows)))
-        losses.append(nn.functional.cross_entropy((rows - handicap) / TEMPERATURE, target))
+        margins = torch.diag(margin(rows.detach()).expand(len(rows)))
+        losses.append(nn.functional.cross_entropy((rows - margins) / TEMPERATURE, target))
     return torch.stack(losses).mean()

@@ -1,16 +1,16 @@
-"""CMCM: code matching between modalities, and a contrastive loss of whole clips.
+"""CMCM: code matching between modalities, and a contrastive loss of clips.
 
 Liu, Jin, Lai, Rouditchenko, Oliva and Glass. Cross-Modal Discrete Representation Learning.
 arXiv:2106.05438, 2021.
 
     L = L_MMS + L_CMCM
 
-L_CMCM asks two modalities of a clip to use the same codes and is `CrossModalCodeMatchingLoss`, a
-part of Uni-Code too ("matching" in `Config`). L_MMS, masked margin softmax, is InfoNCE with a small
-constant margin, between clips described by features and codes together.
+L_CMCM makes two modalities of a clip use the same codes. It is `CrossModalCodeMatchingLoss`, which
+is also a part of Uni-Code ("matching" in `Config`). L_MMS, masked margin softmax, is InfoNCE of
+clips with a small constant margin.
 
-Simplified: clips are means over time of features plus codes, where the paper projects both; known
-false negatives, which the masks would leave out, do not occur.
+Simplified: a clip is the mean over time of features plus codes, where the paper projects both. The
+masks of false negatives are left out, because there are none.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MARGIN = 0.001
 
 
 class CMCM(Alignment):
-    """L_MMS; L_CMCM comes with the model."""
+    """L_MMS; L_CMCM is a term of the model."""
 
     def forward(
         self, model: UniCode, x: Mapping[str, Tensor], features: Features, *, quantize: bool

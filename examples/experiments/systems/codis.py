@@ -1,4 +1,4 @@
-"""CODIS: agreement through optimal assignments to prototypes, taught by momentum encoders.
+"""CODIS: optimal assignments of clips to prototypes, with momentum encoders as teachers.
 
 Duan, Chen, Tran, Yang, Xu, Zeng and Chilimbi. Multi-modal Alignment using Representation Codebook.
 CVPR 2022.
@@ -6,12 +6,12 @@ CVPR 2022.
 With clips z of the student, z' of the teacher (a slow average of the student) and prototypes C:
 
     T_a = Sinkhorn(z'_a C^T)            the optimal transport plan of clips to prototypes
-    L = InfoNCE(z_a, z'_b)              each modality against the other's teacher
-      + H(T_b, softmax(z_a C^T / tau))  the teacher of one modality guides the student of another
-      + <T_a, 1 - z_a C^T>              the cost of transport, which also moves the prototypes
+    L = InfoNCE(z_a, z'_b)              of each modality and the teacher of the other
+      + H(T_b, softmax(z_a C^T / tau))  the teacher of one modality supervises another's student
+      + <T_a, 1 - z_a C^T>              the cost of transport, which also trains the prototypes
 
 Simplified: no queue of negatives from earlier batches, no contrast within a modality, no fusion
-encoder and none of its objectives. The codebook of vectors that all systems share is beside it.
+encoder and none of its objectives. The prototypes are separate from the codebook.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .base import TEMPERATURE, Alignment, clip_vectors
 
 PROTOTYPES = 64
 MOMENTUM = 0.99
-SHARPNESS = 0.05  # of the transport plan: the weight of its entropy
-ROUNDS = 3
+SHARPNESS = 0.05  # weight of the entropy of the transport plan
+ROUNDS = 3  # iterations of Sinkhorn
 
 
 class CODIS(Alignment):
-    """Prototypes, and a teacher for each semantic encoder."""
+    """Prototypes, and a teacher of each semantic encoder."""
 
     def __init__(self, model: UniCode) -> None:
         super().__init__(model)
@@ -61,7 +61,7 @@ class CODIS(Alignment):
 
     @torch.no_grad()
     def _teach(self, model: UniCode, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One step of the teachers towards their students, and their clips."""
+        """Update the teachers towards their students, and return their clip vectors."""
         if self.training:
             pairs = zip(self.teacher.parameters(), model.semantic.parameters(), strict=True)
             for slow, fast in pairs:
@@ -71,7 +71,7 @@ class CODIS(Alignment):
 
 @torch.no_grad()
 def transport_plan(scores: Tensor) -> Tensor:
-    """Sinkhorn's assignment: [B, K] scores -> rows of sum 1, all columns used about equally."""
+    """Sinkhorn's algorithm: scores [B, K] to rows of sum 1 and columns of about equal sums."""
     log = scores / SHARPNESS
     for _ in range(ROUNDS):
         log = log.log_softmax(0).log_softmax(1)

@@ -3,12 +3,12 @@
 You, Zhou, Xiao, Codella, Cheng, Xu, Chang and Yuan. Learning Visual Representation from
 Modality-Shared Contrastive Language-Image Pre-training. ECCV 2022 (MS-CLIP).
 
-The weights of attention and of the feed-forward layers are shared, and each modality keeps its own
-input layers and normalisation, as that paper found best; then symmetric InfoNCE of whole clips.
+The weights of attention and feed-forward layers are shared. Each modality has its own input layers
+and normalisation, which that paper found best. The loss is symmetric InfoNCE of clips.
 
-Simplified: the Transformer has one layer, so there is no early specialisation in a first layer and
-no parallel branch of convolutions beside it; a clip is the mean of its features instead of a class
-token; the temperature is fixed.
+Simplified: the Transformer has one layer, so there is no modality-specific first layer and no
+parallel branch of convolutions; a clip is the mean of its features instead of a class token; the
+temperature is fixed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHARED = (
 
 
 class MST(Alignment):
-    """Ties the semantic encoders together, then contrasts clip against clip."""
+    """Shares weights of the semantic encoders, and contrasts clips."""
 
     def __init__(self, model: UniCode) -> None:
         super().__init__(model)

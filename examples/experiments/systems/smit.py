@@ -6,8 +6,8 @@ Representations from Video Descriptions. CVPR 2021.
     L = -1/B sum_i ln exp(s_ii - M_i) / (exp(s_ii - M_i) + sum_{j != i} exp(s_ij)), both directions
     M_i = alpha (s_ii - mean_{j != i} s_ij)                                  adaptive mean margin
 
-Simplified: s is the cosine of mean semantic features over a temperature, where the paper has the
-dot product of pooled and projected features of deep networks; no gradient passes through M.
+Simplified: s is the cosine of mean semantic features over a temperature, where the paper uses the
+dot product of pooled and projected features of deep networks; M has no gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALPHA = 0.5
 
 
 class SMiT(Alignment):
-    """Clip against clip, the margin growing as positives and negatives come apart."""
+    """Contrasts clips, with a margin that grows as positives and negatives separate."""
 
     def forward(
         self, model: UniCode, x: Mapping[str, Tensor], features: Features, *, quantize: bool
@@ -35,7 +35,7 @@ class SMiT(Alignment):
 
 
 def adaptive_mean_margin(cosines: Tensor) -> Tensor:
-    """M of every row of [B, B]: alpha times how far its positive is above its mean negative."""
+    """M of every row of [B, B]: alpha times the difference of positive and mean negative."""
     positive = cosines.diagonal()
     negative = (cosines.sum(1) - positive) / (len(cosines) - 1)
     return ALPHA * (positive - negative)

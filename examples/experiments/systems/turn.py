@@ -5,13 +5,13 @@ Sounding Object Localization. NeurIPS 2022.
 
     L = |x^a - D^a(code^b; 0)|^2 / |x^a|^2          for all a != b
 
-Written from the account of Xia et al. 2023, Sec. 2 ("use self-cross-reconstruction to enhance the
-mutual information between different modals"): reconstruction from a modality's own code is in the
-baseline already, this adds the crossed one. The place of the modality-specific features stays
-empty there, or they would tell all.
+This follows the summary in Xia et al. 2023, Sec. 2 ("use self-cross-reconstruction to enhance the
+mutual information between different modals"). The baseline already reconstructs each modality from
+its own codes; this adds reconstruction from the codes of the others. The modality-specific features
+are replaced by zeros, because they alone would suffice.
 
-Simplified: of the alignment stream only this objective; its localisation stream and its adaptive
-sampling between data domains have no counterpart in these tasks.
+Simplified: this is the only objective of its alignment stream; its localisation stream and its
+adaptive sampling between data domains have no counterpart in these tasks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .base import Alignment, decoder_input
 
 
 class TURN(Alignment):
-    """Crossed reconstruction, segment by segment."""
+    """Reconstruction of each segment from the codes of other modalities."""
 
     def forward(
         self, model: UniCode, x: Mapping[str, Tensor], features: Features, *, quantize: bool
@@ -37,7 +37,7 @@ class TURN(Alignment):
         codes = decoder_input(model, features.semantic, quantize=quantize)
         losses = []
         for a, b in permutations(x, 2):
-            nothing = torch.zeros_like(features.specific[a])
-            error = model.decoder[a](codes[b], nothing) - x[a]
+            zeros = torch.zeros_like(features.specific[a])
+            error = model.decoder[a](codes[b], zeros) - x[a]
             losses.append(error.square().mean() / x[a].square().mean())
         return torch.stack(losses).mean()

@@ -1,39 +1,35 @@
-"""Across modality and data set: learn on one set, find events in another (AVE -> AVVP, Table 3).
+"""Localisation across modalities and data sets (AVE -> AVVP, Table 3).
 
-A linear head learns the class of a segment from one modality of one set. It is tested on another
-modality of clips made by others: other writers, voices, sentences and layout.
+A linear head is trained to classify segments in one modality of one set. It is tested on another
+modality of another set, with other writers, voices, sentences and layout.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from cmg.data import TEST, TRAIN, Clips
 from cmg.evaluation import Labelled, Scores, segment_classes, segment_scores, transfer
 
+from ..run import TrainedRun
 from .sets import away, between_sets, encode
-
-if TYPE_CHECKING:
-    from ..run import TrainedRun
 
 
 def localize_across(
     run: TrainedRun, source: Clips | None = None, target: Clips | None = None
 ) -> Scores:
-    """Localisation in another data set, in every direction.
+    """Localise events in another data set, in every direction.
 
     Args:
         run: The run.
-        source: Where labels come from; the run's own clips if not given.
-        target: Where the test is, with the same classes; the digits of another house if not given.
+        source: Clips to train on. None is the run's own clips.
+        target: Clips to test on, with the same classes. None is the digits in style AWAY.
 
     Returns:
         {"a->b": the fields of `segment_scores`, and the bounds of `between_sets` for segment_f1}.
 
     Raises:
-        DataError: A set does not fit the run.
+        DataError: A set does not fit the model.
     """
     source = run.clips if source is None else source
     target = away(run) if target is None else target

@@ -1,30 +1,25 @@
-"""Fig. 5: frames, and the masks that heads find in them when sound or text asks."""
+"""Fig. 5: frames, and the masks that heads predict for queries of audio or text."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cmg.figures import require_matplotlib
-from cmg.files import write_atomic
+from cmg.figures import require_matplotlib, write_figure
 
+from ..run import TrainedRun
 from .segmentation import fit_mask_head, masks, scenes
-
-if TYPE_CHECKING:
-    from ..run import TrainedRun
 
 
 def draw_segmentation(run: TrainedRun, path: Path, columns: int = 10) -> None:
-    """Draw frames of the test with their true masks and those of every pair of query modalities.
+    """Draw test frames with their true masks and those of every pair of query modalities.
 
     Args:
         run: A run of audio and text.
-        path: The png file.
-        columns: How many frames, evenly spread over the test: none is picked.
+        path: The png file to write.
+        columns: Number of frames, evenly spaced in the test set.
     """
     train, test = scenes(run)
     shown = torch.linspace(0, len(test.cells) - 1, columns).long()
@@ -37,12 +32,12 @@ def draw_segmentation(run: TrainedRun, path: Path, columns: int = 10) -> None:
 
 
 def plot_rows(path: Path, rows: dict[str, Tensor], titles: list[str]) -> None:
-    """Draw a grid of small pictures.
+    """Draw a grid of pictures.
 
     Args:
-        path: The png file.
-        rows: Label of a row -> [n, H, W], from black = 0 to white = the row's highest value.
-        titles: Of the n columns.
+        path: The png file to write.
+        rows: Label of a row -> [n, H, W]; 0 is black, the maximum of a picture is white.
+        titles: Titles of the n columns.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
@@ -56,6 +51,4 @@ def plot_rows(path: Path, rows: dict[str, Tensor], titles: list[str]) -> None:
         line[0].set_ylabel(label, fontsize=8.5)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=8.5)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120, facecolor="white")
-    write_atomic(path, image.getvalue())
+    write_figure(figure, path, dpi=120)

@@ -1,21 +1,20 @@
-"""Retrieval X -> audio: learned with one modality as X, tested with another (Table 5).
+"""Retrieval of audio: train with queries of one modality, test with another (Table 5).
 
-Queries are frozen codes. The gallery is what the queries' codes have never been tied to: raw
-features of audio, standardised, for which a tower of its own is learned together with one for the
-queries, on pairs of split 1. Then the queries change: text in place of video, or the reverse. In
-the paper the run itself has only seen video and text; with a run that has also seen audio the
-protocol is the same, since its audio encoder is not used.
+Queries are frozen codes. The gallery is standardised raw features of audio. One tower for the
+queries and one for the gallery are trained together on the pairs of split 1. In the test, the
+queries are of another modality: text in place of video, or the reverse. In the paper, the run is
+trained on video and text only. A run that is also trained on audio follows the same protocol,
+because its audio encoder is not used.
 
-The paper names the two stages and R@5 and R@10, no architecture, gallery or loss. Here both towers
-describe every segment, the similarity of two clips is the cosine of all their segments in order,
-the loss is InfoNCE over the batch, and the gallery is all of split 2.
+The paper gives the two stages and R@5 and R@10, but no architecture, gallery or loss. Here both
+towers map every segment to a vector, the similarity of two clips is the cosine of their
+concatenated segments, the loss is InfoNCE over the batch, and the gallery is split 2.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from cmg.data import TEST, TRAIN
@@ -24,19 +23,18 @@ from cmg.evaluation import Scale, Scores, descend, directions
 from cmg.standardize import Standardizer
 from mmvq.functional import info_nce
 
-if TYPE_CHECKING:
-    from ..run import TrainedRun
+from ..run import TrainedRun
 
 RANKS = (5, 10)
 
 
 class Towers(nn.Module):
-    """Vectors of queries and of the gallery in one space.
+    """Map queries and gallery to one space.
 
     Args:
-        query: Codes [n, T, D], for their scale.
-        channels: Of a segment of the gallery.
-        width: Of a segment in the common space.
+        query: Codes [n, T, D], to measure their scale on.
+        channels: Channels of a segment of the gallery.
+        width: Dimension of a segment in the common space.
     """
 
     def __init__(self, query: Tensor, channels: int, width: int = 16) -> None:
@@ -52,7 +50,7 @@ class Towers(nn.Module):
         )
 
     def loss(self, query: Tensor, gallery: Tensor) -> Tensor:
-        """InfoNCE of a batch, both ways."""
+        """Symmetric InfoNCE of a batch."""
         return info_nce(
             self.query(query),
             self.gallery(gallery),
@@ -72,24 +70,25 @@ def retrieve(run: TrainedRun, gallery: str = "audio") -> Scores:
     """R@5 and R@10 of every pair of query modalities.
 
     Args:
-        run: A run of two modalities or more besides the gallery's; its clips must have that too.
-        gallery: The modality to retrieve.
+        run: A run of two modalities or more besides the gallery, whose clips also have the gallery.
+        gallery: Modality to retrieve.
 
     Returns:
-        {"a->b": learned with a as the query, tested with b: "r5" and "r10", with "chance_*" k/n
-        and "upper_bound_*" of learning with b}.
+        {"a->b": scores of queries b, trained with queries a: "r5" and "r10", "chance_*" k/n, and
+        "upper_bound_*", trained with b}.
 
     Raises:
-        DataError: The clips do not have the gallery, or the run too few other modalities.
+        DataError: The clips lack the gallery, or the run has too few other modalities.
     """
     queries = {name: x for name, x in run.codes[0].items() if name != gallery}
     if gallery not in run.clips.features or len(queries) < 2:
         raise DataError(
-            f"retrieval: needs clips with {gallery} and two other modalities in the run; came "
+            f"retrieval: needs clips with {gallery} and two other modalities in the run; got "
             f"clips of {' '.join(run.clips.features)} and a run of {' '.join(run.config.shapes)}."
         )
     only = run.clips.only([gallery])
-    items = Standardizer.fit(only).transform(only.features)[gallery].flatten(2)  # [N, T, C]
+    items = Standardizer.fit(only).transform(only.features)[gallery]
+    items = rearrange(items, "n t ... -> n t (...)")
     train, test = run.clips.rows(TRAIN), run.clips.rows(TEST)
     scores: dict[tuple[str, str], dict[str, float]] = {}
     with torch.random.fork_rng(devices=[]):
@@ -109,13 +108,13 @@ def retrieve(run: TrainedRun, gallery: str = "audio") -> Scores:
 
 
 def recall(similarity: Tensor) -> dict[str, float]:
-    """R@k: how many queries have their own item among the k most similar; a tie is no hit.
+    """R@k: the share of queries with their own item among the k most similar; ties are misses.
 
     Args:
-        similarity: [n, n], query i belongs to item i.
+        similarity: Similarities [n, n]; query i belongs to item i.
 
     Returns:
-        "r5", "r10", and "chance_r5", "chance_r10": k of n items at random.
+        "r5", "r10", and "chance_r5", "chance_r10" of k random items.
     """
     own = similarity.diagonal()[:, None]
     rank = (similarity >= own).sum(1)  # 1 = first

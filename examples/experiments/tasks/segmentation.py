@@ -1,18 +1,19 @@
-"""Query-based segmentation: the pixels of the digit that sound or text names (Table 4, Fig. 5).
+"""Query-based segmentation: the pixels of the digit that audio or text names (Table 4, Fig. 5).
 
-Frames show two digits, of which the query names one. The query is the frozen code of that segment
-in one modality; the head learns with one modality's codes and is tested with another's. It sees
-the cells of the frame as they are, not the run's video encoder. Only segments in which a digit is
-named take part.
+Frames have two digits, of which the query names one. The query is the frozen code of the segment in
+one modality. The head is trained with the codes of one modality and tested with those of another.
+Its other input are the standardised cells of the frame, without the video encoder of the run. Only
+segments with a named digit are used.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from cmg import digits
@@ -21,21 +22,19 @@ from cmg.errors import DataError
 from cmg.evaluation import Scale, Scores, descend, directions
 from cmg.standardize import Standardizer
 
+from ..run import TrainedRun
 from .masks import mask_scores
-
-if TYPE_CHECKING:
-    from ..run import TrainedRun
 
 
 class Frames(NamedTuple):
     """Frames in which a digit is named.
 
     Attributes:
-        cells: [n, 7, 7, C], standardised.
+        cells: Standardised cells [n, 7, 7, C].
         queries: Name -> codes [n, D].
         masks: bool [n, 56, 56], the pixels of the digit.
         classes: int64 [n], the digit.
-        pictures: uint8 [n, 56, 56], for the eye.
+        pictures: uint8 [n, 56, 56], to draw.
     """
 
     cells: Tensor
@@ -46,13 +45,13 @@ class Frames(NamedTuple):
 
 
 class MaskHead(nn.Module):
-    """Logits of a mask: the query chooses among what 3 x 3 cells show, then pixels are drawn.
+    """Predict the logits of a mask from cells, multiplied by the query.
 
     Args:
-        query: [n, D], for its scale.
-        channels: C of a cell.
-        cell: Pixels of a cell's side.
-        width: Inside.
+        query: Codes [n, D], to measure their scale on.
+        channels: Channels of a cell.
+        cell: Side of a cell in pixels.
+        width: Hidden width.
     """
 
     def __init__(self, query: Tensor, channels: int, cell: int, width: int = 64) -> None:
@@ -68,15 +67,15 @@ class MaskHead(nn.Module):
 
     def forward(self, cells: Tensor, query: Tensor) -> Tensor:
         """Map cells [n, 7, 7, C] and queries [n, D] to logits [n, 56, 56]."""
-        seen = self.look(cells.movedim(-1, 1))  # [n, W, 7, 7]
+        seen = self.look(rearrange(cells, "n h w c -> n c h w"))  # [n, W, 7, 7]
         return self.draw(seen * self.ask(query)[..., None, None]).squeeze(1)
 
 
 def segment(run: TrainedRun) -> Scores:
-    """The fields of `query_scores` on scenes of two digits, queried by audio and by text.
+    """The fields of `query_scores` on scenes of two digits, with queries of audio and text.
 
     Raises:
-        DataError: The run has not both audio and text.
+        DataError: The run does not have both audio and text.
     """
     train, test = scenes(run)
     return query_scores(train, test, run.seed)
@@ -86,10 +85,9 @@ def query_scores(train: Frames, test: Frames, seed: int, *, steps: int = 200) ->
     """MIoU and F-score of every pair of query modalities.
 
     Returns:
-        {"a->b": learned with the codes of a, tested with those of b: "miou" and "f_score", with
-        "upper_bound" and "upper_bound_f_score" of learning with b, "chance" and
-        "chance_f_score" of a head that is not told what to look for, and "class" and
-        "class_f_score" of one that is told the true class}.
+        {"a->b": scores of queries b, trained with queries a: "miou" and "f_score"; "upper_bound"
+        and "upper_bound_f_score", trained with b; "chance" and "chance_f_score" of a head without
+        a query; "class" and "class_f_score" of a head with the true class as the query}.
     """
     found = {a: fit_mask_head(train, q, seed, steps=steps) for a, q in train.queries.items()}
     scores = {
@@ -112,17 +110,17 @@ def query_scores(train: Frames, test: Frames, seed: int, *, steps: int = 200) ->
 
 
 def scenes(run: TrainedRun, path: str | Path | None = None) -> tuple[Frames, Frames]:
-    """Frames to learn from, and to test on.
+    """Frames to train on, and frames to test on.
 
     Args:
-        run: Whose codes to use as queries, of audio and text.
-        path: A file as `digits.load_scenes` makes it; by default that of seed 0.
+        run: A run of audio and text, whose codes are the queries.
+        path: A file of `digits.load_scenes`. None is that of seed 0.
     """
     names = [name for name in run.config.shapes if name in ("audio", "text")]
     if len(names) < 2:
         raise DataError(
             "segmentation: needs a run of audio and text, to query with one and then the other; "
-            f"came {' '.join(run.config.shapes)}."
+            f"got {' '.join(run.config.shapes)}."
         )
     path = digits.load_scenes() if path is None else path
     clips = load_clips(path, [*names, "video"])
@@ -146,13 +144,13 @@ def scenes(run: TrainedRun, path: str | Path | None = None) -> tuple[Frames, Fra
 
 
 def fit_mask_head(train: Frames, query: Tensor, seed: int, *, steps: int = 200) -> MaskHead:
-    """Learn masks from queries [n, D]; the global random state stays as it was."""
+    """Train a head with queries [n, D]; the global random state is unchanged."""
 
     def loss(batch: Tensor) -> Tensor:
         logits, truth = head(train.cells[batch], query[batch]), train.masks[batch].float()
         return nn.functional.binary_cross_entropy_with_logits(logits, truth)
 
-    cell = train.masks.shape[-1] // train.cells.shape[-2]  # pixels of its side
+    cell = train.masks.shape[-1] // train.cells.shape[-2]  # side in pixels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = MaskHead(query, train.cells.shape[-1], cell)
@@ -170,7 +168,7 @@ def fit_mask_head(train: Frames, query: Tensor, seed: int, *, steps: int = 200) 
 
 @torch.no_grad()
 def masks(head: MaskHead, cells: Tensor, query: Tensor) -> Tensor:
-    """Probabilities [n, 56, 56]."""
+    """Predict the probabilities of masks, [n, 56, 56]."""
     return torch.cat(
         [head(c, q).sigmoid() for c, q in zip(cells.split(256), query.split(256), strict=True)]
     )

@@ -1,8 +1,6 @@
-"""What the tasks between two data sets have in common."""
+"""Common functions of the tasks between two data sets."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,21 +10,20 @@ from cmg.digits import clips as plots
 from cmg.errors import DataError
 from cmg.evaluation import Pairs, Scores
 
-if TYPE_CHECKING:
-    from ..run import TrainedRun
+from ..run import TrainedRun
 
 
 def away(run: TrainedRun) -> Clips:
-    """The digits of another house, in the run's modalities."""
+    """Load the digits in style AWAY, in the modalities of the run."""
     names = [name for name in run.config.shapes if name in plots.MODALITIES]
     return load_clips(digits.load_away(), names)
 
 
 def encode(run: TrainedRun, clips: Clips) -> dict[str, Tensor]:
-    """Codes [N, T, D] of any clips, in each of their modalities that the run knows.
+    """Codes [N, T, D] of any clips, in the modalities that they share with the run.
 
     Raises:
-        DataError: There is no such modality, or one is shaped unlike the run's.
+        DataError: There is no such modality, or its shape does not fit the model.
     """
     if clips is run.clips:
         return run.codes[0]
@@ -34,12 +31,11 @@ def encode(run: TrainedRun, clips: Clips) -> dict[str, Tensor]:
     if not features:
         raise DataError(
             f"a data set must have modalities of the run ({' '.join(run.config.shapes)}); "
-            f"came {' '.join(clips.features)}."
+            f"got {' '.join(clips.features)}."
         )
-    for name, x in features.items():
-        here, there = list(run.clips.features[name].shape[1:]), list(x.shape[1:])
-        if here != there:
-            raise DataError(f"{name}: a data set must have the run's shape {here}; came {there}.")
+    for name in features:
+        x = run.clips.features[name]
+        clips.require(name, x.shape[1], x.shape[-1], "another data set")
     return run.quantize(features)[0]
 
 
@@ -47,13 +43,13 @@ def between_sets(across: Pairs, within: Pairs, score: str) -> Scores:
     """Name the directions from one set to another and add their bounds.
 
     Args:
-        across: (source, target) -> scores, learned in one set and tested in the other.
-        within: The same, learned and tested in the other set.
-        score: Which score the bounds bound.
+        across: (source, target) -> scores, trained on one set and tested on the other.
+        within: The same, trained and tested on the other set.
+        score: Name of the score that the bounds are of.
 
     Returns:
-        {"a->b": its scores, "upper_bound" of b within the other set, and, where the first set has
-        b too, "same_modality" from b to b: what the change of sets alone leaves}.
+        {"a->b": its scores, "upper_bound" from b to b within the other set, and, if the first set
+        has b, "same_modality" from b to b across sets, which shows the effect of the sets alone}.
     """
     found: Scores = {}
     for (a, b), scores in across.items():

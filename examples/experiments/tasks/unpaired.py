@@ -1,13 +1,12 @@
-"""Across modality between sets that share classes but no clips (UCF <-> VGGSound, Table 3).
+"""Classification across modalities and sets with common classes (UCF <-> VGGSound, Table 3).
 
-One set lends its labels in one modality, the other is tested in another modality. The sets need
-not have the same classes: only clips of the classes that both have take part.
+A head is trained on one modality of one set and tested on another modality of the other set. Only
+clips of the classes that both sets have are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +14,8 @@ from torch import Tensor
 from cmg.data import TEST, TRAIN, Clips
 from cmg.evaluation import ClipHead, Labelled, Scores, clip_scores, transfer
 
+from ..run import TrainedRun
 from .sets import away, between_sets, encode
-
-if TYPE_CHECKING:
-    from ..run import TrainedRun
 
 
 def classify_unpaired(
@@ -27,20 +24,20 @@ def classify_unpaired(
     second: Clips | None = None,
     classes: Sequence[int] = range(2, 8),
 ) -> dict[str, Scores]:
-    """The class of a clip, from set to set both ways, in every direction.
+    """Classify clips across two sets, both ways and in every direction.
 
     Args:
         run: The run.
-        first: A set; the run's own clips if not given.
-        second: Another; the digits of another house if not given.
-        classes: Those that the sets share.
+        first: Clips of one set. None is the run's own clips.
+        second: Clips of another set. None is the digits in style AWAY.
+        classes: Classes that both sets have.
 
     Returns:
         {"first->second" and "second->first": {"a->b": "accuracy", "chance", and the bounds of
         `between_sets`}}.
 
     Raises:
-        DataError: A set does not fit the run.
+        DataError: A set does not fit the model.
     """
     first = run.clips if first is None else first
     second = away(run) if second is None else second
@@ -59,7 +56,7 @@ def classify_unpaired(
 
 
 def _part(codes: dict[str, Tensor], clips: Clips, split: int, shared: Tensor) -> Labelled:
-    """The clips of a split and of the shared classes, which are numbered anew."""
+    """The clips of a split and of the shared classes, which are renumbered."""
     rows = clips.rows(split)
     rows = rows[torch.isin(clips.labels[rows], shared)]
     labels = torch.searchsorted(shared, clips.labels[rows])

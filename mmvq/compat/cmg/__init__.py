@@ -1,7 +1,7 @@
-"""The released behaviour of Uni-Code (repository haihuangcode/CMG), as distinct from the paper's.
+"""The released behaviour of Uni-Code (repository haihuangcode/CMG), which differs from the paper's.
 
-Each module has the parameter and buffer names of its released counterpart and computes what the
-release computes, defects included; `load_checkpoint` reads a released file into them, and `load`
+Each module has the parameter and buffer names of its released counterpart and computes the same
+results, including its defects. `load_checkpoint` loads a released file into these modules, `load`
 its codebook into a native quantizer. For new work use `mmvq.MultiModalEMAQuantizer`,
 `mmvq.CLUBEstimator` and `mmvq.CrossCPC`.
 """

@@ -1,4 +1,4 @@
-"""Released checkpoints, `DCID-model-{epoch}.pt`, into the modules of this package."""
+"""Loads released checkpoints, `DCID-model-{epoch}.pt`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmvq.compat.reading import Source, find_codebook, read_file
 from mmvq.quantizer import MultiModalEMAQuantizer
 
 _WIDTHS = {"audio": 128, "video": 512, "text": 256}  # of the features, in the release's order
-_SPECIFIC_WIDTHS = {"audio": 256, "video": 512, "text": 256}  # of what CLUB sees
+_SPECIFIC_WIDTHS = {"audio": 256, "video": 512, "text": 256}  # of the input of CLUB
 _CODE_DIM = 256
 _HINT = "pass a DCID-model-{epoch}.pt of the release, untouched"
 _UNUSED = re.compile(  # parameters that reach no output
@@ -28,16 +28,16 @@ _UNUSED = re.compile(  # parameters that reach no output
 
 
 class CMGCheckpoint(NamedTuple):
-    """A released model, in eval mode. What the file does not have is None.
+    """A released model, in eval mode. Parts that the file does not have are None.
 
     Attributes:
         encoder: Phi, Psi and the codebook.
-        decoder: The decoders.
+        decoder: decoders.
         cpc: Cross-CPC.
-        club: Name of a modality -> its estimator.
-        text_lstm: What makes `[B, T, 256]` of BERT's `[B, T, 768]`.
-        epoch: The last epoch trained.
-        skipped: The entries of the file that were not taken, "part.key" or "part".
+        club: modality -> its CLUB estimator.
+        text_lstm: LSTM that maps BERT's features `[B, T, 768]` to `[B, T, 256]`.
+        epoch: last epoch of training.
+        skipped: entries of the file that were not loaded, "part.key" or "part".
     """
 
     encoder: CMGEncoder
@@ -50,21 +50,21 @@ class CMGCheckpoint(NamedTuple):
 
 
 def load_checkpoint(path: str | PathLike[str]) -> CMGCheckpoint:
-    """Read a released checkpoint of two or three modalities; nothing is unpickled.
+    """Load a released checkpoint of two or three modalities, without unpickling objects.
 
-    The modules get the file's own tensors, so its dtype, float64. The codes are the release's
-    `embedding` itself, which after a reset differs from `ema_weight / ema_count`. Skipped, as they
-    reach no output: the layer from which the temporal encoder was copied, the attention over cells
-    (a softmax over one element) and the decoders' classifiers; and, as they are no module, the
-    optimizers and counters.
+    The modules take the tensors of the file, in its dtype float64. The codes are the release's
+    `embedding`, which differs from `ema_weight / ema_count` after a reset. Parameters that affect
+    no output are skipped: the layer from which the temporal encoder was copied, the attention over
+    cells (a softmax over one element) and the decoders' classifiers. Optimizers and counters are
+    skipped too.
 
     Args:
-        path: The `.pt` file.
+        path: path of the `.pt` file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It holds more than tensors and plain containers, is damaged, or its parameters
-            are not the released ones.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, has objects other than tensors and plain containers, or its
+            parameters are not the released ones.
     """
     content = read_file("load_checkpoint", path, _HINT)
     released = content.get("Encoder_parameters") or ()
@@ -73,7 +73,7 @@ def load_checkpoint(path: str | PathLike[str]) -> CMGCheckpoint:
         rule = "the file must have Encoder_parameters of two or three modalities"
         _refuse(path, rule, found=sorted(map(str, content)))
     widths = {name: _WIDTHS[name] for name in names}
-    with torch.device("meta"):  # shapes only: the file's tensors take their place
+    with torch.device("meta"):  # shapes alone; the tensors of the file replace them
         encoder, decoder = CMGEncoder(widths), CMGDecoder(widths)
         cpc = CMGCrossCPC(_CODE_DIM, names)
         text_lstm = nn.LSTM(768, _CODE_DIM // 2, 2, batch_first=True, bidirectional=True)
@@ -103,25 +103,25 @@ def load_checkpoint(path: str | PathLike[str]) -> CMGCheckpoint:
 def load(
     source: Source, modalities: Sequence[str] | None = None, **settings: Any
 ) -> MultiModalEMAQuantizer:
-    """A native quantizer that goes on from a released codebook, of any width and size.
+    """Build a native quantizer with a released codebook of any width and size, to train further.
 
-    Its codes are the release's `embedding` itself. Its N is `ema_count` times the number of
-    modalities that move the codebook: the release has one step for each modality, and so the mean
-    of their counts where mmvq has the sum. As the release keeps o when it resets a code, o is made
-    of e and N. Ages and usage start anew, and all settings are mmvq's own unless given; the guide
-    on migration has the nearest ones.
+    Its codes are the release's `embedding`. Its N is `ema_count` times the number of modalities
+    that update the codebook: the release takes one step per modality, so that its count is the mean
+    over the modalities, where mmvq's is the sum. The release keeps o when it resets a code; here o
+    is computed from e and N. Ages and usage start at their initial values. All settings have mmvq's
+    defaults unless given; the migration guide lists the settings nearest to the release.
 
     Args:
         source: a `DCID-model-{epoch}.pt`, its content or a part of it, a `CMGQuantizer`, or a model
             or `state_dict` with one such codebook under any prefix: `embedding` `[L, D]` and
             `ema_count` `[L]`.
-        modalities: of the quantizer. None: those of which the source has encoders, or audio and
-            video where it has none.
+        modalities: names of the quantizer's modalities. None: those that have an encoder in the
+            source, or audio and video if none has.
         **settings: all other arguments of `MultiModalEMAQuantizer`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there is no such codebook in `source`, or several; or it is damaged.
+        FileNotFoundError: the file does not exist.
+        ValueError: `source` has no such codebook, or several; or the codebook is damaged.
 
     Examples:
         >>> from mmvq.compat import cmg
@@ -143,7 +143,7 @@ def load(
 
 
 def _fill(path: str | PathLike[str], part: str, module: nn.Module, state: Any) -> list[str]:
-    """Give the module the tensors of a part; returns what was skipped."""
+    """Load a part of the file into a module, and return the names of the skipped tensors."""
     if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
         _refuse(path, f"{part} must map names to tensors", found=type(state))
     taken = {key: x for key, x in state.items() if not _UNUSED.match(key)}
@@ -163,5 +163,5 @@ def _fill(path: str | PathLike[str], part: str, module: nn.Module, state: Any) -
     return [f"{part}.{key}" for key in state if key not in taken]
 
 
-def _refuse(path: str | PathLike[str], rule: str, **came: object) -> NoReturn:
-    raise ValueError(message("load_checkpoint", rule, hint=_HINT, path=str(path), **came))
+def _refuse(path: str | PathLike[str], rule: str, **got: object) -> NoReturn:
+    raise ValueError(message("load_checkpoint", rule, hint=_HINT, path=str(path), **got))

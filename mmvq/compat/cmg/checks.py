@@ -1,4 +1,4 @@
-"""Argument checks of the modules in this package and their messages."""
+"""Argument checks of the modules in this package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmvq.checks import message
 
 
 def modality_names(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
-    """The modalities as a tuple; ValueError unless they are two or three different names."""
+    """Return the modalities as a tuple, after a check that they are two or three names."""
     names = (modalities,) if isinstance(modalities, str) else tuple(modalities)
     if len(names) not in (2, 3) or len(set(names)) != len(names):
         raise ValueError(
@@ -27,7 +27,7 @@ def modality_names(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
 def sequences(
     where: str, features: Mapping[str, Tensor], modalities: Sequence[str], dim: int
 ) -> list[Tensor]:
-    """The features in the order of `modalities`; ValueError unless all are [B, T, dim], alike."""
+    """Return the features in the order of `modalities`, all of one shape `[B, T, dim]`."""
     given = features if isinstance(features, Mapping) else {}
     shapes = {x.shape for x in given.values()}
     if set(given) != set(modalities) or [(len(s), s[-1]) for s in shapes] != [(3, dim)]:

@@ -1,6 +1,6 @@
 """The released Cross-CPC.
 
-Source: haihuangcode/CMG, code/src/model/CPC.py. Shapes: B batch, T time, D width.
+Source: haihuangcode/CMG, code/src/model/CPC.py. Shapes: B batch size, T time, D feature dimension.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SELF_WEIGHT = 0.1
 
 
 class CMGCPCOutput(NamedTuple):
-    """What `CMGCrossCPC` returns."""
+    """Output of `CMGCrossCPC`."""
 
     loss: Tensor  # scalar
     accuracy: dict[tuple[str, str], Tensor]  # (source, target) -> scalar, in the released order
@@ -28,8 +28,9 @@ class CMGCPCOutput(NamedTuple):
 def contrast(targets: Tensor, predictions: Tensor) -> Tensor:
     """-sum_i log softmax over PREDICTIONS of z_i . p_j at j = i: [B, D] and [B, D] -> scalar.
 
-    Eq. 6 normalises over the targets; as released the roles are exchanged, so that a bias of the
-    predictor gets no gradient. mmvq: targets, or `normalize_over="contexts"`.
+    Eq. 6 normalises over the targets. As released, the roles are exchanged, so that a bias of the
+    predictor gets no gradient. mmvq normalises over the targets, or as released with
+    `normalize_over="contexts"`.
     """
     return -torch.log_softmax(targets @ predictions.T, dim=1).diagonal().sum()
 
@@ -37,15 +38,15 @@ def contrast(targets: Tensor, predictions: Tensor) -> Tensor:
 def contrast_accuracy(targets: Tensor, predictions: Tensor) -> Tensor:
     """Share of predictions whose best target is their own, after the softmax of `contrast`.
 
-    [B, D] and [B, D] -> scalar, always float32. As released, the argmax runs over the other axis
-    than the loss, on probabilities that the loss's axis normalised; mmvq follows the loss.
+    [B, D] and [B, D] -> scalar, always float32. As released, the argmax is over the other axis
+    than the softmax of the loss; mmvq takes both over the same axis.
     """
     best = torch.softmax(targets @ predictions.T, dim=1).argmax(dim=0)
     return (best == torch.arange(len(best), device=best.device)).sum().float() / len(best)
 
 
 def directions(modalities: Sequence[str]) -> list[tuple[str, str]]:
-    """(source, target) in the released order: pairs backwards, pairs forwards, each to itself."""
+    """Pairs (source, target) in the released order: backwards, forwards, then within a modality."""
     pairs = list(combinations(modalities, 2))
     return [(b, a) for a, b in pairs] + pairs + [(m, m) for m in modalities]
 
@@ -53,21 +54,21 @@ def directions(modalities: Sequence[str]) -> list[tuple[str, str]]:
 class CMGCrossCPC(nn.Module):
     """The released Cross-CPC of two or three modalities.
 
-    One t for the whole batch; c = LSTM(z[:, :t + 1]) at its last step; for k = 1..K, source m and
-    target n, predictions W_k c^m are contrasted with z^n[:, t + k]. The loss is the sum over k and
-    directions, weight 1 across modalities and 0.1 within one, divided by B K only: 2.2 ln B at
-    chance for two modalities, 6.3 ln B for three. `mmvq.CrossCPC` averages over directions and
-    takes every t.
+    The whole batch has one t. The context c is the last output of LSTM(z[:, :t + 1]). For
+    k = 1..K, source m and target n, the predictions W_k c^m are contrasted with z^n[:, t + k]. The
+    loss is the sum over k and directions, with weight 1 across modalities and 0.1 within one,
+    divided by B K only. At chance it is 2.2 ln B for two modalities and 6.3 ln B for three.
+    `mmvq.CrossCPC` averages over directions and uses every t.
 
     Args:
-        dim: D, the feature width.
-        modalities: Two or three names. Released: ("video", "audio"), ("audio", "video", "text").
-        context_dim: Width of the LSTMs; D when not given.
-        num_layers: Layers of each LSTM. The paper has one.
-        num_steps: K, the number of steps predicted.
+        dim: feature dimension D.
+        modalities: two or three names. Released: ("video", "audio"), ("audio", "video", "text").
+        context_dim: width of the LSTMs; D if None.
+        num_layers: number of layers of each LSTM. The paper has one.
+        num_steps: number of predicted steps K.
 
     Raises:
-        ValueError: The number of modalities is not 2 or 3, or a name appears twice.
+        ValueError: there are not two or three modalities, or a name appears twice.
     """
 
     def __init__(
@@ -97,15 +98,15 @@ class CMGCrossCPC(nn.Module):
         start: int | None = None,
         generator: torch.Generator | None = None,
     ) -> CMGCPCOutput:
-        """Loss summed over all steps and directions; accuracy of the last step.
+        """Return the loss, summed over all steps and directions, and the last step's accuracy.
 
         Args:
-            features: One [B, T, D] tensor for each modality, all of one shape.
-            start: t, from 1 to T - K - 1; drawn uniformly when not given.
-            generator: Source of that draw, on the CPU.
+            features: modality -> features [B, T, D], all of one shape.
+            start: time step t, from 1 to T - K - 1; drawn uniformly if None.
+            generator: random generator for that draw, on the CPU.
 
         Raises:
-            ValueError: The names differ from `modalities`, or `start` cannot be in its range.
+            ValueError: the names differ from `modalities`, or `start` is out of range.
         """
         z = sequences("CMGCrossCPC", features, self.modalities, self.dim)
         B, T, _ = z[0].shape
@@ -128,7 +129,7 @@ class CMGCrossCPC(nn.Module):
         return CMGCPCOutput(loss / (B * K), accuracy)
 
     def _predict(self, modality: str, past: Tensor) -> list[Tensor]:
-        """W_1 c, ..., W_K c of one modality: past [B, t + 1, D] -> K x [B, D]."""
+        """Return W_1 c, ..., W_K c of one modality: past [B, t + 1, D] -> K x [B, D]."""
         context: Tensor = self.get_submodule(f"{modality}_ar_lstm")(past)[0][:, -1]
         predictors = cast(nn.ModuleList, self.get_submodule(f"{modality}_predictors"))
         return [predictor(context) for predictor in predictors]

@@ -1,8 +1,8 @@
 """The released encoders and decoders, with the parameter names of their checkpoints.
 
-Source: haihuangcode/CMG, code/src/model/main_model_2.py. Shapes: B batch, T time, C width of the
-features (video 512, audio 128, text 256), D of the codes (256), H x W the video's cells (7 x 7).
-Parameters of the release that reach no output are left out; `load_checkpoint` names them.
+Source: haihuangcode/CMG, code/src/model/main_model_2.py. Shapes: B batch size, T time, C feature
+dimension (video 512, audio 128, text 256), D code dimension (256), H x W cells of the video (7 by
+7). Parameters of the release that affect no output are left out; `load_checkpoint` lists them.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from mmvq.compat.cmg.quantizer import CMGQuantizer
 
-_HEADS, _LAYERS, _FEED_FORWARD, _DROPOUT = 4, 2, 1024, 0.1  # of the temporal encoder
+_HEADS, _LAYERS, _FEED_FORWARD, _DROPOUT = 4, 2, 1024, 0.1  # the temporal encoder's
 
 
 class CMGVideoPool(nn.Module):
-    """The released `Video_Semantic_Encoder`: cells, reweighted by channel, summed.
+    """The released `Video_Semantic_Encoder`: the sum over cells, with a weight per channel.
 
     y = sum over cells of x (1 + s), s = sigmoid(W2 relu(W1 mean over cells of x)). As released, the
     attention over cells is a softmax over a dimension of size 1: its weights are all 1.
 
     Args:
-        dim: C, divisible by 8.
+        dim: feature dimension C, divisible by 8.
     """
 
     def __init__(self, dim: int) -> None:
@@ -44,8 +44,8 @@ class CMGTemporalEncoder(nn.Module):
     """The released `InternalTemporalRelationModule`: two post-norm layers, without positions.
 
     Args:
-        in_dim: C.
-        dim: D.
+        in_dim: feature dimension C.
+        dim: code dimension D.
     """
 
     def __init__(self, in_dim: int, dim: int) -> None:
@@ -57,7 +57,7 @@ class CMGTemporalEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[B, T, C]` to `[B, T, D]`; the release has time first."""
+        """Map `[B, T, C]` to `[B, T, D]`. The release has the time dimension first."""
         y: Tensor = self.encoder(self.affine_matrix(x))
         return y
 
@@ -66,7 +66,7 @@ class CMGResidual(nn.Module):
     """The released residual stack: relu(r + f(r)) with r = relu(x), as its first ReLU is in place.
 
     Args:
-        dim: Channels.
+        dim: number of channels.
     """
 
     def __init__(self, dim: int) -> None:
@@ -86,12 +86,12 @@ class CMGResidual(nn.Module):
 
 
 class CMGVideoEncoder(nn.Module):
-    """The released `Video_Encoder`: what is specific to the video.
+    """The released `Video_Encoder` of video-specific features.
 
     Args:
-        dim: C of the features.
-        channels: Of the three convolutions' outputs; the last two are alike.
-        hidden_dim: Of the perceptron.
+        dim: feature dimension C.
+        channels: output channels of the first convolution, and of the other two.
+        hidden_dim: hidden width of the perceptron.
     """
 
     def __init__(self, dim: int, channels: tuple[int, int], hidden_dim: int) -> None:
@@ -112,7 +112,7 @@ class CMGVideoEncoder(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map `[B, T, H, W, C]` to cells `[B, T, H - 4, W - 4, wide]` and a vector `[B, T, C]`.
 
-        The decoder reads the cells, CLUB the vector.
+        The cells are the decoder's input, the vector CLUB's.
         """
         cells: Tensor = self.conv_stack(x.flatten(0, 1).permute(0, 3, 1, 2))
         cells = cells.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
@@ -123,10 +123,10 @@ class CMGVideoDecoder(nn.Module):
     """The released `Video_Decoder`, from specific cells and the code of a segment.
 
     Args:
-        dim: C of the features.
-        wide: Channels of the specific cells.
-        hidden_dim: Channels inside.
-        code_dim: D.
+        dim: feature dimension C.
+        wide: channels of the specific cells.
+        hidden_dim: channels of the hidden layer.
+        code_dim: code dimension D.
     """
 
     def __init__(self, dim: int, wide: int, hidden_dim: int, code_dim: int) -> None:
@@ -152,12 +152,12 @@ class CMGEncoder(nn.Module):
     """The released `AV_`, `AT_` or `AVT_VQVAE_Encoder`.
 
     Args:
-        dims: Name -> C, for two or three of audio, video and text. Released: 128, 512 and 256 (of
-            the text's LSTM).
-        code_dim: D.
-        codebook_size: L.
-        channels: Of `CMGVideoEncoder`.
-        hidden_dim: Of `CMGVideoEncoder`.
+        dims: modality -> C, for two or three of audio, video and text. Released: 128, 512 and 256
+            (the output of the text's LSTM).
+        code_dim: code dimension D.
+        codebook_size: number of codes L.
+        channels: `channels` of `CMGVideoEncoder`.
+        hidden_dim: `hidden_dim` of `CMGVideoEncoder`.
     """
 
     def __init__(
@@ -187,14 +187,20 @@ class CMGEncoder(nn.Module):
         return self.Cross_quantizer
 
     def semantic(self, name: str, x: Tensor) -> Tensor:
-        """Phi (Eq. 1): `[B, T, C]` (video `[B, T, H, W, C]`) -> `[B, T, D]`."""
+        """Encode semantic features, Phi (Eq. 1): `[B, T, C]` -> `[B, T, D]`.
+
+        For video, x is `[B, T, H, W, C]`.
+        """
         if name == "video":
             x = self.video_semantic_encoder(x)
         z: Tensor = self.get_submodule(f"{name}_self_att")(x)
         return z
 
     def specific(self, name: str, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Psi (Eq. 1): `[B, T, C]` -> `[B, T, D]`; of video what `CMGVideoEncoder` returns."""
+        """Encode specific features, Psi (Eq. 1): `[B, T, C]` -> `[B, T, D]`.
+
+        For video, see `CMGVideoEncoder`.
+        """
         if name == "video":
             both: tuple[Tensor, Tensor] = self.Video_encoder(x)
             return both
@@ -202,7 +208,7 @@ class CMGEncoder(nn.Module):
         return y.relu()
 
     def infer(self, name: str, x: Tensor) -> Tensor:
-        """The code of every segment, straight-through: what the downstream heads see."""
+        """Return the code of every segment, straight-through: the downstream heads' input."""
         return self.quantizer.infer(self.semantic(name, x))
 
 
@@ -210,10 +216,10 @@ class CMGDecoder(nn.Module):
     """The released decoders, each from a modality's specific features and its codes.
 
     Args:
-        dims: Name -> C of the features.
-        code_dim: D.
-        wide: Channels of the video's specific cells.
-        hidden_dim: Channels inside the video's decoder.
+        dims: modality -> feature dimension C.
+        code_dim: code dimension D.
+        wide: channels of the video's specific cells.
+        hidden_dim: hidden channels of the video's decoder.
     """
 
     def __init__(
@@ -233,7 +239,7 @@ class CMGDecoder(nn.Module):
             self.add_module(f"{name.title()}_decoder", decoder)
 
     def forward(self, name: str, specific: Tensor, codes: Tensor) -> Tensor:
-        """Map specific features and `[B, T, D]` to the features."""
+        """Map specific features and codes `[B, T, D]` to the features."""
         decoder = self.get_submodule(f"{name.title()}_decoder")
         if name == "video":
             x: Tensor = decoder(specific, codes)
@@ -247,9 +253,9 @@ class CMGHead(nn.Module):
     """The released `Semantic_Decoder` for clips, and `Semantic_Decoder_AVVP` for segments.
 
     Args:
-        dim: D.
-        num_classes: Of the events.
-        per_segment: No maximum over time.
+        dim: code dimension D.
+        num_classes: number of event classes.
+        per_segment: whether to classify each segment, without the maximum over time.
     """
 
     def __init__(self, dim: int, num_classes: int, *, per_segment: bool = False) -> None:
@@ -259,7 +265,7 @@ class CMGHead(nn.Module):
         self.per_segment = per_segment
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Map `[B, T, D]` to logits `[B, classes]`, per segment `[B, T, classes]`."""
+        """Map codes `[B, T, D]` to logits `[B, classes]`, per segment `[B, T, classes]`."""
         x = self.linear(codes)
         logits: Tensor = self.event_classifier(x if self.per_segment else x.amax(dim=1))
         return logits

@@ -1,6 +1,7 @@
 """The released shared codebook: its search, losses, sequential EMA and reset.
 
-Source: haihuangcode/CMG, code/src/model/main_model_2.py. Shapes: B batch, T time, D width, L codes.
+Source: haihuangcode/CMG, code/src/model/main_model_2.py. Shapes: B batch size, T time, D feature
+dimension, L number of codes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import mse_loss, one_hot
 
 from mmvq.compat.cmg.checks import modality_names, sequences
 
@@ -20,7 +21,7 @@ RESET_NOISE = 1 / 1024
 
 
 class CMGQuantizerOutput(NamedTuple):
-    """What `CMGQuantizer` returns; dictionaries are keyed by modality."""
+    """Output of `CMGQuantizer`; the keys of dictionaries are modalities."""
 
     quantized: dict[str, Tensor]  # [B, T, D], straight-through
     indices: dict[str, Tensor]  # int64 [B, T]
@@ -33,8 +34,8 @@ class CMGQuantizerOutput(NamedTuple):
 def squared_distances(x: Tensor, codes: Tensor) -> Tensor:
     """|x|^2 - 2 x.e + |e|^2 as one addmm: x [N, D], codes [L, D] -> [N, L].
 
-    Eq. 2. As released, the expansion can round to below zero where x lies on a code; mmvq searches
-    with |e|^2/2 - x.e on centred codes instead.
+    Eq. 2. As released, floating-point error can make the expansion negative where x equals a code;
+    mmvq minimises |e|^2/2 - x.e over centred codes instead.
     """
     squares = x.square().sum(1, keepdim=True) + codes.square().sum(1)
     return torch.addmm(squares, x, codes.T, alpha=-2.0)
@@ -43,8 +44,8 @@ def squared_distances(x: Tensor, codes: Tensor) -> Tensor:
 def code_probabilities(distances: Tensor) -> Tensor:
     """P = mean over T of softmax over L of -sqrt(d2): [B, T, L] -> [B, L].
 
-    As released, d2 is not clamped: the result is NaN for d2 < 0 and its gradient for d2 = 0. mmvq
-    clamps.
+    As released, d2 is not clamped: the result is NaN for d2 < 0, and its gradient for d2 = 0. mmvq
+    clamps d2.
     """
     return torch.softmax(-distances.sqrt(), dim=-1).mean(dim=1)
 
@@ -53,8 +54,8 @@ def matching_loss(p_a: Tensor, p_b: Tensor) -> Tensor:
     """L_cmcm of one pair: p_a, p_b [B, L] -> scalar.
 
     S = P_a log(P_b + 1e-10)^T + P_b log(P_a + 1e-10)^T, E = exp(S + max(-S)) and
-    L = -1/B sum_i log(E_ii / (sum_j E_ij + 1e-5)). As released, the shift is by the minimum of S,
-    which lets exp grow, and only rows are normalised; mmvq uses log_softmax in both directions.
+    L = -1/B sum_i log(E_ii / (sum_j E_ij + 1e-5)). As released, S is shifted by its minimum, so
+    that exp can overflow, and only rows are normalised; mmvq uses log_softmax in both directions.
     """
     scores = p_a @ (p_b + 1e-10).log().T + p_b @ (p_a + 1e-10).log().T  # [B, B]
     scores = torch.exp(scores + (-scores).max())
@@ -64,30 +65,30 @@ def matching_loss(p_a: Tensor, p_b: Tensor) -> Tensor:
 def commitment_loss(z: Tensor, own: Tensor, others: Sequence[Tensor], beta: float) -> Tensor:
     """2 beta mse(z, sg e_own) + beta (mean over others of mse(z, sg e_other)): [B, T, D] -> scalar.
 
-    Eq. 8, which has beta and beta/2 and the squared norm; mmvq has beta and beta/2 with the mean.
+    Eq. 8 has beta and beta/2 with the squared norm; mmvq has beta and beta/2 with the mean.
     """
-    cross = torch.stack([F.mse_loss(z, other) for other in others]).mean()
-    return 2 * beta * F.mse_loss(z, own) + beta * cross
+    cross = torch.stack([mse_loss(z, other) for other in others]).mean()
+    return 2 * beta * mse_loss(z, own) + beta * cross
 
 
 def straight_through(z: Tensor, codes: Tensor) -> Tensor:
-    """The value of the code, the gradient of z: z + sg(e - z), [B, T, D]. As in mmvq."""
+    """Return z + sg(e - z), the value of the code with the gradient of z: [B, T, D]. As in mmvq."""
     return z + (codes - z).detach()
 
 
 def perplexity(indices: Tensor, codes: Tensor) -> Tensor:
-    """exp(-sum_l p_l log(p_l + 1e-10)), p the share of each code.
+    """Perplexity exp(-sum_l p_l log(p_l + 1e-10)), where p is the share of each code.
 
-    int64 [B, T] and codes [L, D] -> scalar of the codes' dtype. mmvq's `usage()` takes its place.
+    int64 [B, T] and codes [L, D] -> scalar of the codes' dtype. mmvq's `usage()` replaces it.
     """
-    p = F.one_hot(indices.flatten(), len(codes)).to(codes.dtype).mean(dim=0)
+    p = one_hot(indices.flatten(), len(codes)).to(codes.dtype).mean(dim=0)
     return torch.exp(-(p * (p + 1e-10).log()).sum())
 
 
 def equal_clips(indices: Sequence[Tensor]) -> Tensor:
     """Number of clips whose most frequent code (the lowest of a tie) is the same in all modalities.
 
-    M tensors int64 [B, T] -> int64 scalar. A figure for the log; mmvq's `usage()` takes its place.
+    M tensors int64 [B, T] -> int64 scalar. It is only logged; mmvq's `usage()` replaces it.
     """
     modes = torch.stack([index.mode(dim=1).values for index in indices])  # [M, B]
     return (modes == modes[0]).all(dim=0).sum()
@@ -104,25 +105,25 @@ class CMGQuantizer(nn.Module):
         o <- decay o + (1 - decay) sum over its vectors of (z / 2 + mean of partners / 2)
         e <- o / N
 
-    and last, in training and in eval mode, `unactivated_count` becomes 0 for the codes that any
-    modality chose and grows by 1 for the others; beyond `reset_after` the code is reset: its row of
-    `embedding` alone becomes that of a random code not being reset, plus U(-1/1024, 1/1024).
+    Last, in training and in eval mode, `unactivated_count` becomes 0 for the codes that any
+    modality chose and grows by 1 for the others. A code whose count exceeds `reset_after` is reset:
+    its row of `embedding` alone becomes the row of a random other code plus U(-1/1024, 1/1024).
 
     Differences from `mmvq.MultiModalEMAQuantizer`: the update is sequential (decay^M per step), the
-    smoothing is written back, counts start at 0, the partner is aligned, a code one modality uses
-    is never reset, the next EMA step undoes a reset (o and N are kept), and eval mode writes.
+    smoothing is written back, counts start at 0, the partner is aligned, a code that one modality
+    uses is never reset, the next EMA step undoes a reset (o and N are kept), and eval mode writes.
 
     Args:
-        dim: D, the feature width.
-        codebook_size: L, the number of codes.
-        modalities: Two or three names; the EMA runs in this order. Released: audio, video, text.
-        decay: Share of the old state kept by each modality's update.
+        dim: feature dimension D.
+        codebook_size: number of codes L.
+        modalities: two or three names, in the order of the EMA. Released: audio, video, text.
+        decay: share of the old state that each modality's update keeps.
         eps: Laplace smoothing of the counts.
-        beta: Commitment weight.
-        reset_after: Batches without use that a code survives.
+        beta: commitment weight.
+        reset_after: number of batches without use that a code survives.
 
     Raises:
-        ValueError: The number of modalities is not 2 or 3, or a name appears twice.
+        ValueError: there are not two or three modalities, or a name appears twice.
     """
 
     embedding: Tensor  # [L, D] e
@@ -161,16 +162,16 @@ class CMGQuantizer(nn.Module):
         """Quantize all modalities and update the state.
 
         Args:
-            features: One [B, T, D] tensor for each modality, all of one shape.
-            generator: Source of the reset's random choice, on the device of the codebook.
+            features: modality -> features [B, T, D], all of one shape.
+            generator: random generator for resets, on the device of the codebook.
 
         Raises:
-            ValueError: The names differ from `modalities`, or the shapes from each other.
+            ValueError: the names differ from `modalities`, or the shapes from each other.
         """
         L, D = self.embedding.shape
         z = sequences("CMGQuantizer", features, self.modalities, D)
         M, (B, T, _) = len(z), z[0].shape
-        codes = self.embedding.clone()  # the snapshot; the state changes in place below
+        codes = self.embedding.clone()  # a snapshot, as the state changes in place below
         distances = [squared_distances(x.reshape(-1, D), codes).view(B, T, L) for x in z]
         indices = [d.argmin(dim=-1) for d in distances]  # [B, T]
         chosen = [codes[index] for index in indices]  # [B, T, D]
@@ -192,29 +193,29 @@ class CMGQuantizer(nn.Module):
         )
 
     def infer(self, x: Tensor) -> Tensor:
-        """Quantize one modality, x [..., D], straight-through; no state is written."""
+        """Quantize one modality, x [..., D], straight-through, without changing the state."""
         distances = squared_distances(x.reshape(-1, x.shape[-1]), self.embedding)
         return straight_through(x, self.embedding[distances.argmin(dim=-1)].view_as(x))
 
     @torch.no_grad()
     def _update(self, z: Tensor, indices: Tensor) -> None:
-        """The EMA steps of the class docstring (Eq. 7): z [M, BT, D], indices [M, BT]."""
+        """Apply the EMA steps of the class docstring (Eq. 7): z [M, BT, D], indices [M, BT]."""
         M, L, rate = len(z), len(self.embedding), 1 - self.decay
         mixed = 0.5 * z + 0.5 * (z.sum(dim=0) - z) / (M - 1)  # [M, BT, D]
         for m in range(M):
-            one_hot = F.one_hot(indices[m], L).to(z.dtype)  # [BT, L]
-            count = self.decay * self.ema_count + rate * one_hot.sum(dim=0)
+            chosen = one_hot(indices[m], L).to(z.dtype)  # [BT, L]
+            count = self.decay * self.ema_count + rate * chosen.sum(dim=0)
             mass = count.sum()
             self.ema_count.copy_((count + self.eps) / (mass + L * self.eps) * mass)
-            self.ema_weight.mul_(self.decay).add_(one_hot.T @ mixed[m], alpha=rate)
+            self.ema_weight.mul_(self.decay).add_(chosen.T @ mixed[m], alpha=rate)
             self.embedding.copy_(self.ema_weight / self.ema_count[:, None])
 
     @torch.no_grad()
     def _reset(self, indices: Tensor, generator: torch.Generator | None) -> None:
-        """Count batches without use, then reset the codes beyond the bound: indices [M, BT].
+        """Count batches without use, then reset the codes beyond `reset_after`: indices [M, BT].
 
-        The release chooses with Python's generator and only when a code expires; here the choice
-        and the noise are drawn at every call, which needs no host synchronisation.
+        The release draws from Python's generator, and only if a code expires. Here the choice and
+        the noise are drawn at every call, which needs no synchronisation.
         """
         self.unactivated_count.add_(1).index_fill_(0, indices.flatten(), 0.0)
         expired = self.unactivated_count > self.reset_after  # [L]

@@ -166,5 +166,5 @@ def test_how_many_pairs_keep_their_order_when_trained_for_longer(
         write_result(folder / "results" / f"long-uni-code-seed{seed}.json", made)
     write_report(folder / "results", folder / "docs")
     kept = "for clips 4, for segments 0" if clip > segment else "for clips 0, for segments 4"
-    said = f"Of the 10 pairs of them, those that keep their order: {kept}."
+    said = f"Pairs of systems, out of 10, whose order is unchanged: {kept}."
     assert said in (folder / "docs" / "index.md").read_text()

@@ -18,7 +18,7 @@ from experiments import runner
 from experiments.matrix import EVALUATED, EXPERIMENTS, Experiment
 from experiments.results import read_results
 from experiments.run import TrainedRun
-from experiments.train import identity, read_result, train, write_result
+from experiments.train import evaluate_stored, identity, read_result, train, write_result
 
 
 def small(name: str, path: Path) -> Experiment:
@@ -105,9 +105,9 @@ def test_the_command_line_names_what_it_does_not_know(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cmg_experiments.main(["--only", "uni-cod"]) == 2
-    assert "--only uni-cod: no such experiment. There are: baseline" in capsys.readouterr().err
+    assert "--only uni-cod: no such experiment" in capsys.readouterr().err
     assert cmg_experiments.main(["--report", "--results", str(tmp_path)]) == 2
-    assert "holds no results" in capsys.readouterr().err
+    assert "has no results" in capsys.readouterr().err
     for odd in ("0", "-1", "nan", "inf", "much"):
         with pytest.raises(SystemExit, match="2"):
             cmg_experiments.main(["--scale", odd])
@@ -140,14 +140,10 @@ def test_without_an_action_it_says_what_is_left_and_runs_nothing(
     assert names[:-1] == list(EXPERIMENTS)
 
 
-def test_a_model_that_is_missing_is_one_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    places = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
-    assert cmg_experiments.main(["--evaluate", "--only", "avt", "--seeds", "0", *places]) == 2
-    first, last = capfd.readouterr().err.splitlines()
-    assert first == f"avt: {tmp_path}/runs/avt-seed0/model.safetensors: no such file."
-    assert last == "cmg_experiments: failed, for the reasons above: avt (exit code 1)"
+def test_a_model_that_is_missing_is_one_line(clips_path: Path, tmp_path: Path) -> None:
+    """The line that its process ends with."""
+    with pytest.raises(SystemExit, match=r"^avt: .*avt-seed0/model\.safetensors: no such file\.$"):
+        runner._one_line_of(evaluate_stored, small("avt", clips_path), [0], tmp_path, tmp_path)
 
 
 def test_a_scale_is_of_epochs(tmp_path: Path) -> None:

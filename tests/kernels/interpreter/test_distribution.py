@@ -16,10 +16,9 @@ from support import bools, close, rounding, uniform
 from torch import Tensor
 
 from mmvq_kernels.distribution import (
-    _backward_torch,
-    _forward_torch,
-    _log_probabilities_torch,
+    backward_torch,
     code_log_probabilities_ref,
+    forward_torch,
 )
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.distribution import backward, forward
@@ -40,8 +39,31 @@ def draw(
     return x.float().to(device), codebook.float().to(device), used.to(device)
 
 
-def in_torch(grad: Tensor, x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward_torch(grad, x, codebook, used, *_forward_torch(x, codebook, used), True)
+def gradients(B: int, T: int, L: int, D: int, device: str, scale: float) -> list[Tensor]:
+    """The gradient of `ln P`, and x, codebook and used."""
+    grad = uniform(B, L, dtype=torch.float32, seed=2).to(device)
+    return [grad, *draw(B, T, L, D, device, scale)]
+
+
+def check_forward(log_p: Tensor, exact: Tensor, x: Tensor, codebook: Tensor, scale: float) -> None:
+    D = codebook.shape[1]
+    nearest = torch.cdist(x.double().flatten(0, 1), codebook.double()).min().item()
+    off = rounding(torch.float32, 8 * D + 18, 4 * D * scale**2) / 2 / nearest
+    close(log_p.cpu(), exact.cpu(), 2 * off + rounding(torch.float32, 24, exact.abs().max().item()))
+
+
+def check_backward(
+    found: tuple[Tensor, Tensor], grad: Tensor, x: Tensor, codebook: Tensor, used: Tensor
+) -> None:
+    single, exact = (
+        backward_torch(*args, used, *forward_torch(*args[1:], used), True)
+        for args in ([t.to(dtype) for t in (grad, x, codebook)] for dtype in (FLOAT, DOUBLE))
+    )
+    for mine, torchs, wanted in zip(found, single, exact, strict=True):
+        assert mine.shape == wanted.shape
+        error = (torchs - wanted).abs().max().item()
+        largest = rounding(torch.float32, 1, wanted.abs().max().item())
+        close(mine.cpu(), wanted.cpu(), 7 * error + largest)
 
 
 @pytest.mark.parametrize(
@@ -64,17 +86,10 @@ def test_forward(
     log_p, normalizers = forward(x, codebook, used)
     assert log_p.shape == (B, L)
     assert normalizers.shape == (B, T)
-    nearest = torch.cdist(x.double().flatten(0, 1), codebook.double()).min().item()
-    exact = _log_probabilities_torch(x.double(), codebook.double(), used)
-    off = rounding(torch.float32, 8 * D + 18, 4 * D * scale**2) / 2 / nearest
-    close(log_p.cpu(), exact.cpu(), 2 * off + rounding(torch.float32, 24, exact.abs().max().item()))
+    exact, _ = forward_torch(x.double(), codebook.double(), used)
+    check_forward(log_p, exact, x, codebook, scale)
     everything, _ = forward(x, codebook, torch.ones_like(used))
-    exact = code_log_probabilities_ref(x, codebook)
-    close(
-        everything.cpu(),
-        exact.cpu(),
-        2 * off + rounding(torch.float32, 24, exact.abs().max().item()),
-    )
+    check_forward(everything, code_log_probabilities_ref(x, codebook), x, codebook, scale)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +108,9 @@ def test_backward(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launching, "processors", lambda like: processors)
-    x, codebook, used = draw(B, T, L, D, device, scale)
-    grad = uniform(B, L, dtype=torch.float32, seed=2).to(device)
+    grad, x, codebook, used = gradients(B, T, L, D, device, scale)
     mine = backward(grad, x, codebook, used, *forward(x, codebook, used), True)
-    single, exact = (in_torch(grad.to(t), x.to(t), codebook.to(t), used) for t in (FLOAT, DOUBLE))
-    for found, torchs, wanted in zip(mine, single, exact, strict=True):
-        assert found.shape == wanted.shape
-        error = (torchs - wanted).abs().max().item()
-        largest = rounding(torch.float32, 1, wanted.abs().max().item())
-        close(found.cpu(), wanted.cpu(), 7 * error + largest)
+    check_backward(mine, grad, x, codebook, used)
     assert (mine[0][~used] == 0).all()
     alone, nothing = backward(grad, x, codebook, used, *forward(x, codebook, used), False)
     assert torch.equal(alone, mine[0])
@@ -111,15 +120,10 @@ def test_backward(
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_code_has_no_part_in_the_gradient_of_a_vector_on_it(device: str, scale: float) -> None:
     """As in the reference, up to the gradient of the others, as in `test_backward`."""
-    x, codebook, used = draw(2, 3, 20, 8, device, scale)
+    grad, x, codebook, used = gradients(2, 3, 20, 8, device, scale)
     x[0, 0], x[1, 2] = codebook[3], codebook[4]
-    grad = uniform(2, 20, dtype=torch.float32, seed=2).to(device)
     mine = backward(grad, x, codebook, used, *forward(x, codebook, used), True)
-    single, exact = (in_torch(grad.to(t), x.to(t), codebook.to(t), used) for t in (FLOAT, DOUBLE))
-    for found, torchs, wanted in zip(mine, single, exact, strict=True):
-        error = (torchs - wanted).abs().max().item()
-        largest = rounding(torch.float32, 1, wanted.abs().max().item())
-        close(found.cpu(), wanted.cpu(), 7 * error + largest)
+    check_backward(mine, grad, x, codebook, used)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e6, 1e8])
@@ -127,8 +131,7 @@ def test_a_gradient_is_bounded_where_distances_are_off_by_many_nats(
     device: str, scale: float
 ) -> None:
     """By sum_l |p a - g w| with p and w of at most 1, and no more than L of |g w| in a."""
-    x, codebook, used = draw(3, 10, 40, 8, device, scale)
-    grad = uniform(3, 40, dtype=torch.float32, seed=2).to(device)
+    grad, x, codebook, used = gradients(3, 10, 40, 8, device, scale)
     of_x, _ = backward(grad, x, codebook, used, *forward(x, codebook, used), True)
     g = grad.abs()
     bound = 40 * (g.sum(1) + g.amax(1))
@@ -142,16 +145,12 @@ def test_a_clip_may_begin_with_segments_that_do_not_count(only: int, device: str
 
     One segment that counts is a clip of its own: the mean over it is its own distribution.
     """
-    L, D = 70, 8
-    x, codebook, used = draw(2, 41, L, D, device)
+    x, codebook, used = draw(2, 41, 70, 8, device)
     used[:] = False
     used[:, only] = True
     log_p, _ = forward(x, codebook, used)
     alone = x[:, only : only + 1]
-    exact = code_log_probabilities_ref(alone, codebook)
-    nearest = torch.cdist(alone.double().flatten(0, 1), codebook.double()).min().item()
-    off = rounding(torch.float32, 8 * D + 18, 4 * D) / 2 / nearest
-    close(log_p.cpu(), exact.cpu(), 2 * off + rounding(torch.float32, 24, exact.abs().max().item()))
+    check_forward(log_p, code_log_probabilities_ref(alone, codebook), alone, codebook, 1.0)
 
 
 def test_no_clip_has_no_gradient(device: str) -> None:
@@ -173,8 +172,7 @@ def test_far_codes_have_finite_logarithms(device: str) -> None:
 
 
 def test_same_bits_for_repetition(device: str) -> None:
-    x, codebook, used = draw(3, 10, 40, 8, device)
-    grad = uniform(3, 40, dtype=torch.float32, seed=2).to(device)
+    grad, x, codebook, used = gradients(3, 10, 40, 8, device, 1.0)
     runs = [forward(x, codebook, used) for _ in range(2)]
     runs = [(*out, *backward(grad, x, codebook, used, *out, True)) for out in runs]
     for a, b in zip(*runs, strict=True):

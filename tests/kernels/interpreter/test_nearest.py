@@ -16,9 +16,8 @@ from support import rounding, strided, uniform
 from torch import Tensor
 
 from mmvq_kernels.gpu import launching, nearest
-from mmvq_kernels.gpu.nearest import centre, search
+from mmvq_kernels.gpu.nearest import plan, prepare, search
 from mmvq_kernels.nearest import nearest_code, nearest_code_ref
-from mmvq_kernels.rounding import rounded_mean
 
 # one row, one code, D below, at and past a tile, primes, blocks that end inside a tile
 SIZES = [(1, 1, 1), (63, 1, 8), (2, 7, 1), (97, 101, 13), (257, 400, 32), (0, 5, 3), (5, 2, 257)]
@@ -85,7 +84,8 @@ def test_fast_bfloat16_multiplies_bfloat16(device: str, monkeypatch: pytest.Monk
     launch = launching.launch
 
     def watch(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
-        seen.append(options.get("PRECISION", ""))
+        if kernel is nearest.search_kernel:
+            seen.append(options["PRECISION"])
         launch(kernel, grid, *args, **options)
 
     monkeypatch.setattr(launching, "launch", watch)
@@ -93,7 +93,7 @@ def test_fast_bfloat16_multiplies_bfloat16(device: str, monkeypatch: pytest.Monk
     for dtype in (torch.bfloat16, torch.float32):
         for fast in (False, True):
             search(codebook.to(dtype), codebook, fast=fast)
-    assert [p for p in seen if p] == ["tf32x3", "bf16", "tf32x3", "tf32"]
+    assert seen == ["tf32x3", "bf16", "tf32x3", "tf32"]
 
 
 @PROCESSORS
@@ -131,7 +131,7 @@ def test_ties_between_different_codes_give_the_lowest_index(
 
 @pytest.mark.parametrize("data", ["Gaussian", "offset", "collapsed"])
 def test_exact_is_as_exact_as_float32_and_fast_is_not(data: str, device: str) -> None:
-    """As docs/kernels.md says: fast errs where codes lie close together, far from the origin."""
+    """As docs/kernels.md says: of the fast ways bf16 errs where codes lie close together."""
     N, L, D = 256, 256, 128
     generator = torch.Generator().manual_seed(0)
     x, codebook = torch.randn(N, D, generator=generator), torch.randn(L, D, generator=generator)
@@ -145,7 +145,8 @@ def test_exact_is_as_exact_as_float32_and_fast_is_not(data: str, device: str) ->
         wanted = nearest_code_ref(rows, codes)
         inexact = (nearest_code(rows, codes, backend="torch") != wanted).sum()
         assert (search(rows, codes) != wanted).sum() <= inexact
-        assert (search(rows, codes, fast=True) != wanted).any() or data == "Gaussian"
+        errs = (search(rows, codes, fast=True) != wanted).float().mean()
+        assert errs < 0.01 if dtype == torch.float32 or data == "Gaussian" else errs > 0
 
 
 def test_zero_and_minus_zero_are_one_value(device: str) -> None:
@@ -161,10 +162,14 @@ def test_a_score_of_minus_zero_ties_with_zero(
     """A half-norm below the smallest float is -0 where a GPU rounds a product and a sum at once."""
     set_processors(monkeypatch, processors)
     codebook = uniform(200, 16, dtype=torch.float32, seed=1).to(device)
-    codes, half_norm = centre(codebook)
-    half_norm = half_norm.abs() + 1
-    half_norm[[5, 70, 150]] = torch.tensor([0.0, -0.0, -0.0], device=device)
-    monkeypatch.setattr(nearest, "centre", lambda codebook: (codes, half_norm))
+
+    def prepared(*args: Any) -> tuple[Tensor | None, ...]:
+        centre, high, low, half_norm = prepare(*args)
+        half_norm = half_norm.abs() + 1
+        half_norm[[5, 70, 150]] = torch.tensor([0.0, -0.0, -0.0], device=device)
+        return torch.zeros_like(centre), high, low, half_norm
+
+    monkeypatch.setattr(nearest, "prepare", prepared)
     assert search(torch.zeros(3, 16, device=device), codebook).tolist() == [5, 5, 5]
 
 
@@ -250,15 +255,51 @@ def test_many_codes_and_wide_ones(N: int, L: int, D: int, device: str) -> None:
     assert torch.equal(indices, wanted)
 
 
-def test_centred_codes_and_half_norms(device: str) -> None:
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "bf16"])
+def test_prepared_codes_and_half_norms(precision: str, device: str) -> None:
     codebook = uniform(37, 48, dtype=torch.float32).to(device) + 3
-    codebook[20] = codebook[4]
-    codes, half_norm = centre(codebook)
-    mean = rounded_mean(codebook)
-    assert torch.equal(codes, codebook - mean)
-    exact = codes.double().square().sum(1) / 2 + codes.double() @ mean.double()
-    keep = torch.arange(37) != 20
+    packed = torch.zeros(1500, dtype=torch.long, device=device)
+    centre, high, low, half_norm = prepare(codebook, precision, packed)
+    assert (packed == torch.iinfo(torch.int64).max).all()
+    assert torch.equal(centre, codebook[[0, 18, 36]].median(0).values)
+    codes = codebook - centre
+    rounded = 2**-8 if precision == "bf16" else 2**-11
+    assert ((high.float() - codes).abs() <= rounded * codes.abs()).all()
+    if low is not None:
+        assert torch.equal(high + low, codes)
+    exact = codes.double().square().sum(1) / 2
+    if precision == "bf16":
+        exact += codes.double() @ centre.double()
     # D products of at most 2 * 4 each, two roundings in each and D additions
-    bound = rounding(torch.float32, 48 + 2, 48 * 8)
-    assert ((half_norm - exact)[keep].abs() < bound).all()
-    assert half_norm[20] == torch.inf
+    assert ((half_norm - exact).abs() < rounding(torch.float32, 48 + 2, 48 * 8)).all()
+
+
+@pytest.mark.parametrize("far", range(8))
+def test_one_code_far_from_the_others(far: int, device: str) -> None:
+    """Wherever it stands, the centre lies among the others."""
+    x, codebook = (1e-3 * uniform(n, 20, seed=n, dtype=torch.float32) for n in (90, 8))
+    codebook[far] += 1e3
+    x, codebook = x.to(device), codebook.to(device)
+    slack = 4 * rounding(torch.float32, 3 * 20 + 9, 2 * 20 * 1e-6)
+    check_near(search(x, codebook), x, codebook, slack)
+
+
+@pytest.mark.parametrize(
+    ("N", "L", "width", "split"),
+    [
+        (1_600, 400, 64, True),
+        (17_000, 1_024, 128, True),
+        (65_536, 8_192, 128, False),
+        (1 << 20, 512, 128, False),
+        (1, 1, 64, False),
+        (0, 5, 64, False),
+    ],
+)
+def test_the_grid_fills_the_processors(N: int, L: int, width: int, split: bool) -> None:
+    chosen, share = plan(N, L, 132)
+    assert (chosen, share % width, share < L) == (width, 0, split)
+    assert plan(N, L, 132, 64)[0] == 64
+    if N >= 17_000:  # tiles, over those that the processors could do in the same time
+        blocks = launching.cdiv(N, 128)
+        waves = launching.cdiv(blocks * launching.cdiv(L, share), 132)
+        assert blocks * launching.cdiv(L, width) / (132 * waves * share // width) > 0.75

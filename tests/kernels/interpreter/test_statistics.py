@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import close, rounding, strided, uniform
-from torch import Tensor
+from kernels.draws import G, assignments
+from support import close, rounding, strided
 
 from mmvq_kernels.gpu import statistics
 from mmvq_kernels.gpu.statistics import accumulate
@@ -19,18 +19,6 @@ SIZES = [(1, 1, 1), (63, 1, 8), (5, 30, 4), (97, 101, 13), (401, 11, 131), (0, 5
 SIZES += [(9, 3, 1024), (3, 130, 4)]  # wide rows, many codes
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 WAYS = pytest.mark.parametrize("deterministic", [True, False])
-G = 3
-
-
-def draw(
-    N: int, L: int, D: int, device: str, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Skewed use: half of the rows choose code 0."""
-    generator = torch.Generator().manual_seed(N)
-    indices = torch.randint(-1, L, (N,), generator=generator)
-    indices = torch.where(torch.rand(N, generator=generator) < 0.5, 0, indices)
-    groups = torch.randint(G, (N,), generator=generator)
-    return uniform(N, D, dtype=dtype).to(device), indices.to(device), groups.to(device)
 
 
 @pytest.mark.parametrize(("N", "L", "D"), SIZES)
@@ -46,14 +34,14 @@ def test_equals_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(statistics, "_CHUNK", 32)  # code 0 has several chunks, the last one short
-    values, indices, groups = draw(N, L, D, device, dtype)
+    values, indices, groups = assignments(N, L, D, device, dtype)
     n, s = code_statistics_ref(values, indices, L)
-    counts, sums = accumulate(values, indices, L, None, 1, deterministic=deterministic)
+    counts, sums = accumulate(values, indices, L, None, 1, deterministic)
     assert counts.shape == (1, L)
     assert counts.dtype == sums.dtype == torch.float32
     assert torch.equal(counts[0].double(), n)
     close(sums.cpu(), s.cpu(), rounding(torch.float32, N, N))
-    by_group, joint = accumulate(values, indices, L, groups, G, deterministic=deterministic)
+    by_group, joint = accumulate(values, indices, L, groups, G, deterministic)
     assert by_group.shape == (G, L)
     for g in range(G):
         of_group = torch.where(groups == g, indices, -1)
@@ -63,18 +51,18 @@ def test_equals_the_reference(
 
 @WAYS
 def test_left_out_rows_are_not_read(deterministic: bool, device: str) -> None:
-    values, indices, groups = draw(150, 7, 4, device)
+    values, indices, groups = assignments(150, 7, 4, device)
     values[indices < 0] = torch.nan
-    counts, sums = accumulate(values, indices, 7, groups, G, deterministic=deterministic)
+    counts, sums = accumulate(values, indices, 7, groups, G, deterministic)
     assert sums.isfinite().all()
     assert counts.sum() == (indices >= 0).sum()
     nobody = torch.full_like(indices, -1)
-    for out in accumulate(values, nobody, 7, groups, G, deterministic=deterministic):
+    for out in accumulate(values, nobody, 7, groups, G, deterministic):
         assert (out == 0).all()
 
 
 def test_same_bits_for_repetition_and_strides(device: str) -> None:
-    values, indices, groups = draw(700, 5, 16, device)
+    values, indices, groups = assignments(700, 5, 16, device)
     counts, sums = accumulate(values, indices, 5, groups, G)
     for again in (values, strided(values)):
         other_counts, other_sums = accumulate(

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from kernels.audit import workloads
+from kernels.audit.workloads import Launch, record
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from mmvq_kernels import workloads
-from mmvq_kernels.workloads import Launch, record
 
 TF32, FP32, HBM, L2 = 495e12, 67e12, 3.35e12, 5.5e12  # operations, bytes: for each second
 ROWS = (1600, 65536)

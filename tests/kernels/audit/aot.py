@@ -1,9 +1,9 @@
 """Compile every kernel for GPUs that are not here, and read what came out.
 
-    python -m mmvq_kernels.aot [--table | --report] [--only NAME] [--jobs 2]
+    PYTHONPATH=.:tests python -m kernels.audit.aot [--table | --report] [--only NAME] [--jobs 2]
 
 A kernel that compiles may still spill its registers, ask for more shared memory than there is, or
-consist of a lone trap. `audit` compiles the launches of `mmvq_kernels.workloads` for the GPUs of
+consist of a lone trap. `audit` compiles the launches of `kernels.audit.workloads` for the GPUs of
 `TARGETS`, so that what is compiled is what would be launched;
 `violations` lists what is wrong with the outcome. Needs triton, no GPU, and a process in which
 TRITON_INTERPRET is not set.
@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from kernels.audit.workloads import WORKLOADS, Launch, record
 from torch import Tensor
-
-from mmvq_kernels.workloads import WORKLOADS, Launch, record
 
 
 class Target(NamedTuple):
@@ -264,7 +263,7 @@ def markdown(numbers: dict[str, list[int]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the audit; the exit status is 1 when a kernel violates a rule."""
-    parser = argparse.ArgumentParser(prog="python -m mmvq_kernels.aot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kernels.audit.aot", description=__doc__)
     parser.add_argument("--table", action="store_true", help="the outcome as JSON")
     parser.add_argument("--report", action="store_true", help="as Markdown, and a static roofline")
     parser.add_argument("--only", default="", help="workloads whose names start so")
@@ -272,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     outcomes = audit(options.jobs, options.only)
     if options.report:
-        from mmvq_kernels.roofline import report
+        from kernels.audit.roofline import report
 
         ((_, numbers),) = table(outcomes).items()
         print(markdown(numbers), report(), sep="\n\n")

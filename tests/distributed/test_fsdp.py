@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from support import same
+from support import gloo, run_ranks, same
 from torch import Tensor, nn
 
 from mmvq import MultiModalEMAQuantizer
@@ -62,16 +61,17 @@ def saved(whole: State) -> State:
 
 def train(wrapped: nn.Module, inside: Model, rank: int, between: Callable[[], None]) -> Any:
     optimiser = torch.optim.SGD(wrapped.parameters(), 0.01)
-    states, features = [], []
+    states, features, losses = [], [], []
     for step in range(STEPS):
         loss = wrapped(batch(step, rank))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        losses.append(loss.detach())
         features.append(inside.seen)
         states.append(copy(inside.quantizer))
         between()
-    return {"states": states, "features": features}
+    return {"states": states, "features": features, "losses": losses}
 
 
 def fsdp1(rank: int) -> Iterator[tuple[str, Any]]:
@@ -150,7 +150,7 @@ def fsdp1(rank: int) -> Iterator[tuple[str, Any]]:
         yield f"fsdp1 {name}", out | {"source": copy(source.quantizer)}
 
 
-def fsdp2(rank: int, folder: str) -> Iterator[tuple[str, Any]]:
+def fsdp2(rank: int, folder: Path) -> Iterator[tuple[str, Any]]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -208,21 +208,14 @@ def sent(rank: int) -> Iterator[tuple[str, Any]]:
     yield "sent", {"found": found, "state": copy(again)}
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
-    out = dict([*fsdp1(rank), *fsdp2(rank, folder), *sent(rank)])
-    torch.save(out, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+def work(rank: int, folder: Path) -> dict[str, Any]:
+    with gloo(rank, RANKS, folder):
+        return dict([*fsdp1(rank), *fsdp2(rank, folder), *sent(rank)])
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), nprocs=RANKS)
-    return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
+    return run_ranks(tmp_path_factory, RANKS, work)
 
 
 RUNS = ("fsdp1 buffers", "fsdp1 all", "fsdp1 eval", "fsdp2")
@@ -234,6 +227,7 @@ def test_features_are_narrow_and_the_state_is_not(ranks: list[dict[str, Any]], r
     wanted = torch.float32 if run == "fsdp1 buffers" else torch.bfloat16
     for rank in ranks:
         assert {x.dtype for step in rank[run]["features"] for x in step.values()} == {wanted}
+        assert all(x.dtype == torch.float32 and x.isfinite() for x in rank[run]["losses"])
         for state in rank[run]["states"]:
             assert {x.dtype for x in state.values()} == {torch.float32, torch.int64}
             assert all(x.isfinite().all() for x in state.values())
