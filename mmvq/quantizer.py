@@ -338,7 +338,10 @@ class MultiModalEMAQuantizer(Pretrained):
             torch.full_like(mask, self._sorted.index(name), dtype=torch.long)
             for name, mask in masks.items()
         ]
-        return pack([*mixed.values()], "* d")[0], pack(groups, "*")[0], usable
+        values, _ = pack([*mixed.values()], "* d")
+        if callable(self.partner):  # which may return anything
+            usable = usable & functional.finite_rows(values)
+        return values, pack(groups, "*")[0], usable
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.

@@ -30,7 +30,7 @@ _TILE_TIMES = {64: 1.0, 128: 1.6}  # by the codes of a tile, as measured on an H
 
 @triton.jit
 def _tf32(x):
-    """Float32 rounded to the nearest tf32 number, ties away from zero."""
+    """Float32 rounded to the nearest tf32 number, ties away from zero. Not for NaN: may be 0."""
     return ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
@@ -154,7 +154,7 @@ def search_kernel(
                     part = tl.dot(big, rest, part, input_precision="tf32")
                     products += tl.dot(big, codes, part, input_precision="tf32")
                 elif PRECISION == "tf32":
-                    products = tl.dot(_tf32(vectors), codes, products, input_precision="tf32")
+                    products = tl.dot(vectors, codes, products, input_precision="tf32")
                 else:
                     if low is not None:
                         codes += rest
@@ -183,7 +183,8 @@ def search(x: Tensor, codebook: Tensor, fast: bool = False) -> Tensor:
     x, codebook = x.contiguous(), codebook.contiguous()
     (N, D), L = x.shape, codebook.shape[0]
     precision = "tf32x3" if not fast else "bf16" if x.dtype == torch.bfloat16 else "tf32"
-    widest = 128 if x.element_size() == 4 else 64  # half precision takes registers to convert
+    # half precision takes registers to convert; for few columns the search of the minimum is most
+    widest = 128 if x.element_size() == 4 and D > 16 else 64
     width, share = plan(N, L, launching.processors(x), widest)
     out = x.new_empty(N, dtype=torch.long)
     split = share < L
@@ -247,13 +248,13 @@ def plan(N: int, L: int, processors: int, widest: int = 128) -> tuple[int, int]:
     """The codes of a tile and those of a program, for which the search ends soonest.
 
     A processor runs one program at a time, so programs run in waves. A tile of 128 codes takes 1.6
-    times as long as one of 64; to begin and end takes a program half as long as one of 64.
+    times as long as one of 64; to begin and end takes a program a quarter as long as one of 64.
     """
     blocks = cdiv(N, _ROWS)
 
     def time(width: int, share: int) -> float:
         waves = cdiv(blocks * cdiv(L, share), processors)
-        return waves * (share / width * _TILE_TIMES[width] + 0.5)
+        return waves * (share / width * _TILE_TIMES[width] + 0.25)
 
     widths = (width for width in _TILE_TIMES if width <= widest)
     plans = ((w, w * tiles) for w in widths for tiles in range(cdiv(L, w), 0, -1))

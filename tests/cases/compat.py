@@ -49,6 +49,10 @@ def like_theirs(**attributes: Any) -> torch.nn.Module:
     return module
 
 
+CMG: dict[str, Callable[[Any], torch.nn.Module]] = {
+    "CMGQuantizer": lambda names: cmg.CMGQuantizer(4, 8, names),
+    "CMGCrossCPC": lambda names: cmg.CMGCrossCPC(4, names),
+}
 UNREADABLE = "the file must be a whole checkpoint of tensors and plain containers"
 
 COMPAT = [
@@ -67,24 +71,35 @@ COMPAT = [
         "load_checkpoint: the file must have Encoder_parameters of two or three modalities",
         from_file({"epoch": 1}, cmg.load_checkpoint),
     ),
-    refused(
-        ValueError,
-        "CMGQuantizer: modalities must be two or three different names",
-        *of_each(lambda names: cmg.CMGQuantizer(4, 8, names), ("audio",), "avt"),
+    *(
+        refused(
+            ValueError,
+            f"{where}: modalities must be two or three different names",
+            *of_each(make, ("audio",), tuple("abcd"), ("audio", "audio"), "avt"),
+        )
+        for where, make in CMG.items()
     ),
-    refused(
-        ValueError,
-        "CMGQuantizer: features must hold a tensor [B, T, 4] for each of ('audio', 'video'), of "
-        "one shape",
-        *of_each(
-            lambda given: cmg.CMGQuantizer(4, 8)(given),
-            *({"audio": z}, z, {"audio": z, "video": z[:, :3]}),
-        ),
+    *(
+        refused(
+            ValueError,
+            f"{where}: features must hold a tensor [B, T, 4] for each of ('audio', 'video'), "
+            "of one shape",
+            *of_each(
+                lambda given, make=make: make(("audio", "video"))(given),
+                {"audio": z},
+                {"audio": z, "video": z[:, :3]},
+                {"audio": z[..., :3], "video": z[..., :3]},
+                {"audio": z[0], "video": z[0]},
+                z,
+            ),
+        )
+        for where, make in CMG.items()
     ),
     refused(
         ValueError,
         "CMGCrossCPC: start must lie in [1, T - K - 1]",
-        lambda: cmg.CMGCrossCPC(4)(both, start=4),
+        lambda: cmg.CMGCrossCPC(4)({m: x[:, :2] for m, x in both.items()}),
+        *of_each(lambda start: cmg.CMGCrossCPC(4)(both, start=start), 0, 4),
         hint="K + 2 = 3",
     ),
     refused(

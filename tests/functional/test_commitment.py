@@ -41,7 +41,7 @@ def loop(
     """One position at a time, summed over D."""
     loss = 0.0
     for a in z:
-        others = [b for b in z if b != a and masks[b].any()]
+        others = [b for b in z if b != a and (masks[a] & masks[b]).any()]
         weights = {a: beta} | {b: beta * ratio.get((a, b), 0.0) / len(others) for b in others}
         for b, weight in weights.items():
             norms = [

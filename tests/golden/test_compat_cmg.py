@@ -9,13 +9,12 @@ hence rtol 0. Indices are exact: the two nearest codes differ by 4e-6 or more.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmvq.compat import cmg
 
@@ -244,35 +243,3 @@ def test_float32(golden: dict[str, Tensor]) -> None:
     assert module.infer(z["audio"]).dtype == torch.float32
     assert cmg.CMGCrossCPC(16)({m: z[m] for m in ("video", "audio")}).loss.dtype == torch.float32
     assert cmg.CMGCLUB(16, 16)(z["audio"], z["video"]).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    "make", [lambda m: cmg.CMGQuantizer(4, 8, m), lambda m: cmg.CMGCrossCPC(4, m)]
-)
-@pytest.mark.parametrize("names", [("audio",), ("a", "b", "c", "d"), ("audio", "audio")])
-def test_wrong_names_are_refused(
-    make: Callable[[tuple[str, ...]], nn.Module], names: tuple[str, ...]
-) -> None:
-    with pytest.raises(ValueError, match="modalities must be two or three different names"):
-        make(names)
-
-
-@pytest.mark.parametrize("module", [cmg.CMGQuantizer(4, 8), cmg.CMGCrossCPC(4)])
-@pytest.mark.parametrize(
-    "shapes",
-    [
-        {"audio": (2, 5, 4)},
-        {"audio": (2, 5, 4), "video": (2, 6, 4)},
-        {"audio": (2, 5, 3), "video": (2, 5, 3)},
-        {"audio": (5, 4), "video": (5, 4)},
-    ],
-)
-def test_wrong_features_are_refused(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match=r"features must hold a tensor \[B, T, 4\] for each"):
-        module({name: torch.zeros(shape) for name, shape in shapes.items()})
-
-
-@pytest.mark.parametrize(("T", "start"), [(2, None), (5, 0), (5, 4)])
-def test_wrong_start_is_refused(T: int, start: int | None) -> None:
-    with pytest.raises(ValueError, match=r"start must lie in \[1, T - K - 1\]"):
-        cmg.CMGCrossCPC(4)({m: torch.zeros(2, T, 4) for m in ("audio", "video")}, start=start)

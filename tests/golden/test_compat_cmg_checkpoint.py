@@ -193,19 +193,6 @@ def test_another_parameter_is_named(tmp_path: Path, key: str) -> None:
         cmg.load_checkpoint(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize(
-    ("content", "rule"),
-    [
-        ([1, 2], "must hold a dict of parts"),
-        ({"epoch": 3}, "must have Encoder_parameters of two or three modalities"),
-    ],
-)
-def test_another_file_is_refused(tmp_path: Path, content: Any, rule: str) -> None:
-    torch.save(content, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=rule):
-        cmg.load_checkpoint(tmp_path / "model.pt")
-
-
 def test_a_part_that_holds_no_tensors_is_refused(tmp_path: Path) -> None:
     released_file(tmp_path / "model.pt", "AT", CPC_parameters={"a": 1})
     with pytest.raises(ValueError, match="CPC_parameters must map names to tensors"):

@@ -80,7 +80,7 @@ def test_commitment_pulls_each_feature_to_its_codes(
     assert not any(g.any() for g in gradient(direct, *codes.values()))
     for a in names:
         expected = torch.zeros_like(z[a])
-        present = [b for b in names if b != a and masks[b].any()]
+        present = [b for b in names if b != a and (masks[a] & masks[b]).any()]
         for b in (a, *present):
             weight = beta if a == b else beta * cross_ratio / len(present)
             both = (masks[a] & masks[b])[..., None]
