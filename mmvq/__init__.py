@@ -1,4 +1,4 @@
-"""mmvq: one discrete codebook for several modalities."""
+"""mmvq: a shared discrete codebook for several modalities."""
 
 from mmvq import averaging, figures, functional
 from mmvq.club import CLUBEstimator

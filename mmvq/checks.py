@@ -1,4 +1,4 @@
-"""The one home of argument checks and their messages."""
+"""Checks of arguments, with their error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from mmvq_kernels.checks import check_below, is_cpu_readable
 from mmvq_kernels.messages import message
 
 __all__ = [
-    "check_below",
     "check_choice",
     "check_codes",
     "check_count_or_none",
@@ -42,7 +41,7 @@ __all__ = [
 
 
 def check_int(where: str, low: int, **values: int) -> None:
-    """Each value is an int >= low."""
+    """Check that each value is an int of at least `low`."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(
@@ -56,7 +55,7 @@ def check_int(where: str, low: int, **values: int) -> None:
 
 
 def check_instance(where: str, kind: type, **values: object) -> None:
-    """Each value is of this class."""
+    """Check that each value is an instance of the class."""
     for name, value in values.items():
         if not isinstance(value, kind):
             rule = f"{name} must be a {kind.__name__}"
@@ -65,7 +64,7 @@ def check_instance(where: str, kind: type, **values: object) -> None:
 
 
 def check_number(where: str, low: float, high: float, **values: float) -> None:
-    """Each value is a finite number in [low, high]."""
+    """Check that each value is a finite number in [low, high]."""
     for name, value in values.items():
         fits = isinstance(value, Real) and low <= value <= high  # a NaN fails too
         if not fits or math.isinf(value):
@@ -75,29 +74,29 @@ def check_number(where: str, low: float, high: float, **values: float) -> None:
 
 
 def check_fraction(where: str, **values: float) -> None:
-    """Each value is a number in [0, 1]."""
+    """Check that each value is a number in [0, 1]."""
     check_number(where, 0, 1, **values)
 
 
 def check_positive(where: str, **values: float) -> None:
-    """Each value is a number in [1e-6, 1e6]."""
+    """Check that each value is a number in [1e-6, 1e6]."""
     check_number(where, 1e-6, 1e6, **values)
 
 
 def check_not_negative(where: str, **values: float) -> None:
-    """Each value is a number of at least 0."""
+    """Check that each value is a finite number of at least 0."""
     check_number(where, 0, math.inf, **values)
 
 
 def check_count_or_none(where: str, **values: int | None) -> None:
-    """Each value is an int of at least 1, or None."""
+    """Check that each value is an int of at least 1, or None."""
     check_int(where, 1, **{name: value for name, value in values.items() if value is not None})
 
 
 def check_choice(
-    where: str, choices: Collection[str], hint: str = "pick one", **values: object
+    where: str, choices: Collection[str], hint: str = "pass one of these", **values: object
 ) -> None:
-    """Each value is one of the choices."""
+    """Check that each value is one of the choices."""
     for name, value in values.items():
         if value not in choices:
             listed = ", ".join(repr(choice) for choice in choices)
@@ -106,7 +105,7 @@ def check_choice(
 
 
 def check_modalities(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
-    """One or more names, each once, that can be keys of an `nn.ModuleDict` or `ParameterDict`."""
+    """Return unique names that can be keys of an `nn.ModuleDict` and an `nn.ParameterDict`."""
     several = isinstance(modalities, Iterable) and not isinstance(modalities, str)
     names = tuple(modalities) if several else ()
     strings = all(isinstance(name, str) and name for name in names)
@@ -126,7 +125,7 @@ def check_modalities(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
                 where,
                 "modalities name submodules and parameters: no dot, and no attribute of "
                 "nn.ModuleDict or nn.ParameterDict",
-                hint='rename it, "left.arm" to "left_arm" or "type" to "kind"',
+                hint='rename, for example, "left.arm" to "left_arm" or "type" to "kind"',
                 modalities=modalities,
             )
         )
@@ -142,10 +141,10 @@ def check_features(
     modalities: Sequence[str] | None = None,
     device: torch.device | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Features as `[B, T, D]` and masks as bool `[B, T]`, in the sorted order of the names.
+    """Return features `[B, T, D]` and masks `[B, T]`, in the sorted order of the names.
 
-    `[B, D]` becomes T = 1. With masks, a missing one becomes all True; without any they are None.
-    Features are not masked: see `without_padding`.
+    Features `[B, D]` become T = 1. If some masks are given, the others become all True; otherwise
+    masks are None. Features are not masked; see `without_padding`.
     """
     if not isinstance(features, Mapping) or not features:
         rule = "features must be a non-empty mapping from modality to tensor"
@@ -155,9 +154,9 @@ def check_features(
         rule = "masks must be a mapping from modality to mask, or None"
         hint = 'pass {"audio": mask_audio}; a modality without a mask is valid throughout'
         raise TypeError(message(where, rule, hint=hint, masks=masks))
-    of_module = "use the names that the module was built with"
+    of_module = "use the names with which the module was built"
     _check_names(where, "features", features, modalities, hint=of_module)
-    of_call = "give a mask only to a modality whose features come in the same call"
+    of_call = "pass masks only for modalities whose features are passed too"
     _check_names(where, "masks", masks or {}, tuple(features), hint=of_call)
     z: dict[str, Tensor] = {}
     valid: dict[str, Tensor] = {}
@@ -176,7 +175,7 @@ def check_features(
     rule = "all features must be on one device, and the module too"
     _check_equal(where, rule, "move them with .to(device)", devices)
     rule = "all modalities must have the same batch size"
-    hint = "pass clips of one batch; leave out a modality that is missing, or mask it"
+    hint = "pass clips of one batch; leave out a missing modality, or mask it"
     _check_equal(where, rule, hint, {name: x.shape[0] for name, x in z.items()})
     return z, valid or None
 
@@ -184,14 +183,14 @@ def check_features(
 def without_padding(
     z: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """The features with 0 under a False, so that no padding (NaN included) reaches a result."""
+    """Set masked features to 0, so that padding (including NaN) never reaches a result."""
     if masks is None:
         return dict(z)
     return {name: torch.where(masks[name][..., None], x, 0) for name, x in z.items()}
 
 
 def check_loss(where: str, loss: Tensor) -> Tensor:
-    """What a commitment of the user returned: a scalar tensor."""
+    """Check that a commitment returned a floating point scalar."""
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
         rule = "the commitment must return a floating point scalar"
         raise ValueError(message(where, rule, hint="return loss.mean() or loss.sum()", loss=loss))
@@ -199,25 +198,25 @@ def check_loss(where: str, loss: Tensor) -> Tensor:
 
 
 def check_same_length(where: str, features: Mapping[str, Tensor], otherwise: str = "") -> None:
-    """All modalities have the same T."""
+    """Check that all modalities have the same T."""
     rule = "all modalities must have the same number of segments T"
-    hint = "resample them to one time grid, or pad and mask the shorter" + otherwise
+    hint = "resample them to the same time grid, or pad and mask the shorter" + otherwise
     _check_equal(where, rule, hint, {name: x.shape[1] for name, x in features.items()})
 
 
 def check_floating(where: str, **tensors: Tensor) -> None:
-    """Each value is a floating point tensor."""
+    """Check that each value is a floating point tensor."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
             rule = f"{name} must be a floating point tensor"
             hint = "convert it with .float()"
             if not isinstance(x, Tensor):
-                hint = "pass one tensor, as torch.from_numpy(...).float(); leave out a missing one"
+                hint = "pass a tensor, as torch.from_numpy(...).float(), or leave it out"
             raise TypeError(message(where, rule, hint=hint, **{name: x}))
 
 
 def check_vectors(where: str, x: Tensor, codebook: Tensor) -> None:
-    """`x` is `[..., D]`, floating point, and where the codebook is."""
+    """Check that `x` is `[..., D]`, floating point, and on the device of the codebook."""
     check_floating(where, x=x)
     D = codebook.shape[-1]
     if x.shape[-1:] != (D,) or x.device != codebook.device:
@@ -233,26 +232,26 @@ def check_vectors(where: str, x: Tensor, codebook: Tensor) -> None:
 
 
 def check_codes(where: str, codes: Tensor, counts: Tensor | None, *, like: Tensor) -> None:
-    """`codes` are those of a codebook `like` this one, and `counts` their N, or None."""
+    """Check that codes have the shape of `like`, and counts `[L]` or None."""
     check_floating(where, codes=codes)
     size, dim = like.shape
     counted = counts is None or (isinstance(counts, Tensor) and counts.shape == (size,))
     if codes.shape != like.shape or not counted:
         rule = f"codes must be [{size}, {dim}], and counts [{size}] or None"
-        hint = "build the module with the size and width of the codes"
+        hint = "build the module with the dim and codebook_size of the codes"
         raise ValueError(message(where, rule, hint=hint, codes=codes, counts=counts))
 
 
 def check_fit(where: str, fit: Tensor) -> None:
-    """Every row of codes and counts is fit, bool `[L]`; waits for the device."""
+    """Check that all rows of codes and counts are valid, bool `[L]`. Synchronises."""
     if not bool(fit.all()):
         rule = "codes must be finite and below 1e15, and counts finite and not below 0"
-        hint = "look for a damaged file, or for a division by a count of 0"
-        raise ValueError(message(where, rule, hint=hint, rows_that_are_not=int((~fit).sum())))
+        hint = "look for a damaged file or a division by a count of 0"
+        raise ValueError(message(where, rule, hint=hint, invalid_rows=int((~fit).sum())))
 
 
 def check_integers(where: str, hint: str, **tensors: Tensor) -> None:
-    """Each value is a tensor of some integer dtype."""
+    """Check that each value is a tensor of any integer dtype."""
     for name, x in tensors.items():
         kind = x.dtype if isinstance(x, Tensor) else torch.bool
         if kind.is_floating_point or kind.is_complex or kind == torch.bool:
@@ -263,7 +262,7 @@ def check_integers(where: str, hint: str, **tensors: Tensor) -> None:
 def check_indices(
     where: str, size: int, hint: str, *, signed: bool = True, **indices: Tensor
 ) -> None:
-    """Each value is an int64 tensor of numbers below `size`, and none below 0 unless `signed`."""
+    """Check that values are int64 tensors below `size`, and not below 0 unless `signed`."""
     for name, x in indices.items():
         if not isinstance(x, Tensor) or x.dtype != torch.long:
             rule = f"{name} must be an int64 tensor"
@@ -272,7 +271,7 @@ def check_indices(
 
 
 def check_mask(where: str, name: str, mask: Tensor, x: Tensor) -> None:
-    """A mask is bool, `[B, T]` or `[B]` as its features, and where they are."""
+    """Check that a mask is bool, `[B, T]` or `[B]` as its features, and on their device."""
     fits = isinstance(mask, Tensor) and mask.dtype == torch.bool
     if not fits or mask.shape != x.shape[:-1] or mask.device != x.device:
         raise ValueError(
@@ -289,7 +288,7 @@ def check_mask(where: str, name: str, mask: Tensor, x: Tensor) -> None:
 def check_finite(
     where: str, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Valid values are finite. Checked only if MMVQ_CHECK=1, since it waits for the device."""
+    """Check that valid values are finite. Only with MMVQ_CHECK=1, since it synchronises."""
     if os.environ.get("MMVQ_CHECK") != "1":
         return
     for name, x in without_padding(tensors, masks).items():
@@ -299,7 +298,7 @@ def check_finite(
 
 
 def _check_equal(where: str, rule: str, hint: str, values: Mapping[str, object]) -> None:
-    first, *rest = values.values()  # a set would hash them, which compiles a graph for each size
+    first, *rest = values.values()  # hashing them in a set would compile a graph for each size
     if any(value != first for value in rest):
         raise ValueError(message(where, rule, hint=hint, **values))
 
@@ -321,7 +320,7 @@ def _check_feature(where: str, name: str, x: Tensor, dim: int | None) -> None:
         return
     D = dim or "D"
     if x.ndim not in (2, 3):
-        hint = "reshape or pool it to batch, time and width"
+        hint = "reshape or pool it to batch, time and feature dimension"
     elif x.ndim == 3 and x.shape[1] == dim:
         hint = f"if it is [B, {D}, T], pass its transpose(1, 2)"
     else:

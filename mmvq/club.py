@@ -1,4 +1,4 @@
-"""CLUB: an upper bound of the mutual information of two representations, to be minimised."""
+"""CLUB: an upper bound of mutual information, which training minimises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmvq.checks import (
     check_floating,
     check_int,
     check_mask,
-    check_number,
+    check_positive,
     message,
 )
 from mmvq.distributed import OverRanks, gather_batch_sizes
@@ -23,33 +23,34 @@ from mmvq.pretrained import Pretrained
 
 
 class CLUBEstimator(OverRanks, Pretrained):
-    r"""vCLUB: an upper estimate of I(x; y) by a learned q(y | x) (Eq. 4, 5).
+    r"""VCLUB: an upper bound of the mutual information I(x; y), estimated by a learned q(y | x).
 
     $$\hat I = \frac{1}{B} \sum_i \Big[ \frac{1}{T} \sum_t \ln q(y_{it} | x_{it})
       - \frac{1}{B T} \sum_j \sum_t \ln q(y_{jt} | x_{it}) \Big],
       \qquad q(y | x) = \mathcal N(\mu(x), \mathrm{diag}\, \sigma^2(x))$$
 
-    The direction matters: q predicts y from x; in the paper x is the semantic and y the
-    modality-specific feature. Train in turns: some steps on `learning_loss` with an optimiser of
-    this module's parameters, then one step of the encoders on `forward`.
+    The direction matters: q predicts y from x. In the paper x is the semantic and y the
+    modality-specific feature. Alternate between some steps on `learning_loss`, with an optimiser of
+    this module's parameters, and one step of the encoders on `forward`.
 
     Args:
-        x_dim: width of x.
-        y_dim: width of y.
-        hidden_dim: width of the two networks, each Linear-ReLU-Linear.
-        negatives: `"all"` takes every pair of the batch at the same t, in O(B T D) by a closed
-            form; `"shuffled"` draws one permutation of the batch.
-        logvar_bound: b > 0 keeps the log-variance in (-b, b) as `b tanh(. / b)`; None leaves it
-            free. A bound of 1 (the released code) cannot represent an MI above about 0.5 nat for
-            each dimension of y. It is in the units of y: 8 holds deviations from 0.02 to 50.
-        gather: bound and likelihood are those of one process on the batches of all ranks, on every
-            rank, and so are their gradients once the ranks' gradients are averaged (DDP, FSDP; see
-            `mmvq.distributed.Ranks`): sums of y and of its squares are exchanged, no rows. All
-            ranks must bring the same T; B may differ, down to 0. For `negatives="all"` only.
-        process_group: the ranks to gather from; None is the default group.
+        x_dim: dimension of x.
+        y_dim: dimension of y.
+        hidden_dim: hidden dimension of the two networks, each Linear-ReLU-Linear.
+        negatives: `"all"` uses every pair of the batch at the same t, in closed form in O(B T D);
+            `"shuffled"` uses one random permutation of the batch.
+        logvar_bound: bound b > 0 of the log-variance, which is `b tanh(. / b)`; None: no bound. A
+            bound of 1 (the released code) cannot represent an MI above about 0.5 nat for each
+            dimension of y. It depends on the scale of y: 8 allows deviations from 0.02 to 50.
+        gather: whether to use the batches of all ranks. Every rank then has the bound and
+            likelihood of one process on the whole batch, and also their gradients once gradients
+            are averaged over ranks (as DDP and FSDP do; see `mmvq.distributed.Ranks`). Only sums of
+            y and of its squares are exchanged. All ranks must have the same T. The batch size may
+            differ, down to 0. For `negatives="all"` only.
+        process_group: ranks to gather from; None is the default group.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Source: Cheng et al. 2020; Eq. 4, 5. The released code uses one permutation, averages squared
     error and log-variance over time separately, and bounds the log-variance by 1.
@@ -79,7 +80,7 @@ class CLUBEstimator(OverRanks, Pretrained):
             *,
             generator: torch.Generator | None = None,
         ) -> Tensor:
-            """As `forward`: `nn.Module` gives a call no types."""
+            """As `forward`; `nn.Module` does not type calls."""
             ...
 
     def __init__(
@@ -97,7 +98,7 @@ class CLUBEstimator(OverRanks, Pretrained):
         check_int("CLUBEstimator", 1, x_dim=x_dim, y_dim=y_dim, hidden_dim=hidden_dim)
         check_choice("CLUBEstimator", ("all", "shuffled"), negatives=negatives)
         if logvar_bound is not None:
-            check_number("CLUBEstimator", 1e-6, 1e6, logvar_bound=logvar_bound)
+            check_positive("CLUBEstimator", logvar_bound=logvar_bound)
         if gather and negatives != "all":
             raise ValueError(
                 message(
@@ -130,40 +131,40 @@ class CLUBEstimator(OverRanks, Pretrained):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The bound of a batch, to be minimised by the encoders of x and y.
+        """Compute the bound of a batch, which the encoders of x and y minimise.
 
         Args:
-            x: `[B, T, x_dim]` or `[B, x_dim]`, any float dtype (computed in that of the
-                parameters).
-            y: `[B, T, y_dim]` or `[B, y_dim]`.
-            mask: bool `[B, T]` or `[B]`, True = valid, as sample and as negative.
-            generator: draws the permutation of `negatives="shuffled"`.
+            x: inputs of q, `[B, T, x_dim]` or `[B, x_dim]`, in any float dtype (computed in that of
+                the parameters).
+            y: samples `[B, T, y_dim]` or `[B, y_dim]`.
+            mask: padding mask, bool `[B, T]` or `[B]`, True = valid as sample and as negative.
+            generator: random generator for the permutation of `negatives="shuffled"`.
 
         Returns:
-            A scalar in nats. It can be negative where q is far from the truth.
+            Scalar in nats. It can be negative if q is far from the true p(y | x).
 
         Raises:
-            ValueError: shapes that do not fit.
-            TypeError: x or y is no floating point tensor.
+            ValueError: shapes do not match.
+            TypeError: x or y is not a floating point tensor.
         """
         x, y, mask = self._check(x, y, mask)
         mu, logvar = self.posterior(x)
         if self.negatives == "all":
             return functional.club(mu, logvar, y, mask, batch=self._batch(y))
         B, device = y.shape[0], y.device
-        if generator is None:  # as an argument, None would compile a graph for each B
+        if generator is None:  # passing None would compile a graph for each B
             order = torch.randperm(B, device=device)
         else:
             order = torch.randperm(B, generator=generator, device=device)
         return functional.club_shuffled(mu, logvar, y, order, mask)
 
     def log_likelihood(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mean of ln q(y | x) over the valid rows, in nats, with all constants."""
+        """Mean of ln q(y | x) over the valid rows, in nats, including constants."""
         x, y, mask = self._check(x, y, mask)
         return functional.gaussian_log_likelihood(*self.posterior(x), y, mask, batch=self._batch(y))
 
     def learning_loss(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`-log_likelihood`, to fit q; x and y are detached, so that no encoder can follow it."""
+        """`-log_likelihood`, which fits q. x and y are detached: the encoders get no gradient."""
         check_floating("CLUBEstimator", x=x, y=y)
         return -self.log_likelihood(x.detach(), y.detach(), mask)
 
@@ -188,7 +189,7 @@ class CLUBEstimator(OverRanks, Pretrained):
                 message(
                     "CLUBEstimator",
                     f"x must be [B, T, {self.x_dim}] and y [B, T, {self.y_dim}], or both without T",
-                    hint="give both one B and T; swap them if they came reversed: q predicts y",
+                    hint="pass both with the same B and T; swap them if reversed: q predicts y",
                     x=x,
                     y=y,
                 )

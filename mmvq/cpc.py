@@ -29,11 +29,11 @@ from mmvq.settings import Setting
 
 
 class CPCOutput(NamedTuple):
-    """What `CrossCPC` returns.
+    """Result of `CrossCPC`.
 
     Attributes:
         loss: scalar in nats.
-        accuracy: (source, target) -> scalar, how often the true future scores highest.
+        accuracy: how often the true future scores highest, (source, target) -> scalar in [0, 1].
     """
 
     loss: Tensor
@@ -41,21 +41,21 @@ class CPCOutput(NamedTuple):
 
 
 class Predictors(nn.ParameterDict):
-    """W_k of each modality, `[K, D, C]`.
+    """Predictors W_k of each modality, `[K, D, C]`.
 
-    A module of its own, so that it is asked to initialise itself where frameworks pass over modules
-    without parameters of their own (transformers).
+    This is a separate module, because transformers initialises only modules that have parameters of
+    their own.
     """
 
     _names: tuple[str, ...]
 
     def __init__(self, names: tuple[str, ...], num_steps: int, dim: int, context_dim: int) -> None:
         super().__init__({name: torch.empty(num_steps, dim, context_dim) for name in names})
-        self._names = names  # a ParameterDict sorts them
+        self._names = names  # a ParameterDict sorts its names
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the W_k anew, from U(-1, 1) over the root of the width of c."""
+        """Initialise each W_k from U(-1, 1) / sqrt(C)."""
         for name in self._names:
             bound = self[name].shape[-1] ** -0.5
             nn.init.uniform_(self[name], -bound, bound)
@@ -67,34 +67,35 @@ class CrossCPC(OverRanks, Pretrained):
     $$L^{a2b} = -\frac{1}{K} \sum_{k=1}^K \ln \frac{\exp(z^b_{t+k} W^a_k c^a_t)}
       {\sum_{z_j \in Z_b} \exp(z_j W^a_k c^a_t)}, \qquad c^a_t = \mathrm{LSTM}^a(z^a_{\le t})$$
 
-    averaged over clips, starts and ordered pairs (a, b). The negatives Z_b are the other clips of
-    the batch at the same segment.
+    The loss is averaged over clips, starts and ordered pairs (a, b). The negatives in Z_b are the
+    other clips of the batch at the same segment.
 
     Args:
-        dim: D, the width of the features.
-        modalities: the names; each has its own LSTM and W_k, the same for all targets.
-        context_dim: width of c; None: D.
-        num_layers: layers of each LSTM.
-        num_steps: K, how many segments to predict.
-        first_step: the nearest of them: 1 is the next segment (the paper), 0 the one last observed.
-        min_context: the fewest segments to observe before predicting.
-        self_weight: weight of the mean over a = b, added to that over a != b.
-        normalize_over: `"targets"`: for each context, which future is its own (Eq. 6);
-            `"contexts"`: for each future, which context is its own (the released code); `"both"`:
-            the mean of the two.
-        temperature: divides the scores; 1 in the paper.
-        normalize: score by the cosine instead of the dot product.
-        gather: let the clips of all ranks be candidates: loss and accuracy are those of one process
-            on the whole batch, on every rank, and so is the gradient once the ranks' gradients are
-            averaged (DDP, FSDP; see `mmvq.distributed.Ranks`). All ranks must bring the same
-            modalities and T; B may differ, down to 0.
-        process_group: the ranks to gather from; None is the default group.
+        dim: feature dimension D.
+        modalities: names of the modalities; each has one LSTM and W_k for all targets.
+        context_dim: dimension C of the contexts c; None: D.
+        num_layers: number of layers of each LSTM.
+        num_steps: number of predicted segments K.
+        first_step: offset of the first of them: 1 is the next segment (the paper), 0 the segment
+            observed last.
+        min_context: minimum number of observed segments.
+        self_weight: weight of the mean over a = b, which is added to the mean over a != b.
+        normalize_over: `"targets"`: each context identifies its future (Eq. 6); `"contexts"`: each
+            future identifies its context (the released code); `"both"`: the mean of the two.
+        temperature: divisor of the scores; 1 in the paper.
+        normalize: whether to score by the cosine instead of the dot product.
+        gather: whether clips of all ranks are candidates. Every rank then has the loss and accuracy
+            of one process on the whole batch, and also its gradient once gradients are averaged
+            over ranks (as DDP and FSDP do; see `mmvq.distributed.Ranks`). All ranks must have the
+            same modalities and T. The batch size may differ, down to 0.
+        process_group: ranks to gather from; None is the default group.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Source: van den Oord et al. 2018; Sec. 4.2, Eq. 6. The released code normalises over contexts,
-    reports the accuracy of the other axis, sums over directions and adds self-prediction at 0.1.
+    reports the accuracy of the other axis, sums over directions, and adds self-prediction with
+    weight 0.1.
 
     Examples:
         >>> cpc = CrossCPC(16, ("audio", "video"))
@@ -128,7 +129,7 @@ class CrossCPC(OverRanks, Pretrained):
             start: int | Literal["all"] | None = None,
             generator: torch.Generator | None = None,
         ) -> CPCOutput:
-            """As `forward`: `nn.Module` gives a call no types."""
+            """As `forward`; `nn.Module` does not type calls."""
             ...
 
     def __init__(
@@ -184,29 +185,29 @@ class CrossCPC(OverRanks, Pretrained):
         start: int | Literal["all"] | None = None,
         generator: torch.Generator | None = None,
     ) -> CPCOutput:
-        """The loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
-            features: name -> z before quantization, `[B, T, D]`, the same T for all, any float
-                dtype (computed in that of the parameters); any of the modalities may be missing.
-            masks: name -> bool `[B, T]`, True = valid. A prediction counts where the last observed
-                segment and the predicted one are valid.
-            start: t, how many segments to observe, in [min_context, T - K] (for `first_step` 1);
-                `"all"`: every one of them; None: one drawn at random, as in the paper. With
-                `gather`, that of rank 0 is everyone's.
-            generator: draws `start`; None: torch's own, of the CPU.
+            features: features z before quantization, name -> `[B, T, D]`, with the same T, in any
+                float dtype (computed in that of the parameters). Modalities may be missing.
+            masks: padding masks, name -> bool `[B, T]`, True = valid. A prediction counts if the
+                last observed segment and the predicted one are valid.
+            start: number of observed segments t, in [min_context, T - K] (for `first_step` 1);
+                `"all"`: every such t; None: a random t, as in the paper. With `gather`, all ranks
+                use that of rank 0.
+            generator: random generator for `start`; None: the default CPU generator.
 
         Under `torch.compile`, set `torch._dynamo.config.allow_rnn = True` for the LSTMs, and pass
-        `start`; a graph holds for any B, but for one T, as the LSTM is unrolled.
+        `start`. A graph is valid for any B, but for one T only, as it unrolls the LSTM.
 
         Returns:
-            `CPCOutput(loss, accuracy)`; the loss is 0 when there is nothing to predict, ln B when
-            all futures look alike.
+            `CPCOutput(loss, accuracy)`; the loss is 0 if there is nothing to predict, and ln B if
+            all futures are equal.
 
         Raises:
-            ValueError: shapes, names or a start that do not fit; with `gather`, on all ranks, names
-                or T that differ from rank to rank.
-            TypeError: features that are not floating point.
+            ValueError: shapes, names or start do not match; with `gather`, names or T differ
+                between ranks (raised on all ranks).
+            TypeError: features are not floating point.
         """
         z, valid = check_features(
             "CrossCPC", features, masks, dim=self.dim, modalities=self.modalities
@@ -233,7 +234,7 @@ class CrossCPC(OverRanks, Pretrained):
         if not pairs:
             (alone,) = prediction.values()
             return CPCOutput(alone.sum() * 0, {})
-        with torch.autocast(device.type, enabled=False):  # its `stack` does not take every dtype
+        with torch.autocast(device.type, enabled=False):  # its `stack` rejects some dtypes
             query = torch.stack([prediction[a] for a, _ in pairs])  # [P, K, S, B, D]
             key = torch.stack([future[b] for _, b in pairs])
         mask = torch.ones(query.shape[:-1], dtype=torch.bool, device=device)  # [P, K, S, B]
@@ -266,8 +267,8 @@ class CrossCPC(OverRanks, Pretrained):
         return f"dim={self.dim}, modalities={self.modalities}, {settings}, gather={self.gather}"
 
     def _predict(self, name: str, x: Tensor, first: int, last: int) -> Tensor:
-        """W_k c_t of a modality, for each step, start and clip: `[K, S, B, D]`."""
-        with torch.autocast(x.device.type, enabled=False):  # many CPUs lack such an LSTM
+        """Predictions W_k c_t of a modality for each step, start and clip: `[K, S, B, D]`."""
+        with torch.autocast(x.device.type, enabled=False):  # many CPUs have no such LSTM
             context = self.contexts[name](x[:, :last])[0][:, first - 1 :]  # [B, S, C]
             return torch.einsum("kdc,bsc->ksbd", self.predictors[name], context)
 
@@ -296,8 +297,8 @@ class CrossCPC(OverRanks, Pretrained):
             raise ValueError(
                 message(
                     "CrossCPC",
-                    f'start must lie in [{first}, {last}], or be "all" or None',
-                    hint="it counts the observed segments",
+                    f'start must be in [{first}, {last}], "all" or None',
+                    hint="start is the number of observed segments",
                     start=start,
                 )
             )
@@ -305,10 +306,10 @@ class CrossCPC(OverRanks, Pretrained):
 
 
 def _sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Over the valid entries of all but the first dimension."""
+    """Sum over the valid entries of all dimensions except the first."""
     return (values * mask).flatten(1).sum(1)
 
 
 def _mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Over the entries to keep; 0 if there are none."""
+    """Mean over the entries to keep; 0 if there are none."""
     return torch.where(keep, values, 0).sum() / keep.sum().clamp(min=1)

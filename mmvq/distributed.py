@@ -1,12 +1,12 @@
-"""The one place that talks to torch.distributed.
+"""All communication of mmvq over torch.distributed.
 
-A batch is split over the ranks of a group by its rows (clips), in the order of the ranks. Nothing
-here, and nothing that calls it, decides by what one rank alone knows whether a collective runs:
-ranks that make the same calls cannot wait for each other in vain, whatever their batches hold. The
-group is looked up at each call, so modules may be built before `init_process_group`.
+A batch is split over the ranks of a group by its rows (clips), in rank order. Whether a collective
+runs never depends on what only one rank knows. Ranks that make the same calls therefore cannot
+deadlock, whatever their batches contain. The group is looked up at each call, so modules may be
+built before `init_process_group`.
 
-All-reduces are waited for at once: between the statistics of a step and its end only the commitment
-loss is left to compute, which is short, and a step is whole or not begun when an error is raised.
+All-reduces are synchronous. Only the commitment loss, which is short, could overlap with them. If
+an error is raised, a step has either completed or not begun.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from mmvq_kernels.deprecation import renamed
 
 
 class OverRanks(nn.Module):
-    """A module with a `process_group`; None stands for the default group.
+    """A module with a `process_group`; None is the default group.
 
     A group can be neither copied nor pickled. `copy.deepcopy` keeps it, and copies the rest. Pickle
-    keeps its name: where no group has that name, the module gets None, with a warning.
+    keeps its name. If no group has that name on loading, the module gets None, with a warning.
     """
 
     process_group: dist.ProcessGroup | None
@@ -44,12 +44,12 @@ class OverRanks(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if isinstance(name := state.get("process_group"), _GroupName):
             state = {**state, "process_group": _find_group(type(self).__name__, name)}
-        # torch has no types for it
+        # untyped in torch
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
 class _GroupName(str):
-    """What stands for a group in a pickle."""
+    """The name of a group, which replaces it in a pickle."""
 
 
 def _find_group(where: str, name: str) -> dist.ProcessGroup | None:
@@ -60,32 +60,32 @@ def _find_group(where: str, name: str) -> dist.ProcessGroup | None:
         group: dist.ProcessGroup = resolve(name)
         return group
     except (ImportError, RuntimeError):
-        rule = "this process has no process group of the name in the pickle; None takes its place"
+        rule = "this process has no process group with the pickled name; None replaces it"
         hint = "set process_group, or create the groups first, in the same order"
         warnings.warn(message(where, rule, hint=hint, name=name), stacklevel=2)
         return None
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Ranks in the group; 1 when nothing is distributed, or when this process is not in it."""
+    """Number of ranks in the group; 1 if nothing is distributed or this process is not in it."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     return max(dist.get_world_size(group), 1)
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
-    """The place of this process in the group; 0 when nothing is distributed."""
+    """Rank of this process in the group; 0 if nothing is distributed."""
     return dist.get_rank(group) if world_size(group) > 1 else 0
 
 
 def all_reduce_(flat: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Sum a buffer over the ranks, in place."""
+    """Sum a flat buffer over the ranks, in place."""
     if world_size(group) > 1:
         dist.all_reduce(flat, group=group)
 
 
 def average_(tensors: Collection[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Put the mean over the ranks into each tensor, with one all-reduce: gradients, for example."""
+    """Replace tensors (such as gradients) by their means over the ranks, with one all-reduce."""
     ranks = world_size(group)
     if ranks == 1 or not tensors:
         return
@@ -97,17 +97,17 @@ def average_(tensors: Collection[Tensor], group: dist.ProcessGroup | None = None
 
 
 class Ranks(Batch):
-    """A batch that is split by its clips over the ranks of a group.
+    """A batch whose clips are split over the ranks of a group.
 
-    Each operation has its true gradient: that of a sum is the sum of the ranks' gradients, that of
-    a gather goes back to the rank that gave the rows (reduce-scatter). A loss made of them has one
-    value, that of one process on the whole batch, on all K ranks; its gradient is K times what this
-    rank's clips contribute. The mean over the ranks, which DDP and FSDP take by themselves, is then
-    the gradient of one process, to rounding; a sum over the ranks would be K times too much.
+    Each operation has its true gradient. That of `sum` is the sum of the ranks' gradients. That of
+    `gather` returns to the rank that provided the rows (reduce-scatter). A loss made of them has
+    the same value on all K ranks: that of one process on the whole batch. Its gradient on a rank is
+    K times the contribution of that rank's clips. The mean over the ranks, which DDP and FSDP take,
+    is then the gradient of one process, up to floating-point error. A sum would be K times that.
 
     Args:
-        sizes: clips of each rank.
-        group: the ranks; None is the default group.
+        sizes: number of clips on each rank.
+        group: ranks that hold the batch; None is the default group.
     """
 
     whole = False
@@ -121,16 +121,16 @@ class Ranks(Batch):
         self.offset = sum(sizes[: rank(group)])
 
     def gather(self, x: Tensor, dim: int = 0) -> Tensor:
-        """The clips of all ranks along `dim`, in the order of the ranks."""
+        """Concatenate the clips of all ranks along `dim`, in rank order."""
         rows = x.movedim(dim, 0)
         padding = rows.new_zeros(max(self.sizes) - len(rows), *rows.shape[1:])
-        # `apply` has no types in torch, here and in `sum`
+        # `apply` is untyped in torch, here and in `sum`
         parts: Tensor = _Gather.apply(torch.cat([rows, padding]), self.group)  # type: ignore[no-untyped-call]
         whole = torch.cat([part[:n] for part, n in zip(parts, self.sizes, strict=True)])
         return whole.movedim(0, dim)
 
     def sum(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """Each tensor summed over the ranks, in the dtype of the first, with one all-reduce."""
+        """Sum each tensor over the ranks, in the dtype of the first, with one all-reduce."""
         flat = torch.cat([x.flatten().to(tensors[0]) for x in tensors])
         total: Tensor = _Sum.apply(flat, self.group)  # type: ignore[no-untyped-call]
         parts = total.split([x.numel() for x in tensors])
@@ -145,17 +145,17 @@ def gather_batch_sizes(
     names: Collection[str] = (),
     **same: int,
 ) -> Batch:
-    """Learn how the clips lie over the ranks: one small exchange, which waits for the device.
+    """Exchange per-rank batch sizes, with one small all-gather. Synchronises with the device.
 
     Args:
-        where: who asks, for the error.
-        x: this rank's, `[B, ...]`; B may be 0.
-        group: the ranks that ask; None is the default group.
-        names: of modalities, which must be the same on all ranks.
+        where: name of the caller, for error messages.
+        x: tensor of this rank, `[B, ...]`; B may be 0.
+        group: ranks that hold the batch; None is the default group.
+        names: names of the modalities, which must be the same on all ranks.
         same: numbers that must be the same on all ranks.
 
     Raises:
-        ValueError: names or numbers differ; raised on all ranks.
+        ValueError: names or numbers differ between ranks (raised on all ranks).
     """
     if world_size(group) == 1:
         return WHOLE
@@ -168,7 +168,7 @@ def gather_batch_sizes(
                 message(
                     where,
                     f"{name} must be the same on all ranks",
-                    hint="pass zeros with a mask of False for what a rank lacks",
+                    hint="pass zeros with a mask of False for what is missing on a rank",
                     **{f"{name} of this rank": here},
                     ranks_unlike_rank_0=[k for k, v in enumerate(values) if v != values[0]],
                 )
@@ -179,7 +179,7 @@ def gather_batch_sizes(
 def exchange(
     numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[list[int]]:
-    """The numbers of every rank, by rank; waits for the device."""
+    """Gather the numbers of every rank, in rank order. Synchronises with the device."""
     if world_size(group) == 1:
         return [list(numbers)]
     mine = torch.tensor(numbers, device=device)
@@ -206,7 +206,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Equal shapes `[n, ...]` of all ranks -> `[K, n, ...]`."""
+    """Stack tensors of equal shape `[n, ...]` from all ranks: `[K, n, ...]`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -22,27 +22,27 @@ from mmvq.settings import Setting
 
 
 class CrossModalCommitmentLoss(nn.Module):
-    r"""Eq. 8: commit each modality to its own codes, and to those of the others.
+    r"""Commitment of each modality to its own codes and to those of the others (Eq. 8).
 
     $$L = \sum_a \Big( \beta \lVert z^a - \mathrm{sg}[e^a] \rVert^2 + \frac{1}{M - 1}
       \sum_{b \ne a} \rho_{ab} \beta \lVert z^a - \mathrm{sg}[e^b] \rVert^2 \Big)$$
 
     Args:
-        beta: weight of the whole.
-        cross_ratio: rho for every pair, or a mapping: (a, b) pulls z_a towards e_b, an absent pair
-            is 0.
-        reduction: `"mean"` over the valid elements; `"sum"` sums over D, then averages over the
-            valid positions (Eq. 8 to the letter).
+        beta: weight of the loss.
+        cross_ratio: ratio rho for all pairs, or a mapping from ordered pairs to ratios, in which
+            (a, b) pulls z_a towards e_b; a missing pair has ratio 0.
+        reduction: `"mean"` over the valid elements; `"sum"` over D, then the mean over the valid
+            positions (exactly Eq. 8).
 
     Raises:
-        ValueError: a negative beta or ratio, a ratio of no pair, an unknown reduction.
+        ValueError: a negative beta or ratio, a key that is not a pair, an unknown reduction.
 
     Source: Eq. 8; see `mmvq.functional.commitment` for how it extends to masks and M > 2.
 
     Examples:
         >>> z = {"audio": torch.ones(2, 5, 4), "video": torch.zeros(2, 5, 4)}
         >>> codes = {"audio": torch.zeros(2, 5, 4), "video": torch.zeros(2, 5, 4)}
-        >>> CrossModalCommitmentLoss(beta=1.0)(z, codes)  # 1 for audio to its own, 0.5 to the other
+        >>> CrossModalCommitmentLoss(beta=1.0)(z, codes)  # own codes of audio: 1, cross: 0.5
         tensor(1.5000)
     """
 
@@ -57,7 +57,7 @@ class CrossModalCommitmentLoss(nn.Module):
             codes: Mapping[str, Tensor],
             masks: Mapping[str, Tensor] | None = None,
         ) -> Tensor:
-            """As `forward`: `nn.Module` gives a call no types."""
+            """As `forward`; `nn.Module` does not type calls."""
             ...
 
     def __init__(
@@ -86,19 +86,19 @@ class CrossModalCommitmentLoss(nn.Module):
         codes: Mapping[str, Tensor],
         masks: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
-            features: name -> z, `[B, T, D]` or `[B, D]`.
-            codes: name -> e, the code of each feature, same shapes; no gradient reaches them.
-            masks: name -> bool `[B, T]`, True = valid.
+            features: features z, name -> `[B, T, D]` or `[B, D]`.
+            codes: chosen codes e, name -> same shape as the features; they get no gradient.
+            masks: padding masks, name -> bool `[B, T]`, True = valid.
 
         Returns:
-            A scalar, in at least float32.
+            Scalar, in at least float32.
 
         Raises:
-            ValueError: shapes or names that do not fit.
-            TypeError: features that are not floating point.
+            ValueError: shapes or names do not match.
+            TypeError: features are not floating point.
         """
         first, *rest = self.terms(features, codes, masks).values()
         return sum(rest, first)
@@ -109,10 +109,10 @@ class CrossModalCommitmentLoss(nn.Module):
         codes: Mapping[str, Tensor],
         masks: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """What each modality adds to the loss: name -> scalar; their sum is the loss.
+        """Compute the term of each modality: name -> scalar. The sum of all terms is the loss.
 
-        Arguments and errors as for a call. For the loss of a quantizer pass its features, its
-        `quantized` as codes, and its masks: `decode(indices)` has the codes of after the step.
+        Arguments and errors as in `forward`. For the loss of a quantizer, pass its features, its
+        `quantized` as codes, and its masks. `decode(indices)` would return codes after the step.
 
         Examples:
             >>> z = {"audio": torch.ones(2, 5, 4), "video": torch.zeros(2, 5, 4)}
@@ -127,7 +127,7 @@ class CrossModalCommitmentLoss(nn.Module):
             check_same_length(where, z, "; or drop the cross term with cross_ratio=0")
         given = codes if isinstance(codes, Mapping) else {}
         if any(getattr(given.get(name), "shape", None) != features[name].shape for name in z):
-            rule = "codes must have the names and shapes of features"
+            rule = "codes must have the same names and shapes as features"
             hint = "pass the code of every feature, codebook[indices]"
             raise ValueError(message(where, rule, hint=hint, features=features, codes=codes))
         check_finite(where, z, valid)
@@ -137,14 +137,14 @@ class CrossModalCommitmentLoss(nn.Module):
         )
 
     def _json(self) -> dict[str, Any]:
-        """The arguments as JSON can hold them: it has no tuples as keys."""
+        """Arguments in JSON form, which cannot have tuples as keys."""
         ratio = self.cross_ratio
         pairs = [[*pair, r] for pair, r in ratio.items()] if isinstance(ratio, Mapping) else ratio
         return {"beta": self.beta, "cross_ratio": pairs, "reduction": self.reduction}
 
     @classmethod
     def _from_json(cls, arguments: Mapping[str, Any]) -> Self:
-        """The loss that `_json` described."""
+        """Build the loss that `_json` describes."""
         ratio = arguments["cross_ratio"]
         if isinstance(ratio, list):
             ratio = {(a, b): r for a, b, r in ratio}
@@ -156,24 +156,25 @@ class CrossModalCommitmentLoss(nn.Module):
 
 
 class CrossModalCodeMatchingLoss(OverRanks):
-    r"""L_cmcm: two modalities of one clip should use the same codes (Sec. 4.4).
+    r"""L_cmcm: the modalities of a clip should use the same codes (Sec. 4.4).
 
     $$S_{ij} = \sum_l P^a_i(l) \ln P^b_j(l) + P^b_j(l) \ln P^a_i(l)$$
 
-    contrasted over the batch in both directions, averaged over pairs of modalities; P is
-    `mmvq.functional.code_probabilities`. Finite, with a finite gradient, even where z is a code.
+    S is contrasted over the batch in both directions. The loss is averaged over pairs of
+    modalities. P is `mmvq.functional.code_probabilities`. The loss and its gradient are finite even
+    if z equals a code.
 
     Args:
-        gather: contrast over the clips of all ranks: the loss is that of one process on the whole
-            batch, on every rank, and so is the gradient once the ranks' gradients are averaged
-            (DDP, FSDP; see `mmvq.distributed.Ranks`). All ranks must bring the same modalities; B
-            may differ, down to 0.
-        process_group: the ranks to gather from; None is the default group.
+        gather: whether clips of all ranks are candidates. Every rank then has the loss of one
+            process on the whole batch, and also its gradient once gradients are averaged over ranks
+            (as DDP and FSDP do; see `mmvq.distributed.Ranks`). All ranks must have the same
+            modalities. The batch size may differ, down to 0.
+        process_group: ranks to gather from; None is the default group.
 
     Source: Liu et al. 2021, "Cross-Modal Discrete Representation Learning"; the L_cmcm of Sec. 4.4.
 
     Examples:
-        >>> alike = torch.zeros(8, 10, 4)  # clips that nothing tells apart: ln 8
+        >>> alike = torch.zeros(8, 10, 4)  # indistinguishable clips: ln 8
         >>> CrossModalCodeMatchingLoss()({"audio": alike, "video": alike}, torch.randn(16, 4))
         tensor(2.0794)
     """
@@ -189,7 +190,7 @@ class CrossModalCodeMatchingLoss(OverRanks):
             codebook: Tensor | Mapping[str, Tensor],
             masks: Mapping[str, Tensor] | None = None,
         ) -> Tensor:
-            """As `forward`: `nn.Module` gives a call no types."""
+            """As `forward`; `nn.Module` does not type calls."""
             ...
 
     def __init__(
@@ -204,20 +205,20 @@ class CrossModalCodeMatchingLoss(OverRanks):
         codebook: Tensor | Mapping[str, Tensor],
         masks: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
-            features: name -> `[B, T, D]` or `[B, D]`; T may differ.
-            codebook: `[L, D]`, or name -> `[L, D]`, tied by index.
-            masks: name -> bool `[B, T]`, True = valid.
+            features: features, name -> `[B, T, D]` or `[B, D]`; T may differ between modalities.
+            codebook: codes `[L, D]`, or name -> `[L, D]`, tied by index.
+            masks: padding masks, name -> bool `[B, T]`, True = valid.
 
         Returns:
-            A scalar in nats, in at least float32; 0 with fewer than two modalities.
+            Scalar in nats, in at least float32; 0 with fewer than two modalities.
 
         Raises:
-            ValueError: shapes or names that do not fit; with `gather`, on all ranks, names that
-                differ from rank to rank.
-            TypeError: features that are not floating point.
+            ValueError: shapes or names do not match; with `gather`, names differ between ranks
+                (raised on all ranks).
+            TypeError: features are not floating point.
         """
         where = "CrossModalCodeMatchingLoss"
         z, valid = check_features(where, features, masks)
@@ -231,7 +232,7 @@ class CrossModalCodeMatchingLoss(OverRanks):
                         where,
                         f"the codebook of {name!r} must be [L, {x.shape[-1]}], floating point, "
                         "on the device of the features",
-                        hint="pass quantizer.codebook, or one codebook for each modality",
+                        hint="pass quantizer.codebook, or one codebook per modality",
                         features=x,
                         codebook=codes,
                     )
@@ -241,7 +242,7 @@ class CrossModalCodeMatchingLoss(OverRanks):
                 message(
                     where,
                     "codebooks must have the same size, as they are tied by index",
-                    hint="build them with one size",
+                    hint="build them with the same codebook_size",
                     **{name: codes for name, codes in codebooks.items()},
                 )
             )

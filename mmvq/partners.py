@@ -1,4 +1,4 @@
-"""What enters the moving average: each vector with its partner (Sec. 4.3, Eq. 7)."""
+"""Inputs of the moving average: each vector, mixed with its partner (Sec. 4.3, Eq. 7)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PARTNERS: dict[str, Partner] = {
 
 
 def check_partner(where: str, **values: object) -> None:
-    """Each value is the name of a partner, or a callable."""
-    hint = "pick one, or pass a callable (z_a, others, masks) -> r"
+    """Check that each value is the name of a partner or a callable."""
+    hint = "pass one of these, or a callable (z_a, others, masks) -> r"
     names = {name: value for name, value in values.items() if not callable(value)}
     check_choice(where, (*PARTNERS, "none"), hint, **names)
 
 
 def check_temperature(where: str, **values: float | None) -> None:
-    """Each value is a positive number, or None."""
+    """Check that each value is a positive number or None."""
     check_positive(where, **{name: x for name, x in values.items() if x is not None})
 
 
@@ -39,22 +39,22 @@ def mix_partners(
     weight: float,
     temperature: float | None = None,
 ) -> Tensors:
-    r"""$(1 - w) z^a + w r^a$ for each modality a; where there are no others, $r^a = z^a$.
+    r"""Compute $(1 - w) z^a + w r^a$ for each modality a; without others, $r^a = z^a$.
 
     Args:
-        z: name -> `[B, T, D]`.
-        masks: name -> bool `[B, T]`, True = fit to be a partner.
-        partner: a name in `PARTNERS`, `"none"`, or a callable `(z_a, others, masks) -> r`, which
-            gets zeros for what is unfit.
-        weight: w, the share of the partner.
-        temperature: of `"attention"` (`functional.cross_attend`); other partners ignore it.
+        z: features, name -> `[B, T, D]`.
+        masks: vectors that may be partners, name -> bool `[B, T]`.
+        partner: name in `PARTNERS`, `"none"`, or callable `(z_a, others, masks) -> r`, which gets
+            zeros for masked vectors.
+        weight: weight w of the partner.
+        temperature: temperature of `"attention"` (`functional.cross_attend`); otherwise ignored.
 
     Raises:
-        ValueError: the callable returns something else than r, `[B, T, D]`.
+        ValueError: the callable does not return r, `[B, T, D]`.
     """
     if partner == "none" or weight == 0:
         return z
-    if callable(partner):  # those of `PARTNERS` read no other where its mask is False
+    if callable(partner):  # `PARTNERS` read no masked vectors of the others
         z = {name: torch.where(masks[name][..., None], x, 0) for name, x in z.items()}
         find = partner
     elif partner == "attention":
@@ -78,5 +78,5 @@ def mix_partners(
                     r=r,
                 )
             )
-        mixed[name] = (x * (1 - weight)).add_(r, alpha=weight)  # at 1/2, the same from either side
+        mixed[name] = (x * (1 - weight)).add_(r, alpha=weight)  # symmetric for w = 1/2
     return mixed

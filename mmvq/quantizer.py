@@ -49,13 +49,13 @@ _GRADIENTS = {"straight_through": functional.straight_through, "rotation": funct
 
 
 class QuantizerOutput(NamedTuple):
-    """What a quantizer returns.
+    """Result of a quantizer.
 
     Attributes:
-        quantized: name -> codes, shaped as the features, in their dtype, with the gradient passed
-            through; zeros where masked.
-        indices: name -> int64 `[B, T]` (`[B]` for `[B, D]` features); -1 where masked.
-        loss: scalar, the commitment loss.
+        quantized: codes with the gradient passed through, name -> same shape and dtype as the
+            features; 0 where masked.
+        indices: code indices, name -> int64 `[B, T]` (`[B]` for features `[B, D]`); -1 if masked.
+        loss: commitment loss, a scalar.
     """
 
     quantized: dict[str, Tensor]
@@ -64,7 +64,7 @@ class QuantizerOutput(NamedTuple):
 
 
 class MultiModalEMAQuantizer(Pretrained):
-    r"""One discrete codebook for several modalities, kept by a multi-modal moving average.
+    r"""A shared codebook of several modalities, updated by a multi-modal moving average.
 
     $$\hat z^a = e_l, \quad l = \mathrm{argmin}_j \lVert z^a - e_j \rVert_2 \quad \text{(Eq. 2)}$$
 
@@ -73,59 +73,59 @@ class MultiModalEMAQuantizer(Pretrained):
         \big( (1 - w) z^m_{ij} + w r^m_{ij} \big), \quad e_i = o_i / \tilde N_i
       \quad \text{(Eq. 7)}$$
 
-    All modalities search the codebook as it was when `forward` began; then one joint step moves it.
-    The partner r of a vector says what the other modalities hold where it stands. State and
-    statistics are float32 (float64 once float64 features train it), whatever the module is cast to.
-    Vectors that are not finite, or too large to square (elements beyond 1e15; 8e149 in float64),
-    never enter the state. A code that no vector of a step chose keeps its e. Nothing is written in
-    eval mode.
+    All modalities search the codebook as it was when `forward` began. One joint step then updates
+    it. The partner r is the attention-weighted (or aligned) mean of the other modalities' vectors
+    at that position. State and statistics are float32 (float64 after training on float64 features),
+    whatever the module is cast to. Vectors that are not finite, or too large to square (elements
+    beyond 1e15; 8e149 in float64), never enter the state. A code that no vector of a step chose
+    keeps its e. In eval mode nothing is written.
 
-    All arguments from `decay` to `process_group`, but `update_from` and `commitment`, may be read
-    and set at any time; those of the codebook in either place. Rows of its `ages` and `usage` are
-    in the sorted order of the names.
+    All arguments from `decay` to `process_group`, except `update_from` and `commitment`, may be
+    read and set at any time; those of the codebook in either place. Rows of its `ages` and `usage`
+    are in the sorted order of the names.
 
-    Under several ranks, each with its clips, the codebook is that of one process on all of them,
-    to rounding, and the same bits on all ranks: one all-reduce of one flat buffer for each step
-    (the first codes are gathered before). A rank's batch may be empty, masked, of other modalities
-    or not finite; but all ranks take the same steps, in the same mode and dtype, from the same
-    state (`DistributedDataParallel` hands out rank 0's; else seed alike). An error on one rank
-    ends that rank, and the others with torch's error for a lost peer. The state is never sharded,
-    nor averaged over ranks. It is safe under `fully_shard`, and under `DistributedDataParallel`,
-    whose `forward_sync_buffers=False` saves a broadcast of what is equal anyway.
+    With several ranks, the codebook is that of one process on the clips of all ranks, up to
+    floating-point error. It is bit-identical on all ranks. A step takes one all-reduce of one flat
+    buffer (the initial codes are gathered before). A rank's batch may be empty, masked, not finite
+    or of other modalities. All ranks must take the same steps, in the same mode and dtype, from the
+    same state (`DistributedDataParallel` broadcasts that of rank 0; otherwise use the same seed).
+    An error on one rank ends that rank, and the others with torch's error for a lost peer. The
+    state is never sharded nor averaged over ranks. It is safe under `fully_shard`, and under
+    `DistributedDataParallel`, whose `forward_sync_buffers=False` saves a broadcast of equal buffers.
 
     Args:
-        dim: D.
-        codebook_size: L.
-        modalities: the names. Their order never changes a result.
-        decay: gamma in [0, 1].
-        eps: Laplace smoothing of N, in the division only.
+        dim: feature dimension D.
+        codebook_size: number of codes L.
+        modalities: names of the modalities; their order never changes a result.
+        decay: decay gamma of the moving average, in [0, 1].
+        eps: constant of the Laplace smoothing of N, which is used in the division only.
         partner: `"attention"` (`functional.cross_attend`), `"aligned"` (the other modalities at the
             same segment, as in the released code), `"none"` (r = z, ordinary EMA), or a callable
-            `(z_a, others, masks) -> r` over tensors `[B, T, D]` and bool masks `[B, T]`, asked
-            where there are others.
-        partner_weight: w. With no partner present r = z.
-        partner_temperature: of `partner="attention"`: divisor of the dot products of z and the
-            others, `dim ** 0.5` in the paper. None: scores that do not depend on the scale of the
-            features, sqrt(D) times the cosine.
-        update_from: names of the modalities whose vectors enter N and o and vote on resets (None:
-            all). Every modality searches.
-        reset_after: training batches after which an idle code is reset; None never resets.
+            `(z_a, others, masks) -> r` of tensors `[B, T, D]` and bool masks `[B, T]`, which is
+            called if there are others.
+        partner_weight: weight w of the partner. Without a partner, r = z.
+        partner_temperature: divisor of the dot products of z and the others in
+            `partner="attention"`, `dim ** 0.5` in the paper. None: the scores are sqrt(D) times the
+            cosine, and do not depend on the scale of the features.
+        update_from: names of the modalities whose vectors enter N and o and count for the reset of
+            dead codes (None: all). Every modality is quantized.
+        reset_after: number of training batches after which an unchosen code is reset; None: never.
         reset_rule: `"all"`: a code survives only if every modality chose it within `reset_after`
-            batches (the paper); `"any"`: if any did (the released code). Only batches that hold a
-            modality count for it; a modality never yet seen does not vote.
-        init: first codes from the first training batch by `"kmeans"` or `"samples"` of the vectors
-            that enter o, or `"uniform"` in (-1/L, 1/L) with N = 0. Codes of your own: `set_codes`.
-        commitment: the loss, called with (features, codes, masks); None makes it exactly 0.
+            batches (the paper); `"any"`: it survives if any did (the released code). Only batches
+            with a modality count for it. Modalities not yet seen are ignored.
+        init: `"kmeans"` or `"samples"` of those vectors of the first training batch that enter o,
+            or `"uniform"` in (-1/L, 1/L) with N = 0. For given codes, see `set_codes`.
+        commitment: loss function, called with (features, codes, masks); None: the loss is 0.
         gradient: `"straight_through"`, or `"rotation"` (Fifty et al. 2024).
-        update: `"auto"` moves the codebook at the end of each training forward; `"manual"`
-            accumulates until `update_codebook()`: k micro-batches then equal one batch, and
-            activation checkpointing, which repeats the forward pass in the backward pass, finds
-            the codes it had. Call it after `backward`.
-        process_group: the ranks that share the codebook; None is the default group.
+        update: `"auto"` updates the codebook at the end of each training forward; `"manual"`
+            accumulates until `update_codebook()`, which is called after `backward`. It serves
+            gradient accumulation (k micro-batches equal one batch) and activation checkpointing
+            (the repeated forward pass finds the same codes).
+        process_group: ranks that share the codebook; None is the default group.
 
     Raises:
-        ValueError: an argument out of range.
-        TypeError: a commitment that cannot be called.
+        ValueError: an argument is out of range.
+        TypeError: the commitment is not callable.
 
     Source: Sec. 4.3 and Fig. 2(b). Departs from the released code, which updates after each
     modality in turn, uses the aligned partner and resets by another rule; see `mmvq.compat.cmg`.
@@ -165,7 +165,7 @@ class MultiModalEMAQuantizer(Pretrained):
             *,
             freeze: bool = False,
         ) -> QuantizerOutput:
-            """As `forward`: `nn.Module` gives a call no types."""
+            """As `forward`; `nn.Module` does not type calls."""
             ...
 
     def __init__(
@@ -199,7 +199,7 @@ class MultiModalEMAQuantizer(Pretrained):
                 message(
                     where,
                     "update_from must name one or more of the modalities",
-                    hint="pass None to update from all",
+                    hint="pass None to update from all modalities",
                     update_from=update_from,
                     modalities=self.modalities,
                 )
@@ -217,8 +217,9 @@ class MultiModalEMAQuantizer(Pretrained):
         ratio = loss.cross_ratio if isinstance(loss, CrossModalCommitmentLoss) else 0
         if isinstance(ratio, Mapping) and not {*chain(*ratio)} <= {*self.modalities}:
             rule = "cross_ratio must pair the quantizer's modalities"
-            hint, came = "name only these; a pair that is left out is 0", self.modalities
-            raise ValueError(message(where, rule, hint=hint, cross_ratio=ratio, modalities=came))
+            hint = "name only these modalities; a missing pair has ratio 0"
+            got = {"cross_ratio": ratio, "modalities": self.modalities}
+            raise ValueError(message(where, rule, hint=hint, **got))
         self.ema_codebook = EMACodebook(
             dim,
             codebook_size,
@@ -234,12 +235,12 @@ class MultiModalEMAQuantizer(Pretrained):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The names, as given."""
+        """Names of the modalities, in the given order."""
         return self._modalities
 
     @property
     def update_from(self) -> tuple[str, ...] | None:
-        """The modalities whose vectors enter N and o, sorted; None: all."""
+        """Names of the modalities whose vectors enter N and o, sorted; None: all."""
         groups = self.ema_codebook.update_from
         return None if groups is None else tuple(self._sorted[group] for group in groups)
 
@@ -250,24 +251,24 @@ class MultiModalEMAQuantizer(Pretrained):
         *,
         freeze: bool = False,
     ) -> QuantizerOutput:
-        """Quantize a batch; in training mode, also move the codebook.
+        """Quantize a batch. In training mode, also update the codebook.
 
         Args:
-            features: name -> `[B, T, D]` (or `[B, D]`, which is T = 1), any float dtype (they may
-                differ; the codebook computes in the widest), for any non-empty subset of the
-                modalities. T may differ, unless the partner is `"aligned"` or the commitment has
-                a cross term.
-            masks: name -> bool `[B, T]`, True = valid. What lies under a False is never read.
-            freeze: leave the codebook as it is.
+            features: features, name -> `[B, T, D]` (or `[B, D]`, which is T = 1), for any non-empty
+                subset of the modalities. They may be of any float dtypes; the codebook computes in
+                the widest. T may differ between modalities, unless the partner is `"aligned"` or
+                the commitment has a cross term.
+            masks: padding masks, name -> bool `[B, T]`, True = valid. Masked values are never read.
+            freeze: whether to leave the codebook unchanged.
 
         Returns:
-            `QuantizerOutput(quantized, indices, loss)`. A vector that is not finite gets index 0,
-            and shows: as NaN in `quantized`, as NaN or infinity in the loss.
+            `QuantizerOutput(quantized, indices, loss)`. A vector that is not finite has index 0. It
+            is NaN in `quantized`, and makes the loss NaN or infinite.
 
         Raises:
-            ValueError: shapes or names that do not fit.
-            TypeError: features that are not floating point.
-            RuntimeError: `update="manual"` under DataParallel, whose replicas lose what they count.
+            ValueError: shapes or names do not match.
+            TypeError: features are not floating point.
+            RuntimeError: `update="manual"` under DataParallel, whose replicas lose statistics.
         """
         where = "MultiModalEMAQuantizer"
         book = self.ema_codebook
@@ -285,7 +286,7 @@ class MultiModalEMAQuantizer(Pretrained):
             raise RuntimeError(message(where, rule, hint=hint, update=self.update))
 
         z = without_padding(z, valid)
-        with torch.autocast(device.type, enabled=False):  # its `cat` does not take every dtype
+        with torch.autocast(device.type, enabled=False):  # its `cat` rejects some dtypes
             rows, shapes = pack([*z.values()], "* d")  # [N, D], of all modalities
         weight, first = book.weight, None
         if updating:
@@ -294,12 +295,12 @@ class MultiModalEMAQuantizer(Pretrained):
             weight = book.weight if first is None else first.codes
         index = book.nearest(rows, weight)  # Eq. 2
         chosen = dict(zip(z, unpack(index, shapes, "*"), strict=True))
-        # the codes as they were when the step began
+        # codes from before the update
         codes = dict(zip(z, unpack(weight.index_select(0, index), shapes, "* d"), strict=True))
         loss = weight.new_zeros(())
         if self.commitment is not None:
             loss = check_loss(where, self.commitment(z, codes, valid))  # Eq. 8
-        if first is not None:  # nothing is written before the loss: a commitment may raise
+        if first is not None:  # written after the loss, as a commitment may raise
             book.take_first_codes(first)
         if updating:
             book.add_rows(values, torch.where(usable, index, -1), groups)  # Eq. 7, brackets
@@ -322,7 +323,7 @@ class MultiModalEMAQuantizer(Pretrained):
     def _contributions(
         self, rows: Tensor, z: Tensors, valid: Tensors | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What each vector adds to o, the group of each, and which may enter."""
+        """Values that vectors add to o, their groups, and which of them may enter."""
         book = self.ema_codebook
         book.match_dtype(rows.dtype)
         usable = functional.finite_rows(rows)
@@ -339,34 +340,34 @@ class MultiModalEMAQuantizer(Pretrained):
             for name, mask in masks.items()
         ]
         values, _ = pack([*mixed.values()], "* d")
-        if callable(self.partner):  # which may return anything
+        if callable(self.partner):  # which may return any values
             usable = usable & functional.finite_rows(values)
         return values, pack(groups, "*")[0], usable
 
     def encode(self, x: Tensor) -> Tensor:
-        """Index of the nearest code (Eq. 2), of any modality: `[..., D]` -> int64 `[...]`.
+        """Index of the nearest code (Eq. 2), for any modality: `[..., D]` -> int64 `[...]`.
 
         Raises:
             ValueError: the last dimension of x is not D, or x is on another device.
-            TypeError: x is no floating point tensor.
+            TypeError: x is not a floating point tensor.
 
         Warns:
-            UserWarning: the codes are to come from data, and none has come (seen on a CPU).
+            UserWarning: the codes have not been initialised from data (checked on a CPU only).
         """
         check_vectors("MultiModalEMAQuantizer.encode", x, self.ema_codebook.codes)
         book = self.ema_codebook
         if is_cpu_readable(book.initialized) and not book.ready:
-            rule = "the codebook has seen no data yet, and its codes mean nothing"
-            hint = "train it, load a state, or start from codes of your own with set_codes"
+            rule = "the codebook has seen no data yet, so that its codes are arbitrary"
+            hint = "train it, load a state, or start from given codes with set_codes"
             text = message("MultiModalEMAQuantizer.encode", rule, hint=hint, init=self.init)
             warnings.warn(text, stacklevel=2)
         return book.nearest(x.reshape(-1, book.dim)).view(x.shape[:-1])
 
     def decode(self, indices: Tensor) -> Tensor:
-        """The codes of indices: any integer dtype, `[...]` -> `[..., D]`; zeros for -1 (masked).
+        """Codes of indices of any integer dtype: `[...]` -> `[..., D]`; zeros for -1 (masked).
 
         Raises:
-            TypeError: indices that are no integer tensor.
+            TypeError: indices are not an integer tensor.
             IndexError: an index of L or more (on a GPU, a device assertion).
         """
         book, where = self.ema_codebook, "MultiModalEMAQuantizer.decode"
@@ -379,7 +380,7 @@ class MultiModalEMAQuantizer(Pretrained):
 
     @property
     def codebook(self) -> Tensor:
-        """A copy of the codes, `[L, D]`: what was read stays as it was when the codebook moves."""
+        """A copy of the codes, `[L, D]`, which later updates do not change."""
         return self.ema_codebook.weight.clone()
 
     def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
@@ -389,17 +390,16 @@ class MultiModalEMAQuantizer(Pretrained):
     def extended(
         self, *, modalities: Sequence[str] | None = None, codebook_size: int | None = None
     ) -> Self:
-        """A new quantizer with more modalities or more codes, which goes on from this one.
+        """Build a quantizer with more modalities or more codes, which continues from this one.
 
-        The old codes and all that is counted of them are the same bits. A new modality was never
-        seen. A new code begins beside one of the most used, so that the two share what was chosen
-        by one; N = 1. This quantizer stays as it is. Statistics that wait for `update_codebook` are
-        not taken along; parts with parameters (a partner, a commitment, those of a subclass) are
-        copied.
+        The old codes and their statistics are bit-identical. New modalities count as not yet seen.
+        A new code starts with N = 1 close to one of the most used codes, and the two share its
+        vectors. This quantizer is unchanged. Statistics that wait for `update_codebook` are dropped.
+        Parts with parameters (a partner, a commitment, those of a subclass) are copied.
 
         Args:
-            modalities: all names, the old ones among them; None: the same.
-            codebook_size: the new L, at least the old; None: the same.
+            modalities: names of all modalities, including the old ones; None: the same.
+            codebook_size: new number of codes L, at least the old; None: the same.
 
         Raises:
             ValueError: a modality is missing, or the size is smaller.
@@ -414,26 +414,26 @@ class MultiModalEMAQuantizer(Pretrained):
 
     @property
     def codebook_size(self) -> int:
-        """The number of codes: L."""
+        """Number of codes L."""
         return self.ema_codebook.codebook_size
 
     @property
     def dim(self) -> int:
-        """The width of features and codes: D."""
+        """Feature dimension D, also of the codes."""
         return self.ema_codebook.dim
 
     @property
     def out_dim(self) -> int:
-        """Width of `quantized`: D."""
+        """Dimension of `quantized`: D."""
         return self.ema_codebook.dim
 
     def usage(self, *, reset: bool = False) -> functional.CodeUsage:
-        """Who used which code since the last reset of the counts, over all ranks.
+        """Usage of the codes by modality since the last reset of the counts, over all ranks.
 
-        Counts are kept in training only, of valid, finite vectors.
+        Only valid, finite vectors are counted, in training only.
 
         Args:
-            reset: start counting anew afterwards.
+            reset: whether to set the counts to 0 afterwards.
 
         Returns:
             `CodeUsage(counts, perplexity, shared, dead)`, see `mmvq.functional.code_usage`.
@@ -444,7 +444,7 @@ class MultiModalEMAQuantizer(Pretrained):
         return functional.code_usage({name: counts[name] for name in self.modalities})
 
     def update_codebook(self) -> None:
-        """With `update="manual"`: one step of Eq. 7 with all that was accumulated."""
+        """Apply the accumulated statistics of `update="manual"`: one step of Eq. 7."""
         self.ema_codebook.apply()
 
     def _argument(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Settings: what a user may read and set at any time, in one place."""
+"""Settings: attributes that a user may read and set at any time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 class Setting(Generic[T]):
     """An attribute of a module that is checked whenever it is set.
 
-    Settings are arguments of `__init__`: `save_pretrained` writes them to config.json, and no
-    `state_dict` holds them. A compiled module reads them at each call: a schedule of a float
-    compiles at most once more.
+    Settings are arguments of `__init__`. `save_pretrained` writes them to config.json, and they are
+    not part of `state_dict`. A compiled module reads them at each call. A schedule of a float
+    recompiles at most once.
 
     Args:
-        check: called with the name of the class and `name=value`; raises if the value does not fit.
-        part: name of the submodule that keeps the setting, under the same name, and checks it.
+        check: function called with the class name and `name=value`, which raises for wrong values.
+        part: name of the submodule that has the setting, under the same name, and checks it.
 
     Examples:
         >>> book = EMACodebook(2, 4)
@@ -34,7 +34,7 @@ class Setting(Generic[T]):
     check: Callable[..., None] | None
     part: str | None
     name: str
-    kept: str  # where a module keeps the value: under another name, or dynamo of torch 2.11 loops
+    kept: str  # attribute of the value; with `name` itself, dynamo of torch 2.11 loops
 
     def __init__(
         self, check: Callable[..., None] | None = None, *, part: str | None = None
@@ -53,7 +53,7 @@ class Setting(Generic[T]):
             return self
         if self.part is not None:
             value: T = getattr(getattr(module, self.part), self.name)
-        elif self.name in module._modules:  # where nn.Module keeps a value that is one
+        elif self.name in module._modules:  # where nn.Module stores submodules
             value = cast(T, module._modules[self.name])
         else:
             value = getattr(module, self.kept)

@@ -1,4 +1,4 @@
-"""The paper as pure functions, about one equation a file, with slow `*_ref` twins to read."""
+"""The equations of the paper as pure functions, with slow and simple `*_ref` versions."""
 
 from mmvq.functional.attention import aligned_partner, cross_attend, cross_attend_ref
 from mmvq.functional.batch import WHOLE, Batch

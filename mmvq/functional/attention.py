@@ -1,4 +1,4 @@
-"""The partner of a vector: what the other modalities say where it stands (Sec. 4.3)."""
+"""The partner of a vector: a mean of the other modalities' vectors at its position (Sec. 4.3)."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ def cross_attend(
     *,
     temperature: float | None = None,
 ) -> Tensor:
-    r"""Partner by parameter-free cross-attention within a clip.
+    r"""Compute partners by parameter-free cross-attention within each clip.
 
     $$r_{t} = \frac{1}{|O|} \sum_{b \in O}
       \mathrm{softmax}_s\!\left(\sqrt{D} \cos(z_t, z^b_s)\right) z^b_s$$
 
-    O are the other modalities with at least one valid segment in the clip. Where there is none,
+    O is the set of other modalities with at least one valid segment in the clip. If O is empty,
     `r = z`. With a `temperature` $\tau$ the scores are $z_t \cdot z^b_s / \tau$. The cosine with a
     zero vector is 0.
 
     Args:
-        z: queries, `[B, T, D]`.
-        others: name -> keys and values, `[B, S, D]`; S may differ between modalities.
-        masks: name -> bool `[B, S]`, True = valid.
+        z: queries `[B, T, D]`.
+        others: keys and values, name -> `[B, S, D]`; S may differ between modalities.
+        masks: padding masks, name -> bool `[B, S]`, True = valid.
         temperature: positive divisor of the dot products. `D ** 0.5` is the paper's formula. None
             uses the cosine, which does not depend on the scale of the features.
 
     Returns:
-        `[B, T, D]`, in memory O(B (T + S) D) where torch has a fused kernel for the dtype. It is
-        differentiable once; within a transform of `torch.func` any number of times, in O(B T S).
+        Partners `[B, T, D]`, in memory O(B (T + S) D) where torch has a fused kernel for the dtype.
+        They are differentiable once. Within transforms of `torch.func`, they are differentiable any
+        number of times, in memory O(B T S).
 
-    Source: Sec. 4.3, "cross-att", $\mathrm{softmax}(z_a z_b^T / \sqrt{D}) z_b$. Departs from the
-    paper in the cosine. The two are equal for vectors of length $\sqrt{D}$. For unit-length
-    features the paper's weights are nearly uniform, so that r is nearly the mean of the clip. By
-    measurement cos / 0.1 and cos / 0.05 are better only where all features share a large offset.
-    The paper does not say what is projected. The inputs of the moving average carry no gradient, so
-    learned projections would never train, and there are none. The released code uses
-    `aligned_partner`.
+    Source: Sec. 4.3, "cross-att", $\mathrm{softmax}(z_a z_b^T / \sqrt{D}) z_b$. The cosine departs
+    from the paper. The two are equal for vectors of length $\sqrt{D}$. For unit-length features the
+    paper's weights are nearly uniform, so that r is nearly the mean of the clip. In experiments,
+    cos / 0.1 and cos / 0.05 were better only if all features share a large offset. There are no
+    learned projections: the paper does not specify them, and they would never train, because no
+    gradient passes through the moving average. The released code uses `aligned_partner`.
 
     Examples:
         >>> z, video = torch.randn(2, 5, 8), torch.randn(2, 7, 8)
@@ -57,7 +57,7 @@ def cross_attend(
     if not others:
         return z.clone()
     scale = z.shape[-1] ** 0.5 if temperature is None else 1.0
-    # a graph would take each temperature that is an argument of the attention for a constant
+    # not the `scale` argument, which would compile a graph for each temperature
     queries = unit_length(z) if temperature is None else z / temperature
     seen = torch.stack([masks[name].any(1) for name in others])  # [|O|, B]
     present = seen.sum(0)  # [B]
@@ -65,9 +65,9 @@ def cross_attend(
     r = z * (present == 0)[:, None, None]
     for (name, other), some, share in zip(others.items(), seen, shares, strict=True):
         mask, values, valid = masks[name], other, None
-        if not (is_cpu_readable(mask) and mask.numpy().all()):  # a GPU would have to be waited for
+        if not (is_cpu_readable(mask) and mask.numpy().all()):  # a GPU would synchronise
             values = other.masked_fill(~mask[..., None], 0)
-            # a softmax over nothing may be NaN: then it is over all keys, and its share is 0
+            # a softmax over no keys may be NaN: such a clip attends to all keys, with share 0
             valid = mask | ~some[:, None]  # [B, S]
         keys = unit_length(values) if temperature is None else values
         r = torch.addcmul(r, share, _attend(queries, keys, values, valid, scale))
@@ -77,16 +77,16 @@ def cross_attend(
 def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scale: float
 ) -> Tensor:
-    """softmax(scale q k^T) v over the valid keys, bool `[B, S]`; None: over all.
+    """Compute softmax(scale q k^T) v over the valid keys, bool `[B, S]`; None: all keys.
 
-    The kernels that never hold all scores need a dimension of heads, and have no `torch.vmap` rule.
+    The memory-efficient kernels need a head dimension, and have no `torch.vmap` rule.
     """
     mask = None if valid is None else valid[:, None]  # [B, 1, S]
     if transformed():
         return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     q, k, v = queries[:, None], keys[:, None], values[:, None]
     if mask is not None:
-        mask = mask[:, None]  # [B, 1, 1, S]: expanded to T x S it would be copied
+        mask = mask[:, None]  # [B, 1, 1, S]: a mask expanded to [T, S] would be copied
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).squeeze(1)
 
 
@@ -97,7 +97,7 @@ def cross_attend_ref(
     *,
     temperature: float | None = None,
 ) -> Tensor:
-    """`cross_attend`, one vector at a time.
+    """Slow reference of `cross_attend`: one vector at a time.
 
     Examples:
         >>> z, others = torch.randn(2, 3, 4), {"video": torch.randn(2, 5, 4)}
@@ -127,10 +127,10 @@ def cross_attend_ref(
 
 
 def aligned_partner(z: Tensor, others: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
-    r"""Partner at the same place: $r_t = \frac{1}{|O_t|} \sum_{b \in O_t} z^b_t$.
+    r"""Compute partners at the same position: $r_t = \frac{1}{|O_t|} \sum_{b \in O_t} z^b_t$.
 
-    O_t are the other modalities valid at segment t; where there is none, `r = z`. Shapes as in
-    `cross_attend`, with S = T. Source: what the authors' released code does in place of attention.
+    O_t is the set of other modalities that are valid at segment t. If it is empty, `r = z`.
+    Arguments as in `cross_attend`, with S = T. Source: the released code, instead of attention.
 
     Examples:
         >>> z, video = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)

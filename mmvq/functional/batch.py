@@ -1,4 +1,4 @@
-"""Where the other clips of a batch are."""
+"""A batch that is not split over ranks, the default of all functions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class Batch:
-    """A batch that is all here; `mmvq.distributed.Ranks` is one that is split over ranks.
+    """A batch on one process; `mmvq.distributed.Ranks` is a batch that is split over ranks.
 
     Attributes:
-        whole: whether all is here.
-        offset: how many clips come before the first one here.
+        whole: whether this process holds the whole batch.
+        offset: number of clips on the ranks before this one.
 
     Examples:
         >>> batch, x = Batch(), torch.arange(3)
@@ -24,13 +24,13 @@ class Batch:
     offset = 0
 
     def gather(self, x: Tensor, dim: int = 0) -> Tensor:
-        """What all have along `dim`, in order."""
+        """Concatenate the clips of all ranks along `dim`, in rank order."""
         return x
 
     def sum(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """Each tensor summed over all."""
+        """Sum each tensor over all ranks."""
         return tensors
 
 
 WHOLE = Batch()
-"""The batch that functions take unless told otherwise: all is here."""
+"""The default batch of all functions, which is not split."""

@@ -1,4 +1,4 @@
-"""CLUB, an upper bound of mutual information (Eq. 4, 5)."""
+"""CLUB, an upper bound of the mutual information (Eq. 4, 5)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def gaussian_log_likelihood(
     *,
     batch: Batch = WHOLE,
 ) -> Tensor:
-    r"""Mean over the valid rows of $\ln \mathcal N(y; \mu, e^{\mathrm{logvar}})$, in nats.
+    r"""Mean of $\ln \mathcal N(y; \mu, e^{\mathrm{logvar}})$ over the valid rows, in nats.
 
     Args:
-        mu: `[..., D]`.
-        logvar: `[..., D]`.
-        y: `[..., D]`.
-        mask: bool `[...]`, True = valid.
-        batch: `mmvq.distributed.gather_batch_sizes(...)` where
-            the rows are split over ranks: the mean of all.
+        mu: means `[..., D]`.
+        logvar: log-variances `[..., D]`.
+        y: samples `[..., D]`.
+        mask: padding mask, bool `[...]`, True = valid.
+        batch: result of `mmvq.distributed.gather_batch_sizes`, if the rows are split over ranks:
+            the mean is over the rows of all ranks.
 
     Examples:
-        >>> zero = torch.zeros(4, 2)  # at the mean of a standard normal: -ln(2 pi) / 2 a dimension
+        >>> zero = torch.zeros(4, 2)  # the mean of a standard normal: -ln(2 pi) / 2 per dimension
         >>> gaussian_log_likelihood(zero, zero, zero)
         tensor(-1.8379)
     """
@@ -46,32 +46,31 @@ def club(
     *,
     batch: Batch = WHOLE,
 ) -> Tensor:
-    r"""VCLUB over all pairs of a batch, time-aligned, in closed form (Eq. 5).
+    r"""VCLUB over all time-aligned pairs of a batch, in closed form (Eq. 5).
 
     $$\hat I = \frac{1}{BT} \sum_{i,t} \sum_d \frac{
       \frac{1}{B} \sum_j (\mu_{itd} - y_{jtd})^2 - (\mu_{itd} - y_{itd})^2}{2 \sigma^2_{itd}}$$
 
-    As $\frac{1}{B} \sum_j (\mu - y_j)^2 = (\mu - \bar y)^2 + \mathrm{var}\, y$, one batch mean and
-    variance of y for each t replace the sum over j: O(B T D), and no `[B, B, ...]` tensor. The pair
-    i = j is among the negatives, as in Eq. 5, so that the value is (1 - 1/B) of that without it.
+    As $\frac{1}{B} \sum_j (\mu - y_j)^2 = (\mu - \bar y)^2 + \mathrm{var}\, y$, the batch mean and
+    variance of y at each t replace the sum over j. The cost is O(B T D), without a `[B, B, ...]`
+    tensor. As in Eq. 5, the negatives include i = j: the value is (1 - 1/B) of that without it.
 
     Args:
-        mu: mean of q(y | x) for each x, `[B, T, D]` (or `[B, D]`).
-        logvar: its log-variance, shaped as mu.
-        y: the samples, shaped as mu.
-        mask: bool `[B, T]` (or `[B]`), True = valid, as sample and as negative.
-        batch: `mmvq.distributed.gather_batch_sizes(...)` where
-            B is split over ranks: mean, variance and bound
-            are those of the whole batch.
+        mu: means of q(y | x) for each x, `[B, T, D]` (or `[B, D]`).
+        logvar: log-variances of q(y | x), same shape as mu.
+        y: samples, same shape as mu.
+        mask: padding mask, bool `[B, T]` (or `[B]`), True = valid as sample and as negative.
+        batch: result of `mmvq.distributed.gather_batch_sizes`, if B is split over ranks: mean,
+            variance and bound are those of the whole batch.
 
     Returns:
-        A scalar in nats, in at least float32; 0 when nothing is valid.
+        Scalar in nats, in at least float32; 0 if nothing is valid.
 
     Source: Cheng et al. 2020; Eq. 4, 5. The released code draws one random permutation instead of
     all pairs, and averages squared error and log-variance over time separately.
 
     Examples:
-        >>> y = torch.tensor([[1.0], [-1.0]])  # as its own mean, y is foretold exactly
+        >>> y = torch.tensor([[1.0], [-1.0]])  # with mu = y the prediction is exact
         >>> club(y, torch.zeros(2, 1), y), club(torch.zeros(2, 1), torch.zeros(2, 1), y)
         (tensor(1.), tensor(0.))
     """
@@ -88,7 +87,7 @@ def club(
 
 
 def club_ref(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
-    """Eq. 5 as it stands, a loop over i and j; `[B, T, D]` each.
+    """Slow reference of `club` for `[B, T, D]`: Eq. 5 as loops over i and j.
 
     Examples:
         >>> mu, logvar, y = torch.randn(3, 4, 2, 5, dtype=torch.float64)
@@ -108,9 +107,9 @@ def club_ref(mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
 def club_shuffled(
     mu: Tensor, logvar: Tensor, y: Tensor, permutation: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """VCLUB with one negative for each sample, `y[permutation]`: noisy, but as unbiased as `club`.
+    """VCLUB with one negative per sample, `y[permutation]`: noisier than `club`, as unbiased.
 
-    Arguments as for `club`; `permutation` is int64 `[B]`.
+    Arguments as in `club`; `permutation` is int64 `[B]`.
 
     Source: the sampled variant of Cheng et al. 2020, App. A.
 
@@ -127,7 +126,7 @@ def club_shuffled(
 
 
 def _prepare(mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """All three in at least float32, and 0 where masked, so that no gradient is NaN there."""
+    """Cast to at least float32, and set masked rows to 0, so that no gradient is NaN there."""
     dtype = torch.promote_types(torch.promote_types(mu.dtype, y.dtype), torch.float32)
     wide = [x.to(dtype) for x in (mu, logvar, y)]
     return wide if mask is None else [torch.where(mask[..., None], x, 0) for x in wide]

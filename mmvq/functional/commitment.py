@@ -24,23 +24,23 @@ def commitment(
     $$L = \sum_a \Big( \beta \lVert z^a - \mathrm{sg}[e^a] \rVert^2 + \frac{1}{M - 1}
       \sum_{b \ne a} \rho_{ab} \beta \lVert z^a - \mathrm{sg}[e^b] \rVert^2 \Big)$$
 
-    Each norm is averaged over the positions valid in both a and b; a pair without any such
-    position is absent, and does not count in M - 1. No gradient reaches the codes.
+    Each norm is averaged over the positions that are valid in both a and b. A pair without such
+    positions is left out, and does not count in M - 1. No gradient reaches the codes.
 
     Args:
-        features: name -> z, `[..., D]`.
-        codes: name -> e, the chosen codes, shaped as the features.
-        masks: name -> bool `[...]`, True = valid.
-        beta: weight of the whole.
-        cross_ratio: rho, for all pairs, or for each ordered pair: (a, b) pulls z_a towards e_b; an
-            absent pair is 0.
-        reduction: `"mean"` averages the squared norm over D too; `"sum"` is Eq. 8 to the letter.
+        features: features z, name -> `[..., D]`.
+        codes: chosen codes e, name -> same shape as the features.
+        masks: padding masks, name -> bool `[...]`, True = valid.
+        beta: weight of the loss.
+        cross_ratio: ratio rho for all pairs, or a mapping from ordered pairs to ratios, in which
+            (a, b) pulls z_a towards e_b; a missing pair has ratio 0.
+        reduction: `"mean"` also averages the squared norm over D; `"sum"` is exactly Eq. 8.
 
     Returns:
-        A scalar, in at least float32; 0 when nothing is valid.
+        Scalar, in at least float32; 0 if nothing is valid.
 
-    Source: Eq. 8, for M = 2. The released code has 2 beta and beta for own and cross, averaged over
-    D; with three modalities its cross terms are beta / 2 each.
+    Source: Eq. 8, for M = 2. The released code averages over D, and weighs own and cross terms by
+    2 beta and beta. With three modalities its cross terms are beta / 2 each.
 
     Examples:
         >>> z = {"audio": torch.ones(4, 2), "video": torch.zeros(4, 2)}
@@ -63,7 +63,7 @@ def commitment_terms(
     cross_ratio: float | Mapping[tuple[str, str], float] = 0.5,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> dict[str, Tensor]:
-    """What each modality a adds to `commitment`: name -> scalar, in at least float32.
+    """Compute the term of each modality a in `commitment`: name -> scalar, at least float32.
 
     Examples:
         >>> z = {"audio": torch.ones(4, 2), "video": torch.zeros(4, 2)}
@@ -93,7 +93,7 @@ def commitment_ref(
     beta: float = 0.25,
     cross_ratio: float = 0.5,
 ) -> Tensor:
-    """Eq. 8 to the letter for `[N, D]` features without masks, one vector at a time.
+    """Slow reference of `commitment` for `[N, D]` without masks: Eq. 8, one vector at a time.
 
     Examples:
         >>> z, codes = ({name: torch.randn(4, 2) for name in ("audio", "video")} for _ in range(2))
@@ -126,7 +126,7 @@ def _distance(
     z, e = features[a], codes[b].detach()
     dtype = torch.promote_types(torch.promote_types(z.dtype, e.dtype), torch.float32)
     z, e = z.to(dtype), e.to(dtype)
-    count: Tensor | int = math.prod(z.shape[:-1])  # an export takes `numel` for fixed
+    count: Tensor | int = math.prod(z.shape[:-1])  # an export would fix `numel`
     if masks is not None:
         valid = masks[a] & masks[b]
         z, e = (torch.where(valid[..., None], x, 0) for x in (z, e))

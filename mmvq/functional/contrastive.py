@@ -1,4 +1,4 @@
-"""InfoNCE, the contrast under Cross-CPC (Eq. 6)."""
+"""InfoNCE, the contrastive loss of Cross-CPC (Eq. 6)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmvq_kernels.messages import message
 def similarities(
     query: Tensor, key: Tensor, *, temperature: float = 1.0, normalize: bool = False
 ) -> Tensor:
-    """Scores `[..., N, C]` of every query (rows) against every key (columns), at least float32.
+    """Score every query (rows) against every key (columns): `[..., N, C]`, at least float32.
 
     Examples:
         >>> similarities(torch.eye(2), 4 * torch.eye(2), temperature=0.5)
@@ -23,14 +23,14 @@ def similarities(
     """
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     query, key = query.to(dtype), key.to(dtype)
-    with torch.autocast(query.device.type, enabled=False):  # a score may exceed float16
+    with torch.autocast(query.device.type, enabled=False):  # scores may exceed float16
         if normalize:
             query, key = unit_length(query), unit_length(key)
         return query @ key.mT / temperature
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """`x / |x|` at any scale; 0, and without a gradient, where x is 0."""
+    """Compute `x / |x|` at any scale; a zero vector stays 0, and gets no gradient."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / norm.masked_fill(norm == 0, torch.inf)
 
@@ -42,10 +42,10 @@ def matched_cross_entropy(
     *,
     offset: int = 0,
 ) -> Tensor:
-    """`-log softmax` over the last axis, at the diagonal: `[..., N, C]` -> `[..., N]`.
+    """Cross entropy of each row, with targets on the diagonal: `[..., N, C]` -> `[..., N]`.
 
-    Row i belongs to column `offset` + i. Rows that are not valid in `mask` `[..., N]` have entry 0,
-    columns that are not in `candidates` `[..., C]` (None: as `mask`) cannot be picked.
+    The target of row i is column `offset` + i. Rows that are False in `mask` `[..., N]` have loss
+    0. Columns that are False in `candidates` `[..., C]` (None: `mask`) are ignored.
     """
     if mask is None:
         return logits.logsumexp(-1) - logits.diagonal(offset, dim1=-2, dim2=-1)
@@ -67,25 +67,26 @@ def info_nce(
     reduction: Literal["mean", "none"] = "mean",
     batch: Batch = WHOLE,
 ) -> Tensor:
-    r"""InfoNCE: pick, among N keys, the one that belongs to each query (Eq. 6, one step).
+    r"""InfoNCE: identify the key of each query among N keys (Eq. 6, one step).
 
     $$L = -\frac{1}{N} \sum_i \ln \frac{\exp(q_i \cdot k_i / \tau)}
       {\sum_j \exp(q_i \cdot k_j / \tau)}$$
 
     Args:
-        query: `[..., N, D]`. Leading dimensions are independent problems.
-        key: `[..., N, D]`; the negatives of a query are the other keys along N.
-        mask: bool `[..., N]`, True = valid pair; the others are neither queries nor candidates.
-        temperature: tau.
-        normalize: cosine similarity instead of the dot product.
-        symmetric: the mean of both directions, query to key and key to query.
+        query: queries `[..., N, D]`; leading dimensions are independent problems.
+        key: keys `[..., N, D]`; the negatives of a query are the other keys along N.
+        mask: padding mask, bool `[..., N]`, True = valid pair; other pairs are neither queries nor
+            candidates.
+        temperature: temperature tau, which divides the scores.
+        normalize: whether to score by the cosine instead of the dot product.
+        symmetric: whether to average both directions, query to key and key to query.
         reduction: `"mean"` over all valid queries, or `"none"`.
-        batch: `mmvq.distributed.gather_batch_sizes(...)` where
-            N is split over ranks, each with a mask or none:
-            the queries here pick among the keys of all, and the mean is over all queries.
+        batch: result of `mmvq.distributed.gather_batch_sizes`, if N is split over ranks: keys of
+            all ranks are candidates, and the mean is over all queries. Either all ranks or none
+            pass a mask.
 
     Returns:
-        A scalar in nats (0 when nothing is valid), or `[..., N]`; ln N when all keys look alike.
+        Scalar in nats (0 if nothing is valid), or `[..., N]`; ln N if all keys are equal.
 
     Raises:
         ValueError: query and key differ in N or D.
@@ -100,10 +101,10 @@ def info_nce(
         tensor(0.)
     """
     if query.shape[-2:] != key.shape[-2:]:
-        rule = "query and key must be [..., N, D], of one N and one D"
-        hint = "row i of key belongs to row i of query; project both to one width"
+        rule = "query and key must be [..., N, D], with the same N and D"
+        hint = "row i of key belongs to row i of query; project both to the same D"
         raise ValueError(message("info_nce", rule, hint=hint, query=query, key=key))
-    if mask is not None:  # a NaN under a False must not reach the gradient of the others
+    if mask is not None:  # a NaN in padding must not reach any gradient
         query, key = (torch.where(mask[..., None], x, 0) for x in (query, key))
     candidates = None if mask is None else batch.gather(mask, -1)
     keys = batch.gather(key, -2)
@@ -133,7 +134,7 @@ def top1_hits(
     normalize: bool = False,
     batch: Batch = WHOLE,
 ) -> Tensor:
-    """Whether each query scores its own key highest: bool `[..., N]`; see `info_nce`.
+    """Whether the own key of each query scores highest: bool `[..., N]`; see `info_nce`.
 
     Examples:
         >>> top1_hits(torch.eye(3), torch.eye(3)[[0, 2, 1]])
@@ -153,7 +154,7 @@ def top1_hits(
 
 
 def info_nce_ref(query: Tensor, key: Tensor, temperature: float = 1.0) -> Tensor:
-    """One problem, `[N, D]` each, one query at a time.
+    """Slow reference of `info_nce` for `[N, D]`: one query at a time.
 
     Examples:
         >>> query, key = torch.randn(2, 6, 4, dtype=torch.float64)

@@ -13,8 +13,9 @@ __all__ = ["ema_update_", "ema_update_ref", "laplace_smoothing"]
 def laplace_smoothing(counts: Tensor, eps: float) -> Tensor:
     r"""$\tilde N_i = \frac{N_i + \epsilon}{\sum_j N_j + L \epsilon} \sum_j N_j$, `[L]`.
 
-    The total stays, no entry is zero. Source: van den Oord et al. 2017, App. A.1, as commonly
-    implemented. The paper has none; the released code writes the result back into N at each step.
+    The total is unchanged, and no entry is zero. Source: van den Oord et al. 2017, App. A.1, as
+    commonly implemented. The paper has no smoothing. The released code writes the result
+    back into N at each step.
 
     Examples:
         >>> laplace_smoothing(torch.tensor([4.0, 0.0]), eps=1.0)
@@ -34,17 +35,17 @@ def ema_update_ref(
     eps: float = 1e-5,
     codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of Eq. 7 without reset, out of place: the new `(codes, sums, counts)`.
+    """One step of Eq. 7 without reset, out of place; returns the new `(codes, sums, counts)`.
 
     Args:
-        sums: o, `[L, D]`.
-        counts: N, `[L]`.
-        batch_sums: `[L, D]`.
-        batch_counts: `[L]`.
-        decay: gamma.
-        eps: Laplace smoothing.
-        codes: the codes before the step; what no vector chose stays as it is. None: every code is
-            divided anew.
+        sums: sums o, `[L, D]`.
+        counts: counts N, `[L]`.
+        batch_sums: sums of the batch, `[L, D]`.
+        batch_counts: counts of the batch, `[L]`.
+        decay: decay gamma of the moving average.
+        eps: constant of the Laplace smoothing.
+        codes: codes before the step, which a code keeps if no vector chose it. None: every code is
+            computed from its sum.
 
     Examples:
         >>> sums, counts = torch.zeros(1, 2), torch.ones(1)

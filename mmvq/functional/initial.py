@@ -1,4 +1,4 @@
-"""First codes from data."""
+"""Initial codes from data."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mmvq_kernels.operators import register
 
 
 def sample_rows(x: Tensor, num_codes: int, usable: Tensor | None = None) -> Tensor:
-    """`num_codes` rows of `x` `[N, D]`, drawn without a generator: same rows, same draw.
+    """Sample `num_codes` rows of `x` `[N, D]` without a generator: same rows, same sample.
 
-    With fewer rows than codes, rows repeat with a jitter of 1% of the data's range. Rows that are
-    False in `usable` `[N]` are ignored. With none left, the result is meaningless.
+    If there are fewer rows than codes, rows repeat with a jitter of 1% of the data's range. Rows
+    that are False in `usable` `[N]` are ignored. If none is left, the result is undefined.
 
     Examples:
         >>> x = torch.arange(10.0)[:, None]
@@ -29,9 +29,9 @@ def sample_rows(x: Tensor, num_codes: int, usable: Tensor | None = None) -> Tens
 
 
 def _shuffled(x: Tensor, usable: Tensor, picks: Tensor) -> Tensor:
-    """Rows at the given places of the shuffled usable rows, repeated with jitter past their end."""
+    """Rows at positions `picks` of the shuffled usable rows, repeated with jitter past the end."""
     count = usable.sum()
-    place = torch.where(usable, usable.cumsum(0) - 1, len(x))  # among the usable; the others last
+    place = torch.where(usable, usable.cumsum(0) - 1, len(x))  # among the usable; others last
     order = torch.where(usable, mix(place) >> 1, torch.iinfo(torch.long).max).argsort(stable=True)
     rows = x[order[picks % count.clamp(min=1)]]
     cells = torch.arange(rows.numel(), device=x.device).view_as(rows)
@@ -44,10 +44,10 @@ def kmeans(
 ) -> Tensor:
     """k-means++ and Lloyd's algorithm: centres `[num_codes, D]` of the rows of `x` `[N, D]`.
 
-    Without a generator: the same rows give the same centres. The first centres are distinct rows;
-    if there are too few, jittered rows as in `sample_rows`. A centre that loses all its rows stays
-    where it is. Rows that are not finite, or False in `usable` `[N]`, are ignored. With none left,
-    the result is meaningless.
+    Deterministic: the same rows give the same centres. The initial centres are distinct rows. If
+    there are too few, rows repeat with jitter as in `sample_rows`. A centre that loses all its rows
+    does not move. Rows that are not finite, or False in `usable` `[N]`, are ignored. If none is
+    left, the result is undefined.
 
     Source: Arthur and Vassilvitskii, k-means++: the advantages of careful seeding, 2007.
 
@@ -68,20 +68,20 @@ def kmeans(
 
 
 def _spread_rows_torch(x: Tensor, usable: Tensor, num_codes: int) -> Tensor:
-    """k-means++: the indices of distinct rows, int64 `[num_codes]`, -1 once none is left.
+    """k-means++: indices of distinct rows, int64 `[num_codes]`; -1 once none is left.
 
-    A step draws candidates in proportion to the squared distance from the rows chosen so far, and
-    chooses the candidate that leaves the smallest sum of it. The weights are whole numbers, so
-    their sums are exact, and unusable rows, whose weight is 0, change nothing.
+    Each step samples candidates in proportion to the squared distance from the rows chosen so far,
+    and takes the candidate that leaves the smallest sum of squared distances. The weights are
+    integers, so that sums are exact. Unusable rows have weight 0, and no effect.
     """
     N, device = len(x), x.device
     x = torch.where(usable[:, None], x, 0).double()
-    x = x - x[usable.int().argmax(0, keepdim=True)]  # about the first usable one
+    x = x - x[usable.int().argmax(0, keepdim=True)]  # centred at the first usable row
     squares = x.square().sum(1)
-    candidates = 2 + int(math.log(num_codes))  # as scikit-learn has it
+    candidates = 2 + int(math.log(num_codes))  # as in scikit-learn
     largest_weight = 2.0 ** (52 - N.bit_length())
     limits = torch.finfo(x.dtype)
-    distance = x.new_full((N,), limits.max).masked_fill_(~usable, 0)  # squared, to what is chosen
+    distance = x.new_full((N,), limits.max).masked_fill_(~usable, 0)  # squared, to the chosen rows
 
     chosen = []
     for start in range(0, candidates * num_codes, candidates):
@@ -108,6 +108,6 @@ _spread_rows = register(
 
 
 def _range(x: Tensor, usable: Tensor) -> Tensor:
-    """Largest minus smallest of the usable rows, `[D]`: the same bits in any order of the rows."""
+    """Range of the usable rows, `[D]`: largest minus smallest, which no order of rows changes."""
     highest = torch.where(usable[:, None], x, -torch.inf).amax(0)
     return highest - torch.where(usable[:, None], x, torch.inf).amin(0)

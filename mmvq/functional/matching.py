@@ -1,4 +1,4 @@
-"""The cross-modal code matching loss, L_cmcm: clips of a pair should use the same codes."""
+"""The cross-modal code matching loss L_cmcm: paired clips should use the same codes."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ __all__ = ["code_log_probabilities", "code_matching", "code_matching_ref", "code
 
 
 def code_probabilities(x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""How likely a clip is to use each code.
+    r"""Probability of each code for each clip.
 
     $$P(l) = \frac{1}{T} \sum_t \mathrm{softmax}_l(-\lVert z_t - e_l \rVert_2)$$
 
     Args:
         x: features of B clips, `[B, T, D]`.
-        codebook: codes, `[L, D]`.
-        mask: bool `[B, T]`, True = valid; the mean is over valid segments.
+        codebook: codes `[L, D]`.
+        mask: padding mask, bool `[B, T]`, True = valid; the mean is over valid segments.
 
     Returns:
-        `[B, L]`, rows sum to 1; in at least float32. Gradients are finite even where x equals a
-        code (there the gradient of that distance is 0).
+        Probabilities `[B, L]`, in at least float32; each row sums to 1. Gradients are finite even
+        if x equals a code (the gradient of that distance is 0).
 
     Source: Liu et al. 2021, "Cross-Modal Discrete Representation Learning", Sec. 3.3. The released
     code takes the root of a difference that can be 0, which makes its gradient NaN.
 
     Examples:
         >>> codebook = torch.tensor([[0.0], [2.0]])
-        >>> code_probabilities(torch.ones(1, 5, 1), codebook)  # half way between the codes
+        >>> code_probabilities(torch.ones(1, 5, 1), codebook)  # halfway between the codes
         tensor([[0.5000, 0.5000]])
     """
     return code_log_probabilities(x, codebook, mask).exp()
@@ -47,26 +47,25 @@ def code_matching(
     *,
     batch: Batch = WHOLE,
 ) -> Tensor:
-    r"""L_cmcm: tell, from the codes alone, which clips of two modalities belong together.
+    r"""L_cmcm: identify from the codes alone which clips of two modalities belong together.
 
     $$S_{ij} = \sum_l P^a_i(l) \ln P^b_j(l) + P^b_j(l) \ln P^a_i(l), \qquad
       L = -\frac{1}{2B} \sum_i \ln \frac{e^{S_{ii}}}{\sum_j e^{S_{ij}}}
                            + \ln \frac{e^{S_{ii}}}{\sum_j e^{S_{ji}}}$$
 
-    averaged over the unordered pairs of modalities. A clip without a valid segment in both is
-    neither clip nor candidate for that pair.
+    The loss is averaged over the unordered pairs of modalities. A clip must have a valid segment in
+    both modalities of a pair; otherwise it is neither query nor candidate for that pair.
 
     Args:
-        features: name -> `[B, T, D]`; T may differ.
-        codebook: `[L, D]`, or one for each modality, tied by index.
-        masks: name -> bool `[B, T]`, True = valid.
-        batch: `mmvq.distributed.gather_batch_sizes(...)` where
-            the clips are split over ranks: those of all are
-            candidates for each, and the mean is over all.
+        features: features, name -> `[B, T, D]`; T may differ between modalities.
+        codebook: codes `[L, D]`, or name -> `[L, D]`, tied by index.
+        masks: padding masks, name -> bool `[B, T]`, True = valid.
+        batch: result of `mmvq.distributed.gather_batch_sizes`, if the clips are split over ranks:
+            clips of all ranks are candidates, and the mean is over all clips.
 
     Returns:
-        A scalar in nats, finite even where a feature equals a code; ln B when all clips use codes
-        alike; 0 with fewer than two modalities.
+        Scalar in nats, finite even if a feature equals a code. It is ln B if all clips use the
+        codes alike, and 0 with fewer than two modalities.
 
     Source: Liu et al. 2021, Eq. 6-8, the "L_cmcm" of Sec. 4.4. The released code takes the softmax
     over rows only, adds 1e-10 inside logarithms and 1e-5 to the denominator, and weighs the sum
@@ -102,7 +101,7 @@ def code_matching(
 
 
 def _similarity(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """S of each row of `[N, L]` and each of `[C, L]`."""
+    """Similarity S of each row of `[N, L]` and each of `[C, L]`: `[N, C]`."""
     dtype = torch.promote_types(log_p.dtype, log_q.dtype)
     log_p, log_q = log_p.to(dtype), log_q.to(dtype)
     with torch.autocast(log_p.device.type, enabled=False):
@@ -110,7 +109,7 @@ def _similarity(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def code_matching_ref(features: Mapping[str, Tensor], codebook: Tensor) -> Tensor:
-    """`code_matching` of two modalities without masks, one pair of clips at a time.
+    """Slow reference of `code_matching` for two modalities without masks: one pair at a time.
 
     Examples:
         >>> z = {name: torch.randn(3, 5, 4, dtype=torch.float64) for name in ("audio", "video")}

@@ -14,15 +14,16 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     r"""Index of the nearest code, $l = \mathrm{argmin}_j \lVert x - e_j \rVert_2$ (Eq. 2).
 
     Args:
-        x: vectors, `[..., D]`, any float dtype.
-        codebook: codes, `[L, D]`.
+        x: vectors `[..., D]`, any float dtype.
+        codebook: codes `[L, D]`.
 
     Returns:
-        int64 `[...]`; the lowest index on ties, 0 for a vector that is not finite. No gradient.
+        Indices, int64 `[...]`, without gradient: the lowest on ties, 0 for a vector that is not
+        finite.
 
     Raises:
         ValueError: the last dimensions differ, or the codebook is empty.
-        TypeError: not floating point.
+        TypeError: x or codebook is not floating point.
 
     Source: Eq. 2; computed by `mmvq_kernels.nearest_code`.
 

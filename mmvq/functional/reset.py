@@ -1,4 +1,4 @@
-"""Reset of inactive codes (Sec. 4.3): which have fallen idle, and what takes their place."""
+"""Reset of dead codes (Sec. 4.3): which codes are dead, and what replaces them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from mmvq_kernels.hashing import mix
 
 UNSEEN = -1
-"""The age of every code for a modality that has never had a valid vector."""
-_JITTER = 0.01  # of the codebook's spread: enough to part two codes that share a donor
+"""The age of every code for a modality without any valid vector so far."""
+_JITTER = 0.01  # of the codebook's spread: enough to separate two codes that share a donor
 
 
 def advance_ages(ages: Tensor, counts: Tensor) -> Tensor:
-    """Batches since each modality last chose each code.
+    """Update the number of batches since each modality last chose each code.
 
-    A modality without a valid vector in the batch does not age; one never yet seen stays at -1.
+    A modality without a valid vector in the batch does not age; one not yet seen stays at -1.
 
     Args:
-        ages: int64 `[M, L]`.
-        counts: vectors of each modality that chose each code in this batch, `[M, L]`.
+        ages: ages before the batch, int64 `[M, L]`.
+        counts: number of vectors of each modality that chose each code in this batch, `[M, L]`.
 
     Examples:
         >>> advance_ages(torch.tensor([[3, 0], [UNSEEN, UNSEEN]]), torch.tensor([[1, 0], [0, 0]]))
@@ -33,39 +33,39 @@ def advance_ages(ages: Tensor, counts: Tensor) -> Tensor:
 
 
 def dead_codes(ages: Tensor, reset_after: float, rule: Literal["all", "any"]) -> Tensor:
-    """Bool `[L]`: the codes to reset.
+    """Which codes are dead, and are to be reset: bool `[L]`.
 
     `"all"` keeps a code only if every modality chose it within the last `reset_after` batches (the
-    paper); `"any"` keeps it if any did (the released code, which also needs more than
-    `reset_after`). Modalities never yet seen do not vote.
+    paper); `"any"` keeps it if any did (the released code, whose ages must exceed `reset_after`).
+    Modalities not yet seen are ignored.
 
     Examples:
         >>> ages = torch.tensor([[0, 9, 9], [0, 0, 9]])  # of three codes, for two modalities
         >>> dead_codes(ages, 5, "all"), dead_codes(ages, 5, "any")
         (tensor([False,  True,  True]), tensor([False, False,  True]))
     """
-    idle, seen = ages >= reset_after, ages > UNSEEN
+    expired, seen = ages >= reset_after, ages > UNSEEN
     if rule == "all":
-        return (idle & seen).any(0)
-    return (idle | ~seen).all(0) & seen.any(0)
+        return (expired & seen).any(0)
+    return (expired | ~seen).all(0) & seen.any(0)
 
 
 def replacement_codes(
     codes: Tensor, dead: Tensor, batch_sums: Tensor, batch_counts: Tensor, step: Tensor
 ) -> Tensor:
-    """Where dead codes restart: `[L, D]`, meaningful where `dead`.
+    """Compute replacements of dead codes: `[L, D]`, defined only where `dead`.
 
-    The r-th dead code takes the mean of what this batch assigned to its r-th most chosen code,
-    so that crowded regions get new codes first, plus the jitter of `jittered`, which splits them.
-    As that mean is over contributions `(z + r) / 2`, a replacement lies between the modalities,
-    where both can reach it. No synchronisation, the same on every rank.
+    The r-th dead code becomes the mean of the vectors that chose the r-th most chosen code of this
+    batch, plus the jitter of `jittered`, which separates the two. Crowded regions thus get new
+    codes first. That mean is over contributions `(z + r) / 2`, so that a replacement lies between
+    the modalities, within reach of both. Needs no synchronisation; bit-identical on every rank.
 
     Args:
-        codes: `[L, D]`.
-        dead: bool `[L]`.
-        batch_sums: `[L, D]`, over all ranks.
-        batch_counts: `[L]`.
-        step: int64 scalar, the number of updates made so far.
+        codes: codes `[L, D]`.
+        dead: codes to replace, bool `[L]`.
+        batch_sums: sums of the batch over all ranks, `[L, D]`.
+        batch_counts: counts of the batch over all ranks, `[L]`.
+        step: number of updates made so far, int64 scalar.
 
     Source: the paper says "re-initialized"; the released code draws a random active code plus
     U(-1/1024, 1/1024).
@@ -85,9 +85,9 @@ def replacement_codes(
 
 
 def jittered(new: Tensor, codes: Tensor, step: Tensor) -> Tensor:
-    """`new` `[K, D]`, each moved by up to 1% of the spread of `codes` `[L, D]` in each dimension.
+    """Move `new` `[K, D]` by up to 1% of the spread of `codes` `[L, D]` in each dimension.
 
-    The jitter is a hash of (step, row, dimension): no generator, the same on every rank.
+    The jitter is a hash of (step, row, dimension). It is bit-identical on every rank.
 
     Examples:
         >>> new = jittered(torch.zeros(3, 1), torch.tensor([[-1.0], [1.0]]), torch.tensor(0))

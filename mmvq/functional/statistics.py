@@ -1,4 +1,4 @@
-"""Counts and sums of a batch for each code: the brackets of Eq. 7."""
+"""Counts and sums of a batch per code: the bracketed terms of Eq. 7."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["code_statistics", "code_statistics_ref", "finite_rows"]
 
 
 def finite_rows(x: Tensor) -> Tensor:
-    """Which vectors may enter the statistics: those `[..., D]`, D >= 1, that are finite.
+    """Which vectors are finite and may enter the statistics: `[..., D]`, D >= 1 -> bool `[...]`.
 
-    Out are also vectors with an element beyond 1e15 (8e149 in float64), that is, the root of the
-    largest number over 2^14: sums of 2^25 squares of differences of such elements are finite.
+    Vectors with an element beyond 1e15 (8e149 in float64) may not. This limit is the root of the
+    largest number over 2^14, so that sums of 2^25 squared differences of elements are finite.
 
     Examples:
         >>> finite_rows(torch.tensor([[0.0, 1.0], [0.0, torch.nan], [1e20, 0.0]]))
@@ -23,5 +23,5 @@ def finite_rows(x: Tensor) -> Tensor:
     """
     widest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max
     limit = min(torch.finfo(x.dtype).max, widest**0.5 / 2**14)
-    # An eighth of the time of x.abs() <= limit: the largest and the smallest both keep a NaN.
+    # 8 times faster than x.abs() <= limit; amax and amin both propagate NaN.
     return x.amax(-1).le(limit) & x.amin(-1).ge(-limit)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def straight_through(z: Tensor, codes: Tensor) -> Tensor:
-    """The code in the forward pass, the identity in the backward pass.
+    """Return the codes in the forward pass, and pass the gradient to z in the backward pass.
 
-    Exactly `codes` wherever z is finite, NaN where it is not; `d out / d z = 1`.
+    The output is exactly `codes` where z is finite, and NaN otherwise; `d out / d z = 1`.
 
     Source: Bengio et al. 2013; van den Oord et al. 2017.
 
@@ -23,19 +23,19 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
 
 
 def rotate(z: Tensor, codes: Tensor) -> Tensor:
-    r"""The code in the forward pass, a rotation and rescaling of the gradient in the backward pass.
+    r"""Return the codes in the forward pass; rotate and rescale the gradient in the backward pass.
 
     $$\tilde q = \frac{\lVert e \rVert}{\lVert z \rVert}
       \left(I - 2 u u^\top + 2 \hat e \hat z^\top\right) z,
       \qquad u = \frac{\hat e + \hat z}{\lVert \hat e + \hat z \rVert}$$
 
-    with everything but the last z held constant, so that the gradient keeps its angle to z as it
-    had to e. Where z or e is zero, they are opposite, or the ratio of their norms overflows, this
-    is `straight_through`.
+    Everything but the last z is held constant, so that the gradient has the same angle to z as to
+    e. If z or e is zero, if they are opposite, or if the ratio of their norms overflows, this is
+    `straight_through`.
 
     Args:
-        z: `[..., D]`.
-        codes: `[..., D]`, the chosen codes.
+        z: vectors `[..., D]`.
+        codes: chosen codes `[..., D]`.
 
     Source: Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick". Not in
     the paper.
@@ -58,7 +58,7 @@ def rotate(z: Tensor, codes: Tensor) -> Tensor:
         u = u / u_norm.clamp(min=tiny)
         scale = e_norm / x_norm
         degenerate = (x_norm <= tiny) | (e_norm <= tiny) | (u_norm <= 1e-3) | ~scale.isfinite()
-        scale = torch.where(degenerate, 1, scale)  # an infinite one makes the gradient NaN
+        scale = torch.where(degenerate, 1, scale)  # infinity would make the gradient NaN
     turned = (
         x - 2 * u * (u * x).sum(-1, keepdim=True) + 2 * e_hat * (x_hat * x).sum(-1, keepdim=True)
     )

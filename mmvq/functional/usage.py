@@ -1,4 +1,4 @@
-"""How a codebook is used: by which modality, how evenly, and what lies idle."""
+"""Codebook usage: perplexity, shared and dead codes, and agreement of modalities."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from mmvq_kernels.messages import message
 
 
 class CodeUsage(NamedTuple):
-    """What `code_usage` returns; L codes. Each code is `shared`, `single` or `dead`.
+    """Result of `code_usage` for L codes. Each code is `shared`, `single` or `dead`.
 
     Attributes:
-        counts: modality -> int64 `[L]`, vectors that chose each code.
-        perplexity: modality -> scalar in [0, L], `exp` of the entropy of its counts in nats.
-        shared: bool `[L]`, codes held by two or more modalities.
-        dead: bool `[L]`, codes chosen by none.
+        counts: number of vectors that chose each code, modality -> int64 `[L]`.
+        perplexity: effective number of codes (exp of the entropy of the counts), modality -> scalar
+            in [0, L].
+        shared: codes held by two or more modalities, bool `[L]`.
+        dead: codes that no vector chose, bool `[L]`.
     """
 
     counts: dict[str, Tensor]
@@ -29,16 +30,16 @@ class CodeUsage(NamedTuple):
 
     @property
     def single(self) -> Tensor:
-        """Bool `[L]`, codes in use that no two modalities hold."""
+        """Codes that are neither shared nor dead, bool `[L]`."""
         return ~(self.shared | self.dead)
 
 
 class CodeAgreement(NamedTuple):
-    """What `code_agreement` returns, for each pair of modalities (a, b).
+    """Result of `code_agreement`, for each pair of modalities (a, b).
 
     Attributes:
-        equal: int64 scalar, positions at which both chose the same code.
-        positions: int64 scalar, positions at which both chose one.
+        equal: number of positions at which both chose the same code, pair -> int64 scalar.
+        positions: number of positions at which both chose a code, pair -> int64 scalar.
     """
 
     equal: dict[tuple[str, str], Tensor]
@@ -46,23 +47,23 @@ class CodeAgreement(NamedTuple):
 
     @property
     def share(self) -> dict[tuple[str, str], Tensor]:
-        """Scalars in [0, 1], `equal / positions`; NaN where there is no position."""
+        """Ratio `equal / positions` in [0, 1], pair -> scalar; NaN without positions."""
         return {pair: n / self.positions[pair] for pair, n in self.equal.items()}
 
 
 def code_usage(counts: Mapping[str, Tensor], min_share: float = 0.05) -> CodeUsage:
-    r"""Perplexity, shared and dead codes from the counts of each modality.
+    r"""Compute perplexity, shared and dead codes from the counts of each modality.
 
-    Perplexity is $\exp(-\sum_i p_i \ln p_i)$ with $p_i$ the share of code i among the modality's
-    vectors (0 when it has none). A modality holds a code when more than `min_share` of the code's
-    vectors are its own.
+    Perplexity is $\exp(-\sum_i p_i \ln p_i)$, where $p_i$ is the fraction of the modality's vectors
+    that chose code i. Without vectors it is 0. A modality holds a code if more than `min_share` of
+    the code's vectors are its own.
 
     Args:
-        counts: modality -> `[L]`.
-        min_share: share of a code's vectors.
+        counts: counts of each code, modality -> `[L]`.
+        min_share: fraction of a code's vectors that a modality must exceed to hold it.
 
     Raises:
-        ValueError: no counts, or counts that are not `[L]` for one L.
+        ValueError: there are no counts, or they are not `[L]` with the same L.
 
     Source: Fig. 4, where a modality with over 80% of a code's vectors owns it alone.
 
@@ -76,8 +77,8 @@ def code_usage(counts: Mapping[str, Tensor], min_share: float = 0.05) -> CodeUsa
     """
     shapes = {x.shape for x in counts.values()}
     if len(shapes) != 1 or len(*shapes) != 1:
-        rule = "counts must hold a tensor [L] for each modality, of one L"
-        hint = "pass quantizer.usage().counts; torch.bincount makes them of indices"
+        rule = "counts must map one or more modalities to tensors [L], with the same L"
+        hint = "pass quantizer.usage().counts, or torch.bincount of the indices"
         raise ValueError(message("code_usage", rule, hint=hint, counts=counts))
     stacked = torch.stack([*counts.values()])  # [M, L]
     p = stacked / stacked.sum(1, keepdim=True).clamp(min=1)
@@ -93,20 +94,20 @@ def code_usage(counts: Mapping[str, Tensor], min_share: float = 0.05) -> CodeUsa
 
 
 def code_agreement(indices: Mapping[str, Tensor]) -> CodeAgreement:
-    r"""How often two modalities chose the same code at the same position, for all pairs.
+    r"""Count how often two modalities chose the same code at the same position, for all pairs.
 
     $$\mathrm{equal}_{ab} = \sum_{i,t} [l^a_{it} = l^b_{it} \ge 0], \qquad
       \mathrm{positions}_{ab} = \sum_{i,t} [l^a_{it} \ge 0][l^b_{it} \ge 0]$$
 
     Args:
-        indices: modality -> int64 `[B, T]` or any other shape, the same for all; -1 (masked) never
-            counts.
+        indices: code indices, modality -> int64 `[B, T]` or any other shape, the same for all; -1
+            (masked) is not counted.
 
     Returns:
         `CodeAgreement(equal, positions)`, each pair once, in the order of `indices`.
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: the shapes differ.
 
     Source: `equal_num` of the released code, which counts the clips whose most frequent code is the
     same in all modalities.
@@ -120,8 +121,8 @@ def code_agreement(indices: Mapping[str, Tensor]) -> CodeAgreement:
         raise ValueError(
             message(
                 "code_agreement",
-                "the indices of all modalities must have one shape [B, T]",
-                hint="give modalities of one time grid; positions of different grids do not pair",
+                "the indices of all modalities must have the same shape [B, T]",
+                hint="pass modalities with the same time grid, so that positions correspond",
                 indices=indices,
             )
         )

@@ -44,7 +44,7 @@ def club() -> mmvq.CLUBEstimator:
 LOSSES = [
     refused(
         ValueError,
-        "info_nce: query and key must be [..., N, D], of one N and one D",
+        "info_nce: query and key must be [..., N, D], with the same N and D",
         *of_each(lambda key: mmvq.functional.info_nce(z[:, 0], key), z[:1, 0], z[:, 0, :3]),
     ),
     refused(
@@ -55,7 +55,7 @@ LOSSES = [
     ),
     refused(
         ValueError,
-        "CrossModalCommitmentLoss: codes must have the names and shapes of features",
+        "CrossModalCommitmentLoss: codes must have the same names and shapes as features",
         *of_each(
             lambda given: mmvq.CrossModalCommitmentLoss()(both, given),
             *({"audio": z}, {"audio": z, "video": codes}, z, {"audio": z, "video": [0]}),
@@ -106,7 +106,7 @@ LOSSES = [
     ),
     refused(
         ValueError,
-        'CrossCPC: start must lie in [2, 4], or be "all" or None',
+        'CrossCPC: start must be in [2, 4], "all" or None',
         *of_each(lambda t: mmvq.CrossCPC(4, min_context=2)(both, start=t), 1, 5, 2.5, "some"),
     ),
     *(

@@ -45,12 +45,12 @@ USE = [
     ),
     refused(
         ValueError,
-        "code_agreement: the indices of all modalities must have one shape [B, T]",
+        "code_agreement: the indices of all modalities must have the same shape [B, T]",
         lambda: code_agreement({"audio": whole.long(), "video": whole[:1].long()}),
     ),
     refused(
         ValueError,
-        "code_usage: counts must hold a tensor [L] for each modality, of one L",
+        "code_usage: counts must map one or more modalities to tensors [L], with the same L",
         *of_each(
             code_usage,
             *({}, {"audio": whole, "video": whole}, {"a": codes[0], "b": z[0, 0, :3]}),

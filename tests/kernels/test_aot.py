@@ -82,11 +82,11 @@ def test_the_documents_show_the_roofline() -> None:
     found = roofline.row("search", 65536, 1024, 256)
     assert found["programs"] == 512
     assert found["Gflop"] == 3 * 2 * 65536 * 1024 * 256 / 1e9
-    # each block reads all codes, and its own vectors once for each of the 16 tiles of 64 codes;
-    # `centre` reads and writes 1 MB, the mean, half-norms and keys
-    search = 4 * 256 * (512 * 1024 + 16 * 65536)
-    centre = 2 * 4 * 1024 * 256 + 4 * 256 + (4 + 8) * 1024
-    assert found["L2 MB"] == round((search + centre) / 1e6)
+    # each block reads the two parts of all codes, and its own vectors once for each of the 8 tiles;
+    # `prepare` reads 1 MB and writes 2, a centre and half-norms
+    search = 4 * 256 * (512 * 2 * 1024 + 8 * 65536)
+    prepare = 4 * (3 * 1024 * 256 + 256 + 1024)
+    assert found["L2 MB"] == round((search + prepare) / 1e6)
     assert found["least MB"] < found["MB"] < found["unfused MB"]
 
 

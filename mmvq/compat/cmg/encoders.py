@@ -8,6 +8,7 @@ dimension (video 512, audio 128, text 256), D code dimension (256), H x W cells 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from mmvq.compat.cmg.quantizer import CMGQuantizer
@@ -114,8 +115,8 @@ class CMGVideoEncoder(nn.Module):
 
         The cells are the decoder's input, the vector CLUB's.
         """
-        cells: Tensor = self.conv_stack(x.flatten(0, 1).permute(0, 3, 1, 2))
-        cells = cells.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+        cells: Tensor = self.conv_stack(rearrange(x, "b t h w c -> (b t) c h w"))
+        cells = rearrange(cells, "(b t) c h w -> b t h w c", b=len(x))
         return cells, self.feed_forward(cells.mean(dim=(2, 3)))
 
 
@@ -143,9 +144,8 @@ class CMGVideoDecoder(nn.Module):
     def forward(self, specific: Tensor, codes: Tensor) -> Tensor:
         """Map `[B, T, H - 4, W - 4, wide]` and `[B, T, D]` to `[B, T, H, W, C]`."""
         codes = self.video_linear(codes)[:, :, None, None].expand(*specific.shape[:4], -1)
-        x = torch.cat([codes, specific], -1).flatten(0, 1).permute(0, 3, 1, 2)
-        y: Tensor = self.inverse_conv_block(x).permute(0, 2, 3, 1)
-        return y.view(*specific.shape[:2], *y.shape[1:])
+        x = rearrange(torch.cat([codes, specific], -1), "b t h w c -> (b t) c h w")
+        return rearrange(self.inverse_conv_block(x), "(b t) c h w -> b t h w c", b=len(specific))
 
 
 class CMGEncoder(nn.Module):

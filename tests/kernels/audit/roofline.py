@@ -72,6 +72,7 @@ def cost(launch: Launch) -> tuple[float, float, float]:
     pairs = 8 * N * L if "grad" in of else 0  # ln P and its gradient, for each pair
     if name == "search_kernel":
         work, l2 = _tiles(N, L, D, of["BLOCK_N"], of["BLOCK_L"])
+        l2 += 4 * D * L * -(-N // of["BLOCK_N"])  # codes come in two parts
     elif name == "clip_kernel":
         work, l2 = (launch.grid[0] * x for x in _tiles(L, of["T"], D, of["BLOCK_I"], of["BLOCK_J"]))
     elif name == "gradient_kernel":
