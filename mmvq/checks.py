@@ -156,7 +156,7 @@ def check_features(
         raise TypeError(message(where, rule, hint=hint, masks=masks))
     of_module = "use the names with which the module was built"
     _check_names(where, "features", features, modalities, hint=of_module)
-    of_call = "pass masks only for modalities whose features are passed too"
+    of_call = "give a mask only to a modality whose features come in the same call"
     _check_names(where, "masks", masks or {}, tuple(features), hint=of_call)
     z: dict[str, Tensor] = {}
     valid: dict[str, Tensor] = {}

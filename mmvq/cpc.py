@@ -76,8 +76,7 @@ class CrossCPC(OverRanks, Pretrained):
         context_dim: dimension C of the contexts c; None: D.
         num_layers: number of layers of each LSTM.
         num_steps: number of predicted segments K.
-        first_step: offset of the first of them: 1 is the next segment (the paper), 0 the segment
-            observed last.
+        first_step: offset of the first: 1 is the next segment (the paper), 0 the last observed one.
         min_context: minimum number of observed segments.
         self_weight: weight of the mean over a = b, which is added to the mean over a != b.
         normalize_over: `"targets"`: each context identifies its future (Eq. 6); `"contexts"`: each
@@ -94,8 +93,7 @@ class CrossCPC(OverRanks, Pretrained):
         ValueError: an argument is out of range.
 
     Source: van den Oord et al. 2018; Sec. 4.2, Eq. 6. The released code normalises over contexts,
-    reports the accuracy of the other axis, sums over directions, and adds self-prediction with
-    weight 0.1.
+    reports the accuracy of the other axis, sums over directions and adds self-prediction at 0.1.
 
     Examples:
         >>> cpc = CrossCPC(16, ("audio", "video"))

@@ -160,9 +160,8 @@ class CrossModalCodeMatchingLoss(OverRanks):
 
     $$S_{ij} = \sum_l P^a_i(l) \ln P^b_j(l) + P^b_j(l) \ln P^a_i(l)$$
 
-    S is contrasted over the batch in both directions. The loss is averaged over pairs of
-    modalities. P is `mmvq.functional.code_probabilities`. The loss and its gradient are finite even
-    if z equals a code.
+    S is contrasted over the batch in both directions, and averaged over pairs of modalities. P is
+    `mmvq.functional.code_probabilities`. Loss and gradient are finite even if z equals a code.
 
     Args:
         gather: whether clips of all ranks are candidates. Every rank then has the loss of one

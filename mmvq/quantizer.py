@@ -91,7 +91,7 @@ class MultiModalEMAQuantizer(Pretrained):
     same state (`DistributedDataParallel` broadcasts that of rank 0; otherwise use the same seed).
     An error on one rank ends that rank, and the others with torch's error for a lost peer. The
     state is never sharded nor averaged over ranks. It is safe under `fully_shard`, and under
-    `DistributedDataParallel`, whose `forward_sync_buffers=False` saves a broadcast of equal buffers.
+    `DistributedDataParallel` (where `forward_sync_buffers=False` saves a needless broadcast).
 
     Args:
         dim: feature dimension D.
@@ -394,8 +394,8 @@ class MultiModalEMAQuantizer(Pretrained):
 
         The old codes and their statistics are bit-identical. New modalities count as not yet seen.
         A new code starts with N = 1 close to one of the most used codes, and the two share its
-        vectors. This quantizer is unchanged. Statistics that wait for `update_codebook` are dropped.
-        Parts with parameters (a partner, a commitment, those of a subclass) are copied.
+        vectors. This quantizer is unchanged. Parts with parameters (a partner, a commitment, those
+        of a subclass) are copied. Statistics that wait for `update_codebook` are not.
 
         Args:
             modalities: names of all modalities, including the old ones; None: the same.

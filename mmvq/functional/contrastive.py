@@ -75,8 +75,7 @@ def info_nce(
     Args:
         query: queries `[..., N, D]`; leading dimensions are independent problems.
         key: keys `[..., N, D]`; the negatives of a query are the other keys along N.
-        mask: padding mask, bool `[..., N]`, True = valid pair; other pairs are neither queries nor
-            candidates.
+        mask: padding mask, bool `[..., N]`, True = valid pair; other pairs are ignored.
         temperature: temperature tau, which divides the scores.
         normalize: whether to score by the cosine instead of the dot product.
         symmetric: whether to average both directions, query to key and key to query.

@@ -13,9 +13,8 @@ __all__ = ["ema_update_", "ema_update_ref", "laplace_smoothing"]
 def laplace_smoothing(counts: Tensor, eps: float) -> Tensor:
     r"""$\tilde N_i = \frac{N_i + \epsilon}{\sum_j N_j + L \epsilon} \sum_j N_j$, `[L]`.
 
-    The total is unchanged, and no entry is zero. Source: van den Oord et al. 2017, App. A.1, as
-    commonly implemented. The paper has no smoothing. The released code writes the result
-    back into N at each step.
+    The total is kept, and no entry is zero. Source: van den Oord et al. 2017, App. A.1, as commonly
+    implemented. The paper has none. The released code writes the result back into N at each step.
 
     Examples:
         >>> laplace_smoothing(torch.tensor([4.0, 0.0]), eps=1.0)

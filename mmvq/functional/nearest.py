@@ -18,8 +18,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
         codebook: codes `[L, D]`.
 
     Returns:
-        Indices, int64 `[...]`, without gradient: the lowest on ties, 0 for a vector that is not
-        finite.
+        Indices, int64 `[...]`: the lowest on ties, 0 if the vector is not finite. No gradient.
 
     Raises:
         ValueError: the last dimensions differ, or the codebook is empty.

@@ -17,8 +17,7 @@ class CodeUsage(NamedTuple):
 
     Attributes:
         counts: number of vectors that chose each code, modality -> int64 `[L]`.
-        perplexity: effective number of codes (exp of the entropy of the counts), modality -> scalar
-            in [0, L].
+        perplexity: effective number of codes, exp of the entropy, modality -> scalar in [0, L].
         shared: codes held by two or more modalities, bool `[L]`.
         dead: codes that no vector chose, bool `[L]`.
     """

@@ -145,7 +145,8 @@ class CMGVideoDecoder(nn.Module):
         """Map `[B, T, H - 4, W - 4, wide]` and `[B, T, D]` to `[B, T, H, W, C]`."""
         codes = self.video_linear(codes)[:, :, None, None].expand(*specific.shape[:4], -1)
         x = rearrange(torch.cat([codes, specific], -1), "b t h w c -> (b t) c h w")
-        return rearrange(self.inverse_conv_block(x), "(b t) c h w -> b t h w c", b=len(specific))
+        y: Tensor = self.inverse_conv_block(x)
+        return rearrange(y, "(b t) c h w -> b t h w c", b=len(specific))
 
 
 class CMGEncoder(nn.Module):
