@@ -44,14 +44,9 @@ def check_int(where: str, low: int, **values: int) -> None:
     """Check that each value is an int of at least `low`."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(
-                message(
-                    where,
-                    f"{name} must be an int of at least {low}",
-                    hint=f"pass a Python int, {low} or more",
-                    **{name: value},
-                )
-            )
+            rule = f"{name} must be an int of at least {low}"
+            hint = f"pass a Python int, {low} or more"
+            raise ValueError(message(where, rule, hint=hint, **{name: value}))
 
 
 def check_instance(where: str, kind: type, **values: object) -> None:
@@ -110,25 +105,17 @@ def check_modalities(where: str, modalities: Sequence[str]) -> tuple[str, ...]:
     names = tuple(modalities) if several else ()
     strings = all(isinstance(name, str) and name for name in names)
     if not names or not strings or len(set(names)) != len(names):
-        raise ValueError(
-            message(
-                where,
-                "modalities must be one or more names, each given once",
-                hint='pass a tuple of strings such as ("audio", "video")',
-                modalities=modalities,
-            )
-        )
+        rule = "modalities must be one or more names, each given once"
+        hint = 'pass a tuple of strings such as ("audio", "video")'
+        raise ValueError(message(where, rule, hint=hint, modalities=modalities))
     taken = nn.ModuleDict(), nn.ParameterDict()
     if any("." in name or any(hasattr(each, name) for each in taken) for name in names):
-        raise ValueError(
-            message(
-                where,
-                "modalities name submodules and parameters: no dot, and no attribute of "
-                "nn.ModuleDict or nn.ParameterDict",
-                hint='rename, for example, "left.arm" to "left_arm" or "type" to "kind"',
-                modalities=modalities,
-            )
+        rule = (
+            "modalities name submodules and parameters: no dot, and no attribute of "
+            "nn.ModuleDict or nn.ParameterDict"
         )
+        hint = 'rename, for example, "left.arm" to "left_arm" or "type" to "kind"'
+        raise ValueError(message(where, rule, hint=hint, modalities=modalities))
     return names
 
 
@@ -220,15 +207,9 @@ def check_vectors(where: str, x: Tensor, codebook: Tensor) -> None:
     check_floating(where, x=x)
     D = codebook.shape[-1]
     if x.shape[-1:] != (D,) or x.device != codebook.device:
-        raise ValueError(
-            message(
-                where,
-                f"x must be [..., {D}], on the device of the codebook",
-                hint=f"project its last dimension to {D}; move it with .to(device)",
-                x=x,
-                codebook=codebook,
-            )
-        )
+        rule = f"x must be [..., {D}], on the device of the codebook"
+        hint = f"project its last dimension to {D}; move it with .to(device)"
+        raise ValueError(message(where, rule, hint=hint, x=x, codebook=codebook))
 
 
 def check_codes(where: str, codes: Tensor, counts: Tensor | None, *, like: Tensor) -> None:
@@ -274,15 +255,9 @@ def check_mask(where: str, name: str, mask: Tensor, x: Tensor) -> None:
     """Check that a mask is bool, `[B, T]` or `[B]` as its features, and on their device."""
     fits = isinstance(mask, Tensor) and mask.dtype == torch.bool
     if not fits or mask.shape != x.shape[:-1] or mask.device != x.device:
-        raise ValueError(
-            message(
-                where,
-                f"{name} must be a bool tensor shaped as its features without D, on their device",
-                hint="pass True where a segment is valid, False where it is padding",
-                mask=mask,
-                features=x,
-            )
-        )
+        rule = f"{name} must be a bool tensor shaped as its features without D, on their device"
+        hint = "pass True where a segment is valid, False where it is padding"
+        raise ValueError(message(where, rule, hint=hint, mask=mask, features=x))
 
 
 def check_finite(

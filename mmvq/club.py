@@ -100,14 +100,10 @@ class CLUBEstimator(OverRanks, Pretrained):
         if logvar_bound is not None:
             check_positive("CLUBEstimator", logvar_bound=logvar_bound)
         if gather and negatives != "all":
+            rule = 'gather=True needs negatives="all"'
+            hint = "leave one of the two at its default"
             raise ValueError(
-                message(
-                    "CLUBEstimator",
-                    'gather=True needs negatives="all"',
-                    hint="leave one of the two at its default",
-                    negatives=negatives,
-                    gather=gather,
-                )
+                message("CLUBEstimator", rule, hint=hint, negatives=negatives, gather=gather)
             )
         self.x_dim, self.y_dim, self.hidden_dim = x_dim, y_dim, hidden_dim
         self.gather, self.process_group = gather, process_group
@@ -185,15 +181,9 @@ class CLUBEstimator(OverRanks, Pretrained):
         check_floating("CLUBEstimator", x=x, y=y)
         fits = x.ndim in (2, 3) and x.shape[:-1] == y.shape[:-1]
         if not fits or (x.shape[-1], y.shape[-1]) != (self.x_dim, self.y_dim):
-            raise ValueError(
-                message(
-                    "CLUBEstimator",
-                    f"x must be [B, T, {self.x_dim}] and y [B, T, {self.y_dim}], or both without T",
-                    hint="pass both with the same B and T; swap them if reversed: q predicts y",
-                    x=x,
-                    y=y,
-                )
-            )
+            rule = f"x must be [B, T, {self.x_dim}] and y [B, T, {self.y_dim}], or both without T"
+            hint = "pass both with the same B and T; swap them if reversed: q predicts y"
+            raise ValueError(message("CLUBEstimator", rule, hint=hint, x=x, y=y))
         if mask is not None:
             check_mask("CLUBEstimator", "mask", mask, x)
         check_finite("CLUBEstimator", {"x": x, "y": y})

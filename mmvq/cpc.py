@@ -275,11 +275,13 @@ class CrossCPC(OverRanks, Pretrained):
     ) -> tuple[int, int]:
         first, last = self.min_context, T - self.num_steps - self.first_step + 1
         if first > last:
+            rule = "T must be at least min_context + first_step + num_steps - 1"
+            hint = "pass longer clips, or predict fewer steps ahead"
             raise ValueError(
                 message(
                     "CrossCPC",
-                    "T must be at least min_context + first_step + num_steps - 1",
-                    hint="pass longer clips, or predict fewer steps ahead",
+                    rule,
+                    hint=hint,
                     T=T,
                     min_context=self.min_context,
                     first_step=self.first_step,
@@ -292,14 +294,9 @@ class CrossCPC(OverRanks, Pretrained):
             device = "cpu" if generator is None else generator.device
             start = int(torch.randint(first, last + 1, (), generator=generator, device=device))
         if not isinstance(start, int) or not first <= start <= last:
-            raise ValueError(
-                message(
-                    "CrossCPC",
-                    f'start must be in [{first}, {last}], "all" or None',
-                    hint="start is the number of observed segments",
-                    start=start,
-                )
-            )
+            rule = f'start must be in [{first}, {last}], "all" or None'
+            hint = "start is the number of observed segments"
+            raise ValueError(message("CrossCPC", rule, hint=hint, start=start))
         return start, start
 
 

@@ -164,11 +164,13 @@ def gather_batch_sizes(
     for name, values in zip(facts, table, strict=True):
         if len(set(values)) > 1:
             here: Any = tuple(names) if name == "modalities" else facts[name]
+            rule = f"{name} must be the same on all ranks"
+            hint = "pass zeros with a mask of False for what is missing on a rank"
             raise ValueError(
                 message(
                     where,
-                    f"{name} must be the same on all ranks",
-                    hint="pass zeros with a mask of False for what is missing on a rank",
+                    rule,
+                    hint=hint,
                     **{f"{name} of this rank": here},
                     ranks_unlike_rank_0=[k for k, v in enumerate(values) if v != values[0]],
                 )

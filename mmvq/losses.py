@@ -226,23 +226,18 @@ class CrossModalCodeMatchingLoss(OverRanks):
             codes: Any = codebooks.get(name)
             floating = isinstance(codes, Tensor) and codes.is_floating_point()
             if not floating or codes.shape[1:] != x.shape[-1:] or codes.device != x.device:
-                raise ValueError(
-                    message(
-                        where,
-                        f"the codebook of {name!r} must be [L, {x.shape[-1]}], floating point, "
-                        "on the device of the features",
-                        hint="pass quantizer.codebook, or one codebook per modality",
-                        features=x,
-                        codebook=codes,
-                    )
+                rule = (
+                    f"the codebook of {name!r} must be [L, {x.shape[-1]}], floating point, "
+                    "on the device of the features"
                 )
+                hint = "pass quantizer.codebook, or one codebook per modality"
+                raise ValueError(message(where, rule, hint=hint, features=x, codebook=codes))
         if len({codes.shape[0] for codes in codebooks.values()}) > 1:
+            rule = "codebooks must have the same size, as they are tied by index"
+            hint = "build them with the same codebook_size"
             raise ValueError(
                 message(
-                    where,
-                    "codebooks must have the same size, as they are tied by index",
-                    hint="build them with the same codebook_size",
-                    **{name: codes for name, codes in codebooks.items()},
+                    where, rule, hint=hint, **{name: codes for name, codes in codebooks.items()}
                 )
             )
         check_finite(where, z, valid)

@@ -69,14 +69,8 @@ def mix_partners(
         with torch.autocast(x.device.type, enabled=False):
             r = find(x, others, {other: masks[other] for other in others})
         if not isinstance(r, Tensor) or r.shape != x.shape:
-            raise ValueError(
-                message(
-                    "MultiModalEMAQuantizer",
-                    "the partner callable must return a tensor shaped as z_a",
-                    hint="return [B, T, D], and z_a itself where there is no partner",
-                    z_a=x,
-                    r=r,
-                )
-            )
+            rule = "the partner callable must return a tensor shaped as z_a"
+            hint = "return [B, T, D], and z_a itself where there is no partner"
+            raise ValueError(message("MultiModalEMAQuantizer", rule, hint=hint, z_a=x, r=r))
         mixed[name] = (x * (1 - weight)).add_(r, alpha=weight)  # symmetric for w = 1/2
     return mixed

@@ -195,14 +195,10 @@ class MultiModalEMAQuantizer(Pretrained):
         self._sorted = tuple(sorted(self.modalities))  # the order of the state and of every sum
         sources = self.modalities if update_from is None else update_from
         if not (isinstance(sources, Collection) and sources and {*sources} <= {*self.modalities}):
+            rule = "update_from must name one or more of the modalities"
+            hint = "pass None to update from all modalities"
             raise ValueError(
-                message(
-                    where,
-                    "update_from must name one or more of the modalities",
-                    hint="pass None to update from all modalities",
-                    update_from=update_from,
-                    modalities=self.modalities,
-                )
+                message(where, rule, hint=hint, update_from=update_from, modalities=self.modalities)
             )
         called = callable(commitment) and not isinstance(commitment, type)
         if not (called or commitment in ("default", None)):

@@ -63,14 +63,9 @@ def require(where: str, backend: str, *tensors: Tensor | None) -> None:
     gpu = next((x.device for x in given if x.device.type == "cuda"), None)
     reason = _reason_on(gpu) or _reason_against(given)
     if reason is not None:
-        raise RuntimeError(
-            message(
-                where,
-                f"the {backend} backend cannot run because {reason}",
-                hint='use backend="auto"',
-                backend=backend,
-            )
-        )
+        rule = f"the {backend} backend cannot run because {reason}"
+        hint = 'use backend="auto"'
+        raise RuntimeError(message(where, rule, hint=hint, backend=backend))
 
 
 def transformed() -> bool:
@@ -117,11 +112,6 @@ def _reason_against(tensors: list[Tensor]) -> str | None:
 
 def _check(where: str, backend: str) -> None:
     if backend not in _BACKENDS:
-        raise ValueError(
-            message(
-                where,
-                f"backend must be one of {', '.join(map(repr, _BACKENDS))}",
-                hint='use backend="auto" to let the library choose',
-                backend=backend,
-            )
-        )
+        rule = f"backend must be one of {', '.join(map(repr, _BACKENDS))}"
+        hint = 'use backend="auto" to let the library choose'
+        raise ValueError(message(where, rule, hint=hint, backend=backend))

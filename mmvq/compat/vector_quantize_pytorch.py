@@ -83,15 +83,12 @@ def load(
     difference = float((embed - average).abs().max())
     # far above floating-point error, far below the difference of other kinds
     if not difference <= 1e-3 * float(embed.abs().max()):
-        raise ValueError(
-            message(
-                _WHERE,
-                "embed must be the moving average embed_avg / cluster_size",
-                hint="pass the eps that it was trained with; learnable or cosine codes are not "
-                "an average: train a quantizer anew",
-                largest_difference=difference,
-            )
+        rule = "embed must be the moving average embed_avg / cluster_size"
+        hint = (
+            "pass the eps that it was trained with; learnable or cosine codes are not "
+            "an average: train a quantizer anew"
         )
+        raise ValueError(message(_WHERE, rule, hint=hint, largest_difference=difference))
     ours.match_dtype(embed.dtype)
     ours.begin(embed, cluster_size, embed_avg)
     return quantizer

@@ -117,14 +117,9 @@ def code_agreement(indices: Mapping[str, Tensor]) -> CodeAgreement:
         {('audio', 'video'): tensor(0.5000)}
     """
     if len({index.shape for index in indices.values()}) > 1:
-        raise ValueError(
-            message(
-                "code_agreement",
-                "the indices of all modalities must have the same shape [B, T]",
-                hint="pass modalities with the same time grid, so that positions correspond",
-                indices=indices,
-            )
-        )
+        rule = "the indices of all modalities must have the same shape [B, T]"
+        hint = "pass modalities with the same time grid, so that positions correspond"
+        raise ValueError(message("code_agreement", rule, hint=hint, indices=indices))
     equal: dict[tuple[str, str], Tensor] = {}
     positions: dict[tuple[str, str], Tensor] = {}
     for a, b in combinations(indices, 2):
