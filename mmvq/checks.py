@@ -275,7 +275,7 @@ def check_finite(
 def _check_equal(where: str, rule: str, hint: str, values: Mapping[str, object]) -> None:
     first, *rest = values.values()  # hashing them in a set would compile a graph for each size
     if any(value != first for value in rest):
-        raise ValueError(message(where, rule, hint=hint, **values))
+        raise ValueError(message(where, rule, values, hint=hint))
 
 
 def _check_names(

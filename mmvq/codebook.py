@@ -27,7 +27,7 @@ from mmvq.checks import (
     message,
 )
 from mmvq.distributed import OverRanks, all_reduce_, gather_batch_sizes, world_size
-from mmvq.pretrained import Pretrained
+from mmvq.pretrained import Pretrained, parameters
 from mmvq.settings import Setting
 from mmvq_kernels import ema, nearest, statistics
 from mmvq_kernels.deprecation import renamed_arguments, warn_of_old_name
@@ -49,9 +49,9 @@ class EMACodebook(OverRanks, Pretrained):
     State (buffers, which keep their dtypes under any cast; see `mmvq/state.py`): `codes` e
     `[L, D]`, `sums` o `[L, D]` and `counts` N `[L]` in float32 or float64; in int64 `ages` `[G, L]`
     (batches since a group chose a code, -1 for a group not yet seen), `usage` `[G, L]` (choices
-    since the last `reset_usage`), `steps`, and `initialized` (1 once the codes need no data to
-    start from). N and o start at 0, so the first vectors that choose a code replace it. A code that
-    no vector of a step chose keeps its e.
+    since the last `reset_usage`), `steps`, and `initialized` (1 after the codes were initialised).
+    With `init="uniform"` N and o start at 0, so the first vectors that choose a code replace it. A
+    code that no vector of a step chose keeps its e.
 
     Settings may be read and set at any time: `decay`, `eps`, `reset_after` and `reset_rule`, and
     `init` until the codes have been initialised.
@@ -75,8 +75,11 @@ class EMACodebook(OverRanks, Pretrained):
     Raises:
         ValueError: an argument out of range.
 
-    Source: Eq. 7 and Sec. 4.3. The released code starts from N = 0, writes smoothing back into N,
-    and updates after each modality; see `mmvq.compat.cmg`.
+    Without arguments it never resets and starts from uniform codes, unlike the codebook of a
+    `MultiModalEMAQuantizer`.
+
+    Source: Eq. 7 and Sec. 4.3. The released code starts from o = e with N = 0, writes smoothing
+    back into N, and updates after each modality; see `mmvq.compat.cmg`.
 
     Examples:
         >>> book, x = EMACodebook(2, 4), torch.randn(8, 2)
@@ -131,7 +134,7 @@ class EMACodebook(OverRanks, Pretrained):
         self.dim, self.codebook_size, self.groups = dim, codebook_size, groups
         self.decay, self.eps, self._init = decay, eps, init
         self.reset_after, self.reset_rule = reset_after, reset_rule
-        self._update_from = None if {*given} == {*range(groups)} else tuple(sorted({*given}))
+        self._update_from = None if update_from is None else tuple(sorted({*given}))
         self.process_group = process_group
 
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
@@ -210,7 +213,7 @@ class EMACodebook(OverRanks, Pretrained):
 
     @property
     def ready(self) -> bool:
-        """Whether the codes need no data to start from, as far as the host knows."""
+        """Whether the codes are initialised. On a GPU this may lag, to avoid a synchronisation."""
         if is_cpu_readable(self.initialized):
             self._seen = self.initialized if self.initialized.numpy() else None
         return self._seen is self.initialized or self.init == "uniform"
@@ -338,7 +341,8 @@ class EMACodebook(OverRanks, Pretrained):
 
     def nearest(self, rows: Tensor, codes: Tensor | None = None) -> Tensor:
         """Index of the nearest code of each of the checked `[N, D]`."""
-        return nearest.search(rows.detach(), self.weight if codes is None else codes, False)
+        codes = self.weight if codes is None else codes
+        return nearest.search(rows.detach(), codes.detach(), False)
 
     @torch.no_grad()
     def accumulate(self, values: Tensor, indices: Tensor, groups: Tensor | None = None) -> None:
@@ -361,8 +365,11 @@ class EMACodebook(OverRanks, Pretrained):
         where, searched = "EMACodebook.accumulate", "pass the indices that search(x) returned"
         check_floating(where, values=values)
         check_indices(where, self.codebook_size, searched, indices=indices)
-        groups = torch.zeros_like(indices) if groups is None else groups
-        check_indices(where, self.groups, "number the groups from 0", signed=False, groups=groups)
+        if groups is None:
+            groups = torch.zeros_like(indices)
+        else:
+            numbered = "number the groups from 0"
+            check_indices(where, self.groups, numbered, signed=False, groups=groups)
         self._check_rows(where, searched, values, indices=indices, groups=groups)
         if recomputing():
             return
@@ -463,7 +470,7 @@ class EMACodebook(OverRanks, Pretrained):
         r"""Compute e from o and N, after these were averaged over several models.
 
         $e = o / \tilde N$, or $o / N$ where N is so small that smoothing would shrink the code. A
-        code without any N keeps its e.
+        code with N = 0 keeps its e.
         """
         self.mend()
         smoothed = functional.laplace_smoothing(self.counts, self.eps)
@@ -532,7 +539,7 @@ class EMACodebook(OverRanks, Pretrained):
     @classmethod
     def _build(cls, config: Any, given: Mapping[str, Any]) -> Self:
         match config:
-            case {"arguments": {"size": size, **rest}}:  # as it was named before
+            case {"arguments": {"size": size, **rest}} if "size" not in parameters(cls):
                 config = {**config, "arguments": {**rest, "codebook_size": size}}
         return super()._build(config, given)
 

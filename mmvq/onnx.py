@@ -120,11 +120,12 @@ def _nearest_code(x: Tensor, codebook: Tensor, fast: bool = False) -> Tensor:
     least, nearest = (half_norm - x @ centred.T).min(1)
     keys = _keys(codes)
     lowest = (keys[nearest, None] == keys).int().argmax(1)  # scores of equal codes may differ
+    lowest = torch.where((codes[lowest] == codes[nearest]).all(1), lowest, nearest)
     return torch.where(x.isfinite().all(1) & least.isfinite(), index[lowest], 0)
 
 
 def _keys(codes: Tensor) -> Tensor:
-    """Int64 `[L]`, equal for equal codes `[L, D]` and almost surely different otherwise.
+    """Int64 `[L]`, equal for equal codes `[L, D]`, and seldom for others.
 
     A projection of the codes in fixed point, as a sum of integers is exact in any order. Its
     factors, the sines of 1 to D, have no linear relation with integer coefficients.

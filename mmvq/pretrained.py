@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmvq.checks import message
 from mmvq.optional import optional_import
@@ -185,11 +185,19 @@ class Pretrained(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Refuse a state of a newer version; `nn.Module` checks everything else."""
+        """Refuse a state of a newer version, or with a tensor that does not fit, as a whole."""
+        where = f"{type(self).__name__}.load_state_dict"
         version = local_metadata.get("version") or 1  # bare tensors have no version
         if version > self._version:
-            where = f"{type(self).__name__}.load_state_dict"
             raise RuntimeError(_newer(where, version, self._version))
+        for name, mine in (*self._parameters.items(), *self._buffers.items()):
+            found = state_dict.get(prefix + name, mine)  # torch reports what is missing
+            if mine is not None and not (isinstance(found, Tensor) and _kind(found) == _kind(mine)):
+                rule = f"{prefix}{name} does not fit this module"
+                hint = "build the module with the arguments that the saved one had"
+                # torch collects the errors of all modules in the last argument
+                rest[-1].append(message(where, rule, hint=hint, found=found, expected=mine))
+                return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
@@ -208,6 +216,10 @@ def parameters(kind: type) -> list[str]:
             if len(named) == len(found):
                 break
     return list(names)
+
+
+def _kind(x: Tensor) -> tuple[object, ...]:
+    return x.shape, x.is_floating_point()
 
 
 def _newer(where: str, version: int, known: int) -> str:

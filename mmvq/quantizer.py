@@ -104,18 +104,19 @@ class MultiModalEMAQuantizer(Pretrained):
             `(z_a, others, masks) -> r` of tensors `[B, T, D]` and bool masks `[B, T]`, which is
             called if there are others.
         partner_weight: weight w of the partner. Without a partner, r = z.
-        partner_temperature: divisor of the dot products of z and the others in
-            `partner="attention"`, `dim ** 0.5` in the paper. None: the scores are sqrt(D) times the
-            cosine, and do not depend on the scale of the features.
+        partner_temperature: divisor of the dot products of `partner="attention"`; the paper has
+            `dim ** 0.5`. None: the scores are sqrt(D) times the cosine, which does not depend on
+            the scale of the features.
         update_from: names of the modalities whose vectors enter N and o and count for the reset of
             dead codes (None: all). Every modality is quantized.
         reset_after: number of training batches after which an unchosen code is reset; None: never.
         reset_rule: `"all"`: a code survives only if every modality chose it within `reset_after`
-            batches (the paper); `"any"`: it survives if any did (the released code). Only batches
-            with a modality count for it. Modalities not yet seen are ignored.
+            batches (the paper); `"any"`: it survives if any did (the released code). For each
+            modality only the batches that contain it count. Modalities not yet seen are ignored.
         init: `"kmeans"` or `"samples"` of those vectors of the first training batch that enter o,
             or `"uniform"` in (-1/L, 1/L) with N = 0. For given codes, see `set_codes`.
-        commitment: loss function, called with (features, codes, masks); None: the loss is 0.
+        commitment: loss function (features, codes, masks) -> scalar; `"default"`:
+            `CrossModalCommitmentLoss()`; None: the loss is 0.
         gradient: `"straight_through"`, or `"rotation"` (Fifty et al. 2024).
         update: `"auto"` updates the codebook at the end of each training forward; `"manual"`
             accumulates until `update_codebook()`, which is called after `backward`. It serves
@@ -222,7 +223,7 @@ class MultiModalEMAQuantizer(Pretrained):
             decay=decay,
             eps=eps,
             groups=len(self._sorted),
-            update_from=[self._sorted.index(name) for name in sources],
+            update_from=None if update_from is None else [*map(self._sorted.index, update_from)],
             reset_after=reset_after,
             reset_rule=reset_rule,
             init=init,
@@ -299,7 +300,7 @@ class MultiModalEMAQuantizer(Pretrained):
         if first is not None:  # written after the loss, as a commitment may raise
             book.take_first_codes(first)
         if updating:
-            book.add_rows(values, torch.where(usable, index, -1), groups)  # Eq. 7, brackets
+            book.add_rows(values, torch.where(usable, index, -1), groups)  # the sums of Eq. 7
             if self.update == "auto":
                 book.apply()  # Eq. 7
 
@@ -336,7 +337,7 @@ class MultiModalEMAQuantizer(Pretrained):
             for name, mask in masks.items()
         ]
         values, _ = pack([*mixed.values()], "* d")
-        if callable(self.partner):  # which may return any values
+        if self.partner != "none":  # a callable may return any values, and scores may overflow
             usable = usable & functional.finite_rows(values)
         return values, pack(groups, "*")[0], usable
 

@@ -54,9 +54,10 @@ def require(where: str, backend: str, *tensors: Tensor | None) -> None:
 
     Raises:
         ValueError: the name is not a backend.
-        RuntimeError: the backend cannot run; the message says why.
+        RuntimeError: the backend cannot run, or `torch.jit.trace` is at work.
     """
     _check(where, backend)
+    refuse_tracing(where)
     if backend != "triton":
         return
     given = [x for x in tensors if x is not None]
@@ -66,6 +67,18 @@ def require(where: str, backend: str, *tensors: Tensor | None) -> None:
         rule = f"the {backend} backend cannot run because {reason}"
         hint = 'use backend="auto"'
         raise RuntimeError(message(where, rule, hint=hint, backend=backend))
+
+
+def refuse_tracing(where: str) -> None:
+    """Raise under `torch.jit.trace`, which would record the choices made for one input.
+
+    Raises:
+        RuntimeError: it is at work.
+    """
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        rule = "torch.jit.trace, and torch.onnx.export(dynamo=False), cannot record it"
+        hint = "use torch.export.export, or for ONNX mmvq.onnx.export(quantizer, path)"
+        raise RuntimeError(message(where, rule, hint=hint, tracing=True))
 
 
 def transformed() -> bool:

@@ -42,8 +42,10 @@ def renamed_arguments(**new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in new.keys() & kwargs.keys():
-                warn_of_old_name(f"{function.__qualname__}({name}=)", f"{new[name]}=")
-                kwargs[new[name]] = kwargs.pop(name)
+                called = function.__qualname__.removesuffix(".__init__")
+                warn_of_old_name(f"{called}({name}=)", f"{called}({new[name]}=)")
+                if new[name] not in kwargs:  # else the call fails, as the old name is unknown
+                    kwargs[new[name]] = kwargs.pop(name)
             return function(*args, **kwargs)
 
         return call

@@ -52,6 +52,7 @@ def code_log_probabilities(
 
     Raises:
         ValueError: shapes that do not fit, an empty codebook, a mask that is not bool.
+        TypeError: x or codebook is not floating point.
         RuntimeError: the backend cannot run here.
 
     Examples:
@@ -64,8 +65,11 @@ def code_log_probabilities(
         rule = "x [B, T, D] and codebook [L, D] must share their last dimension"
         hint = "give every clip a time axis and project it to the codebook's width"
         raise ValueError(message(where, rule, hint=hint, x=x, codebook=codebook))
+    if not (x.is_floating_point() and codebook.is_floating_point()):
+        rule, hint = "x and codebook must be floating point", "convert with .float()"
+        raise TypeError(message(where, rule, hint=hint, x=x, codebook=codebook))
     if codebook.numel() == 0:
-        hint = "build the codebook with size >= 1 and dim >= 1"
+        hint = "build the codebook with at least one code of at least one dimension"
         raise ValueError(message(where, "codebook must not be empty", hint=hint, codebook=codebook))
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
         hint = "give every segment one entry, True where it is valid"

@@ -55,6 +55,8 @@ def ema_update_(
 
     Raises:
         ValueError: shapes that do not fit, or only one of `dead` and `replacement`.
+        TypeError: a state that is not floating point or of several dtypes, a `dead` that is not
+            bool.
         RuntimeError: the backend cannot run here.
 
     Examples:
@@ -78,6 +80,13 @@ def ema_update_(
         hint = "give both to reset codes, neither to keep all"
         given = {"codes": codes, "dead": dead, "replacement": replacement}
         raise ValueError(message(where, rule, hint=hint, **given))
+    state = codes, sums, counts
+    floats = all(x.is_floating_point() and x.dtype == codes.dtype for x in state)
+    if not floats or (dead is not None and dead.dtype != torch.bool):
+        rule = "codes, sums and counts must be floating point, of one dtype, and dead bool"
+        hint = "convert them with .float(), and dead with .bool()"
+        got = {"codes": codes, "sums": sums, "counts": counts, "dead": dead}
+        raise TypeError(message(where, rule, hint=hint, **got))
     require(where, backend, *matrices.values(), *vectors.values(), *reset)
     run = update_torch_ if backend == "torch" else update_
     with torch.no_grad():

@@ -34,7 +34,12 @@ def describe(value: object) -> object:
     return _Bare((value if isinstance(value, type) else type(value)).__name__)
 
 
-def message(where: str, rule: str, /, *, hint: str, **got: object) -> str:
-    """Compose `where: rule.`, the values it got, and the hint, one line each."""
-    values = "   ".join(f"{name}: {describe(value)!r}" for name, value in got.items())
-    return f"{where}: {rule}.\n  {values}\n  Hint: {hint}."
+def message(
+    where: str, rule: str, values: Mapping[str, object] = {}, /, *, hint: str, **got: object
+) -> str:
+    """Compose `where: rule.`, the values it got, and the hint, one line each.
+
+    Values whose names a user chose are passed as a mapping: one may be called `hint`.
+    """
+    listed = "   ".join(f"{name}: {describe(x)!r}" for name, x in {**values, **got}.items())
+    return f"{where}: {rule}.\n  {listed}\n  Hint: {hint}."

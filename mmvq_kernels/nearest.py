@@ -52,11 +52,12 @@ def nearest_code(
 ) -> Tensor:
     """Index of the code nearest to each row: `argmin_l |x - e_l|^2` (Eq. 2).
 
-    The search maximises `x . e'_l - h_l` over the centred codes `e' = e - mean(e)`, where
-    `h = |e'|^2 / 2 + mean(e) . e'`. This order is that of the distances, and rounding stays small
-    where the codes lie close together far from the origin. Scores are computed in blocks; no
-    `[N, L]` tensor is allocated. On a CPU, up to 8 rows are searched by differences instead. If the
-    scores of two codes differ by rounding only, the result of a row may depend on the batch size.
+    The torch path maximises `x . e'_l - h_l` over the centred codes `e' = e - mean(e)`, where
+    `h = |e'|^2 / 2 + mean(e) . e'`; Triton takes a median of codes as centre. This order is that of
+    the distances, and rounding stays small where the codes lie close together far from the origin.
+    Scores are computed in blocks; no `[N, L]` tensor is allocated. On a CPU, up to 8 rows are
+    searched by differences instead. If the scores of two codes differ by rounding only, the result
+    of a row may depend on the batch size.
 
     Args:
         x: vectors, `[N, D]`, any float dtype. Computed in the widest of its dtype, the codebook's
@@ -207,8 +208,8 @@ def _check(x: Tensor, codebook: Tensor, precision: str) -> None:
         rule = "x and codebook must be floating point"
         raise TypeError(message(where, rule, hint="convert with .float()", **given))
     if x.ndim != 2 or codebook.ndim != 2 or x.shape[1] != codebook.shape[1]:
-        rule = "x [N, D] and codebook [L, D] must share their last dimension"
-        hint = "flatten x to two dimensions and project it to the codebook's width"
+        rule = "x must be [N, D] and codebook [L, D], with the same D"
+        hint = "use x.reshape(-1, D), or mmvq.functional.nearest_code, which takes [..., D]"
         raise ValueError(message(where, rule, hint=hint, **given))
     if codebook.numel() == 0:
         hint = "build the codebook with at least one code of at least one dimension"

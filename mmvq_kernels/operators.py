@@ -14,8 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from mmvq_kernels.backends import runs_triton, transformed
-from mmvq_kernels.messages import message
+from mmvq_kernels.backends import refuse_tracing, runs_triton, transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,9 +40,9 @@ def register(
         mutates_args: the arguments that are written to. Without any, `torch.vmap` gets a rule.
 
     Returns:
-        The operation, without any check of its arguments. Eager on a CPU, it calls `torch_path`
-        itself, as the first call of an operator imports torch's compiler; otherwise the operator.
-        RuntimeError under `torch.jit.trace`, which would record the choices of one input.
+        The operation, without any check of its arguments. In eager mode on a CPU it calls
+        `torch_path` directly, because the first call of an operator imports torch's compiler, which
+        is slow. Otherwise it calls the operator.
     """
 
     def run(*args: Any) -> Any:
@@ -61,15 +60,12 @@ def register(
 
     @functools.wraps(torch_path)
     def call(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-            rule = "torch.jit.trace, and torch.onnx.export(dynamo=False), cannot record it"
-            hint = "use torch.export.export, or for ONNX mmvq.onnx.export(quantizer, path)"
-            raise RuntimeError(message(name.split("::")[1], rule, hint=hint, tracing=True))
-        # A compiled graph holds the formula of an update in place: inductor lets reads slip behind
-        # an operator that writes (torch 2.13: a code that was read before the update came out as it
-        # was after), and an operator would take each value of a float for a constant.
-        formula = mutates_args and torch.compiler.is_dynamo_compiling()
-        chosen: Any = operator if through_operator(x) and not formula else torch_path
+        refuse_tracing(name.split("::")[1])
+        # torch.compile traces an update in place as plain torch code. With an operator that writes,
+        # inductor (torch 2.13) moved earlier reads of the codes behind the update, and dynamo
+        # compiled anew for each value of a float.
+        inline = mutates_args and torch.compiler.is_dynamo_compiling()
+        chosen: Any = operator if through_operator(x) and not inline else torch_path
         result: R = chosen(x, *args, **kwargs)
         return result
 
@@ -86,7 +82,7 @@ def _one_by_one(
 ) -> tuple[Any, Any]:
     """The rule for `torch.vmap`: a call for each slice, whose results are stacked.
 
-    Where the codebook is one, a batch of rows, which the operators take at once, is faster.
+    If all slices share one codebook, one call with all rows is faster.
     """
     slices = (
         [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from mmvq.functional.nearest import nearest_code
-from mmvq.functional.statistics import code_statistics, finite_rows
+from mmvq.functional.statistics import finite_rows
+from mmvq_kernels import nearest, statistics
 from mmvq_kernels.hashing import mix
 from mmvq_kernels.operators import register
 
@@ -57,13 +57,15 @@ def kmeans(
         tensor([ 0.5000, 10.5000])
     """
     usable = finite_rows(x) if usable is None else usable & finite_rows(x)
-    chosen = _spread_rows(x.detach(), usable, num_codes)
+    x = x.detach()
+    chosen = _spread_rows(x, usable, num_codes)
     spare = _shuffled(x, usable, usable.sum() + torch.arange(num_codes, device=x.device))
     centres = torch.where(chosen[:, None] >= 0, x[chosen], spare)
     for _ in range(iterations):
-        nearest = torch.where(usable, nearest_code(x, centres), -1)
-        counts, sums = code_statistics(x, nearest, num_codes)
-        centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres)
+        indices = torch.where(usable, nearest.search(x, centres, False), -1)
+        counts, sums = statistics.accumulate(x, indices, num_codes, None, 1, True)
+        counts = counts[0, :, None]
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     return centres
 
 

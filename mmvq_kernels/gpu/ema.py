@@ -100,6 +100,8 @@ def update_(
     replacement: Tensor | None,
 ) -> None:
     """`mmvq_kernels.ema_update_` on a GPU, for float32 state."""
+    if codes.numel() == 0:
+        return
     written = codes, sums, counts
     before = counts.clone()
     codes, sums, counts = state = [x.contiguous() for x in written]

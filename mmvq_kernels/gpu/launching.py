@@ -20,11 +20,16 @@ def launch(
     if 0 in grid:
         return
     first = next(arg for arg in args if isinstance(arg, Tensor))
-    amd = None
-    if torch.version.hip is not None:
-        amd = torch.cuda.get_device_properties(first.device).gcnArchName.split(":")[0]
     with torch.cuda.device_of(first):
-        kernel[grid](*args, **fit(options, amd=amd))
+        kernel[grid](*args, **fit(options, amd=amd(first)))
+
+
+def amd(like: Tensor) -> str | None:
+    """Architecture of the AMD GPU that holds `like`; None for other devices."""
+    if torch.version.hip is None or like.device.type != "cuda":
+        return None
+    name: str = torch.cuda.get_device_properties(like.device).gcnArchName
+    return name.split(":")[0]
 
 
 def fit(options: dict[str, Any], *, amd: str | None) -> dict[str, Any]:

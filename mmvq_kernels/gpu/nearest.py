@@ -58,7 +58,7 @@ def prepare_kernel(
 ):
     """Per program, BLOCK_L codes.
 
-    The centre is finite: where the median is not, the first finite value of the column stands in.
+    Where the median is not finite, the first finite value among 256 rows stands in for it, or 0.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     products = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
@@ -73,10 +73,11 @@ def prepare_kernel(
         last = tl.load(last, mask=inside, other=0.0).to(tl.float32)
         c = _median(first, middle, last)
         row = tl.cast(0, tl.int64)
-        while (row < L) & (tl.max((c - c != 0).to(tl.int32), axis=0) > 0):
+        while (row < tl.minimum(L, 256)) & (tl.max((c - c != 0).to(tl.int32), axis=0) > 0):
             other = tl.load(codebook + row * D + columns, mask=inside, other=0.0)
             c = tl.where(c - c != 0, other.to(tl.float32), c)
             row += 1
+        c = tl.where(c - c != 0, 0.0, c)
         tl.store(centre + columns, c, mask=inside & (tl.program_id(0) == 0))
 
         there = (rows < L)[:, None] & inside[None, :]
@@ -182,8 +183,12 @@ def search(x: Tensor, codebook: Tensor, fast: bool = False) -> Tensor:
         x, codebook = (pad(rows, (0, -x.shape[1] % 16)) for rows in (x, codebook))
     x, codebook = x.contiguous(), codebook.contiguous()
     (N, D), L = x.shape, codebook.shape[0]
-    precision = "tf32x3" if not fast else "bf16" if x.dtype == torch.bfloat16 else "tf32"
-    # half precision takes registers to convert; for few columns the search of the minimum is most
+    precision = "tf32x3"
+    if fast and x.dtype == torch.bfloat16:
+        precision = "bf16"
+    elif fast and launching.amd(x) in (None, "gfx942"):  # others of AMD's multiply no tf32
+        precision = "tf32"
+    # Converting half precision needs registers. With few columns most work is the minimum.
     widest = 128 if x.element_size() == 4 and D > 16 else 64
     width, share = plan(N, L, launching.processors(x), widest)
     out = x.new_empty(N, dtype=torch.long)
@@ -237,7 +242,7 @@ def prepare(
         BLOCK_N=1024,
         BLOCK_L=16,
         BLOCK_D=min(64, max(16, triton.next_power_of_2(D))),
-        FACTORS=precision[:4],
+        FACTORS="bf16" if precision == "bf16" else "tf32",
         num_warps=4,
     )
     return centre, high, low, half_norm
@@ -245,7 +250,7 @@ def prepare(
 
 @functools.lru_cache(1 << 10)
 def plan(N: int, L: int, processors: int, widest: int = 128) -> tuple[int, int]:
-    """The codes of a tile and those of a program, for which the search ends soonest.
+    """The codes of a tile and those of a program, with the least predicted time.
 
     A processor runs one program at a time, so programs run in waves. A tile of 128 codes takes 1.6
     times as long as one of 64; to begin and end takes a program a quarter as long as one of 64.
@@ -256,6 +261,11 @@ def plan(N: int, L: int, processors: int, widest: int = 128) -> tuple[int, int]:
         waves = cdiv(blocks * cdiv(L, share), processors)
         return waves * (share / width * _TILE_TIMES[width] + 0.25)
 
-    widths = (width for width in _TILE_TIMES if width <= widest)
-    plans = ((w, w * tiles) for w in widths for tiles in range(cdiv(L, w), 0, -1))
+    most = cdiv(16 * processors, max(blocks, 1))  # programs that share a block of vectors
+    plans = [
+        (width, width * cdiv(cdiv(L, width), splits))
+        for width in _TILE_TIMES
+        if width <= widest
+        for splits in range(1, min(cdiv(L, width), most) + 1)
+    ]
     return min(plans, key=lambda each: time(*each))

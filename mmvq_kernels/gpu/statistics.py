@@ -110,7 +110,7 @@ def accumulate(
     num_codes: int,
     groups: Tensor | None,
     num_groups: int,
-    deterministic: bool = True,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Counts fp32 `[G, L]` and sums fp32 `[L, D]`; see `mmvq_kernels.code_statistics`."""
     (N, D), L, G = values.shape, num_codes, num_groups

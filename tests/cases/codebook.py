@@ -63,6 +63,11 @@ CODEBOOK = [
         *of_each(lambda x: book().accumulate(z, x), whole.int(), {"audio": whole}, [0, 1]),
     ),
     refused(
+        TypeError,
+        "EMACodebook.set_codes: codes must be a floating point tensor",
+        lambda: book().set_codes(codes.long()),
+    ),
+    refused(
         ValueError,
         "EMACodebook.set_codes: codes must be [8, 4], and counts [8] or None",
         *(

@@ -42,6 +42,18 @@ def traced() -> object:
 
 KERNELS = [
     refused(
+        TypeError,
+        "code_log_probabilities: x and codebook must be floating point",
+        lambda: kernels.code_log_probabilities(z.long(), codes),
+        lambda: kernels.code_log_probabilities(z, codes.long()),
+    ),
+    refused(
+        TypeError,
+        "ema_update_: codes, sums and counts must be floating point, of one dtype, and dead bool",
+        ema(sums=codes.double()),
+        ema(dead=torch.ones(8), replacement=codes),
+    ),
+    refused(
         RuntimeError,
         "nearest_code: torch.jit.trace, and torch.onnx.export(dynamo=False), cannot record it",
         traced,
@@ -71,7 +83,7 @@ KERNELS = [
     ),
     refused(
         ValueError,
-        "nearest_code: x [N, D] and codebook [L, D] must share their last dimension",
+        "nearest_code: x must be [N, D] and codebook [L, D], with the same D",
         lambda: kernels.nearest_code(torch.zeros(800, 256), torch.zeros(400, 128)),
     ),
     refused(

@@ -59,20 +59,20 @@ def test_a_reset_code_is_its_replacement_and_the_others_do_not_move(dtype: torch
 
 @FLOATS
 def test_a_reset_code_survives_the_next_step(dtype: torch.dtype) -> None:
-    """With no new vectors of its own it stays, but for the smoothing: N moves against eps."""
+    """A vector that lies on the code moves it only if its o and N do not fit together."""
     after, new = state(dtype), replacement(dtype)
     args, settings = batch_of_the_living(dtype), {"decay": 0.9, "eps": 0.0}
     ema_update_(*after, *args, **settings, dead=DEAD, replacement=new)
-    ema_update_(*after, *args, **settings)
+    ema_update_(*after, torch.where(DEAD[:, None], new, 0), DEAD.to(dtype), **settings)
     close(after[0][DEAD], new[DEAD], rounding(dtype, 24, 20))
 
 
 @FLOATS
 @pytest.mark.parametrize("decay", [0.5, 0.9])
 def test_a_reset_code_without_mass_survives_the_next_step(dtype: torch.dtype, decay: float) -> None:
-    """N far below eps would let it shrink by the decay; N of one vector, by eps / decay at most.
+    """It has the weight 1 - decay of one vector: a vector at 0 moves it by 1 / (1 + decay).
 
-    It moves the total, so that the living move too: by no more than L eps of their size.
+    This weight moves the total, so the living codes move too: by at most L eps of their size.
     """
     plain, reset, new = state(dtype), state(dtype), replacement(dtype)
     for each in (plain, reset):
@@ -85,8 +85,9 @@ def test_a_reset_code_without_mass_survives_the_next_step(dtype: torch.dtype, de
     close(codes[DEAD], new[DEAD], atol)
     close(codes * smoothed(counts, 1e-5)[:, None], sums, atol * 6)
     close(codes[~DEAD], plain[0][~DEAD], atol + 20 * L * 1e-5)
-    ema_update_(*reset, *args, decay=decay)
-    close(codes[DEAD], new[DEAD], atol + 2 * 1e-5 / decay)
+    ema_update_(*reset, torch.zeros_like(sums), DEAD.to(dtype), decay=decay)
+    smoothing = 1e-5 / (1 - decay)  # eps over N
+    close(codes[DEAD], new[DEAD] * decay / (1 + decay), atol + 20 * 2 * smoothing)
 
 
 @FLOATS

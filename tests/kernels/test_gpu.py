@@ -33,9 +33,9 @@ def test_the_operators_go_to_the_kernels(dtype: torch.dtype) -> None:
 
     x, codes = rows(dtype=dtype), rows(L, seed=1)
     index = kernels.nearest_code(x, codes, backend="triton")
-    assert torch.equal(index, nearest.search(x, codes))
+    assert torch.equal(index, nearest.search(x, codes, False))
     n, s = kernels.code_statistics(x, index, L, backend="triton")
-    counts, sums = statistics.accumulate(x, index, L, None, 1)
+    counts, sums = statistics.accumulate(x, index, L, None, 1, True)
     assert torch.equal(n, counts[0])
     assert torch.equal(s, sums)
     mine, direct = ([codes.clone(), codes.clone(), torch.ones_like(n)] for _ in range(2))

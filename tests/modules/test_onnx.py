@@ -134,3 +134,12 @@ def test_a_model_around_a_quantizer(write: Callable[..., None], tmp_path: Path) 
     expected = model(x)
     assert torch.equal(indices, expected[1])
     assert torch.equal(quantized, expected[0])
+
+
+def test_codes_that_differ_by_little_beside_a_large_one_stay_apart(tmp_path: Path) -> None:
+    codes = torch.cat([1e-3 * uniform(30, D, dtype=torch.float32), torch.full((1, D), 1e14)])
+    module = MultiModalEMAQuantizer(D, 31, ("a",), init="uniform")
+    module.set_codes(codes)
+    path = tmp_path / "apart.onnx"
+    export(module, path)
+    assert run(path, "x", codes[:30]).tolist() == list(range(30))

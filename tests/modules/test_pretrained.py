@@ -212,13 +212,37 @@ def test_a_part_of_the_state_loads_when_asked() -> None:
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(module: Pretrained) -> None:
     name, x = next(iter(module.state_dict().items()))
     shapes = rf"{len(x) + 1}(.|\n)*{len(x)}"
-    with pytest.raises(RuntimeError, match=rf"size mismatch for {name}(.|\n)*{shapes}"):
+    with pytest.raises(
+        RuntimeError, match=rf"(size mismatch for {name}|{name} does not fit)(.|\n)*{shapes}"
+    ):
         module.load_state_dict({**module.state_dict(), name: torch.cat([x, x[:1]])})
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("codes", torch.ones(7, 4)),
+        ("counts", torch.ones(7)),
+        ("codes", torch.ones(8, 4, dtype=torch.complex64)),
+        ("ages", torch.ones(1, 8)),
+        ("steps", "two"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_as_a_whole(
+    name: str, value: Any, assign: bool
+) -> None:
+    book, other = mmvq.EMACodebook(4, 8, init="kmeans"), mmvq.EMACodebook(4, 8)
+    before = state(book)
+    with pytest.raises(RuntimeError, match=f"{name} does not fit this module"):
+        book.load_state_dict({**other.state_dict(), name: value}, assign=assign)
+    assert same(book.state_dict(), before)
+    assert not book.ready
 
 
 def test_a_folder_of_another_shape_is_refused(tmp_path: Path) -> None:
     MODULES["quantizer"].save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"size mismatch for ema_codebook\.codes"):
+    with pytest.raises(RuntimeError, match=r"ema_codebook\.codes does not fit"):
         mmvq.MultiModalEMAQuantizer.from_pretrained(tmp_path, codebook_size=9)
 
 

@@ -164,3 +164,11 @@ def test_a_forward_that_fails_leaves_the_codebook_as_it_was() -> None:
             quantizer(z)
         quantizer.update_codebook()  # nor was anything accumulated
         assert same(before, state(quantizer))
+
+
+def test_partners_whose_scores_overflow_leave_the_codebook_finite() -> None:
+    """Each vector is small enough to be squared, but their products divided by the temperature."""
+    quantizer = MultiModalEMAQuantizer(512, 4, NAMES, partner_temperature=1e-6, init="uniform")
+    x = 9e14 * uniform(2, 3, 512, dtype=torch.float32).sign()
+    quantizer({NAMES[0]: x, NAMES[1]: 0.99 * x})
+    assert quantizer.codebook.isfinite().all()

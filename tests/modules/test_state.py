@@ -66,6 +66,14 @@ def test_float64_data_makes_a_float64_state(by: str) -> None:
     assert book.codes.dtype == book.sums.dtype == book.counts.dtype == torch.float64
 
 
+def test_narrow_data_is_added_in_the_dtype_of_the_state() -> None:
+    book, x = EMACodebook(D, L).double(), uniform(N, D, dtype=torch.float32)
+    twin = deepcopy(book)
+    step(book, x)
+    step(twin, x.double())
+    assert same(state(book), state(twin))
+
+
 def test_a_pickle_goes_on_to_the_bit() -> None:
     quantizer = trained()
     again = pickle.loads(pickle.dumps(quantizer))

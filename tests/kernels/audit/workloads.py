@@ -54,7 +54,7 @@ def search(
     """`nearest_code`."""
     from mmvq_kernels.gpu.nearest import search
 
-    search(fake(N, D, dtype=dtype), fake(L, D, dtype=codes), fast=fast)
+    search(fake(N, D, dtype=dtype), fake(L, D, dtype=codes), fast)
 
 
 def statistics(N: int, L: int, D: int, dtype: torch.dtype = _F, deterministic: bool = True) -> None:

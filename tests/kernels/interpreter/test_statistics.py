@@ -63,10 +63,10 @@ def test_left_out_rows_are_not_read(deterministic: bool, device: str) -> None:
 
 def test_same_bits_for_repetition_and_strides(device: str) -> None:
     values, indices, groups = assignments(700, 5, 16, device)
-    counts, sums = accumulate(values, indices, 5, groups, G)
+    counts, sums = accumulate(values, indices, 5, groups, G, True)
     for again in (values, strided(values)):
         other_counts, other_sums = accumulate(
-            again, torch.stack([indices, indices], 1)[:, 0], 5, groups, G
+            again, torch.stack([indices, indices], 1)[:, 0], 5, groups, G, True
         )
         assert torch.equal(other_counts, counts)
         assert torch.equal(other_sums, sums)
@@ -75,6 +75,6 @@ def test_same_bits_for_repetition_and_strides(device: str) -> None:
 def test_narrow_values_do_not_saturate(device: str) -> None:
     values = torch.full((5000, 1), 32.0, dtype=torch.bfloat16, device=device)
     indices = torch.zeros(5000, dtype=torch.long, device=device)
-    counts, sums = accumulate(values, indices, 2, None, 1)
+    counts, sums = accumulate(values, indices, 2, None, 1, True)
     assert counts.tolist() == [[5000, 0]]
     assert sums.tolist() == [[160_000], [0]]
