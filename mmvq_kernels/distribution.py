@@ -6,7 +6,7 @@ The Triton kernels are in `mmvq_kernels/gpu/distribution.py`, which only a GPU i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -216,7 +216,7 @@ def backward_torch(
     return of_x.to(x_dtype), of_codebook.to(codebook.dtype)
 
 
-forward = register(
+forward: Callable[..., tuple[Tensor, Tensor]] = register(
     "mmvq::code_log_probabilities",
     forward_torch,
     gpu="mmvq_kernels.gpu.distribution:forward",
@@ -225,7 +225,7 @@ forward = register(
         x.new_empty(x.shape[:2], dtype=torch.float32),
     ),
 )
-backward = register(
+backward: Callable[..., tuple[Tensor, Tensor]] = register(
     "mmvq::code_log_probabilities_backward",
     backward_torch,
     gpu="mmvq_kernels.gpu.distribution:backward",

@@ -5,6 +5,8 @@ The Triton kernels are in `mmvq_kernels/gpu/ema.py`, which only a GPU imports.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -127,7 +129,7 @@ def update_torch_(
     torch.where(moved, sums / smoothed[:, None], codes, out=codes)
 
 
-update_ = register(
+update_: Callable[..., None] = register(
     "mmvq::ema_update_",
     update_torch_,
     gpu="mmvq_kernels.gpu.ema:update_",

@@ -6,6 +6,7 @@ The Triton kernel is in `mmvq_kernels/gpu/nearest.py`, which only a GPU imports.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -97,7 +98,7 @@ def search_torch(x: Tensor, codebook: Tensor, fast: bool) -> Tensor:
         return _search_many(x, codebook.to(dtype))
 
 
-search = register(
+search: Callable[..., Tensor] = register(
     "mmvq::nearest_code",
     search_torch,
     gpu="mmvq_kernels.gpu.nearest:search",

@@ -5,6 +5,8 @@ The Triton kernels are in `mmvq_kernels/gpu/statistics.py`, which only a GPU imp
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -117,7 +119,7 @@ def accumulate_torch(
     return counts[:, :num_codes].to(values.dtype, memory_format=torch.contiguous_format), sums
 
 
-accumulate = register(
+accumulate: Callable[..., tuple[Tensor, Tensor]] = register(
     "mmvq::code_statistics",
     accumulate_torch,
     gpu="mmvq_kernels.gpu.statistics:accumulate",

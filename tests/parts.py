@@ -22,16 +22,11 @@ from mmvq.functional import info_nce
 Tensors = Mapping[str, Tensor]
 Loss = Callable[[Tensors, Tensors], Tensor]
 
-LOSSES = (
-    *("commitment", "matching", "info_nce", "cpc", "cpc of cosines"),
-    *("club", "club, one negative", "likelihood"),
-)
-
 
 def losses(
     names: Sequence[str], codes: Tensor, dtype: torch.dtype = torch.float32
 ) -> dict[str, Loss]:
-    """Each of `LOSSES` as a function of features `[B, T, D]` and masks `[B, T]`.
+    """Every loss as a function of features `[B, T, D]` and masks `[B, T]`.
 
     Args:
         names: modalities; losses of two take the first two.
@@ -51,18 +46,22 @@ def losses(
     def pair(loss: Callable[..., Tensor], **options: Any) -> Loss:
         return lambda z, masks: loss(z[a], z[b], mask=masks[a] & masks[b], **options)
 
-    calls: tuple[Loss, ...] = (
-        lambda z, masks: commitment(z, chosen(z), masks),
-        lambda z, masks: matching(z, codes, masks),
-        pair(info_nce, symmetric=True),
-        lambda z, masks: cpc(z, masks, start="all").loss,
-        lambda z, masks: cosines(z, masks, start="all").loss,
-        pair(club),
-        lambda z, masks: pair(sampled, generator=torch.Generator().manual_seed(0))(z, masks),
-        pair(club.log_likelihood),
-    )
-    return dict(zip(LOSSES, calls, strict=True))
+    def one_negative(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return sampled(x, y, mask, generator=torch.Generator().manual_seed(0))
 
+    return {
+        "commitment": lambda z, masks: commitment(z, chosen(z), masks),
+        "matching": lambda z, masks: matching(z, codes, masks),
+        "info_nce": pair(info_nce, symmetric=True),
+        "cpc": lambda z, masks: cpc(z, masks, start="all").loss,
+        "cpc of cosines": lambda z, masks: cosines(z, masks, start="all").loss,
+        "club": pair(club),
+        "club, one negative": pair(one_negative),
+        "likelihood": pair(club.log_likelihood),
+    }
+
+
+LOSSES = tuple(losses(NAMES, torch.ones(1, 1)))
 
 MODULES: dict[str, Callable[..., nn.Module]] = {
     "quantizer": lambda **options: MultiModalEMAQuantizer(D, L, NAMES, **options),
