@@ -161,7 +161,10 @@ def measure(folder: Path, jobs: int) -> Recorded:
         names = [INTERPRETED] if interpret else ["--ignore=tests/kernels/test_interpreter.py"]
         (out := folder / str(interpret)).mkdir()
         ours["MUTANTS_RECORD"] = str(out)
-        print(run_tests(tree, f"-n{jobs}", *names, extra=ours, interpret=interpret)[1], flush=True)
+        code, said = run_tests(tree, f"-n{jobs}", *names, extra=ours, interpret=interpret)
+        if code not in (0, 1):  # tests that fail without a mutant are left out
+            raise RuntimeError(f"pytest ended with {code}\n{said}")
+        print(said, flush=True)
         for path in out.iterdir():
             tests |= json.loads(path.read_text())
     users = defaultdict[str, list[int]](list)  # of a context

@@ -27,6 +27,7 @@ import json
 import queue
 import random
 import re
+import signal
 import subprocess
 import tempfile
 import time
@@ -46,6 +47,7 @@ COMPILED = ("tests/kernels/test_aot.py", "tests/kernels/test_graph_safety.py")
 SLOW = ("tests/distributed/", "tests/examples/", "tests/frameworks/", "tests/test_")  # to start
 STAGES = ((1, INTERPRETED), (2, SLOW), (3, COMPILED), (0, ""))  # which tests run when
 STATUSES = ("killed", "timeout", "survived", "equivalent", "not run")
+ENDS = {None: "timeout", -signal.SIGKILL: "not run", -signal.SIGTERM: "not run"}  # by others
 LIMIT = 600  # s, beside ten times what its tests take: a machine may be busy
 
 
@@ -95,7 +97,7 @@ def examine(mutant: Mutant, groups: list[list[tuple[str, float]]], tree: Path) -
         )
         if code != 0:
             failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", said, re.MULTILINE)
-            mutant.status = "timeout" if code is None else "killed"
+            mutant.status = ENDS.get(code, "killed")
             mutant.killer = failed[1] if failed else said[-500:]
             break
     path.write_bytes(source)
