@@ -54,7 +54,8 @@ class EMACodebook(OverRanks, Pretrained):
     code that no vector of a step chose keeps its e.
 
     Settings may be read and set at any time: `decay`, `eps`, `reset_after` and `reset_rule`, and
-    `init` until the codes have been initialised.
+    `init` until the codes have been initialised. By default it never resets codes and starts from
+    uniform ones, unlike the codebook of a `MultiModalEMAQuantizer`.
 
     Args:
         dim: feature dimension D.
@@ -74,9 +75,6 @@ class EMACodebook(OverRanks, Pretrained):
 
     Raises:
         ValueError: an argument out of range.
-
-    Without arguments it never resets and starts from uniform codes, unlike the codebook of a
-    `MultiModalEMAQuantizer`.
 
     Source: Eq. 7 and Sec. 4.3. The released code starts from o = e with N = 0, writes smoothing
     back into N, and updates after each modality; see `mmvq.compat.cmg`.

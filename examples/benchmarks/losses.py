@@ -39,7 +39,7 @@ def cpc() -> Callable[[], Tensor]:
 def _backward(loss: Tensor, inputs: Any) -> Tensor:
     if not loss.isfinite():
         raise FloatingPointError("the loss is not finite")
-    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+    loss.backward()
     for x in inputs:
         assert x.grad is not None
         if not x.grad.isfinite().all():

@@ -1,9 +1,10 @@
 """The search kernel against the float64 reference.
 
 SLACK: tf32x3 keeps a product to 6 float32 roundings (2^-22 of each factor, and the product of the
-two small parts is dropped); a score is a sum of D of them, each at most 2 (entries below 1, centred
-codes below 2), added in three runs: off by (3 D + 9) roundings of 2 D. The squared distance is
-twice the score, and two scores compete. tf32 cuts each factor at 2^-10, bf16 rounds it to 2^-8.
+two small parts is dropped). A score is a sum of D of them, each at most 4 (entries below 1, so both
+centred factors below 2), added in three runs: off by (3 D + 9) roundings of 4 D at worst, and held
+to half of that. The squared distance is twice the score, and two scores compete. tf32 cuts a factor
+at 2^-10 or rounds it to 2^-11, bf16 rounds it to 2^-8.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def test_rows_that_are_not_finite_get_0_and_disturb_nobody(
     x = uniform(140, 4, dtype=torch.float32)
     codebook = uniform(70, 4, dtype=torch.float32, seed=1)
     codebook[0] = 50  # nobody's nearest
-    codebook[8] = codebook[3]  # a duplicate: its score is infinite by design
+    codebook[8] = codebook[3]  # a duplicate
     x, codebook = x.to(device), codebook.to(device)
     good = search(x, codebook, fast=fast)
     assert (good > 0).all()
@@ -223,11 +224,9 @@ def test_a_codebook_far_from_the_origin(device: str) -> None:
     offset = 1e3
     codebook = (uniform(50, 16, seed=1) + offset).float().to(device)
     x = (uniform(100, 16) + offset).float().to(device)
-    # x and the mean are rounded to eps * offset; 3 D + 9 roundings over D products of 2 * offset
-    slack = 4 * rounding(torch.float32, 3 * 16 + 9, 2 * 16 * offset)
-    d = distances(x, codebook)
+    # float32 numbers so close to each other differ exactly: as near as without the offset
+    slack = 4 * rounding(torch.float32, 3 * 16 + 9, 2 * 16)
     check_near(search(x, codebook), x, codebook, slack)
-    assert slack < d.mean() * 4
 
 
 @DTYPES
@@ -302,4 +301,4 @@ def test_the_grid_fills_the_processors(N: int, L: int, width: int, split: bool) 
     if N >= 17_000:  # tiles, over those that the processors could do in the same time
         blocks = launching.cdiv(N, 128)
         waves = launching.cdiv(blocks * launching.cdiv(L, share), 132)
-        assert blocks * launching.cdiv(L, width) / (132 * waves * share // width) > 0.75
+        assert blocks * launching.cdiv(L, width) / (132 * waves * share // width) > 7 / 8
