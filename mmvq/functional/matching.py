@@ -82,9 +82,9 @@ def code_matching(
     for name in names:
         x = features[name]
         codes = codebook if isinstance(codebook, Tensor) else codebook[name]
-        mask = None if masks is None else masks[name]
-        log_p[name] = code_log_probabilities(x, codes, mask)  # [B, L]
-        some[name] = torch.ones_like(x[:, 0, 0], dtype=torch.bool) if mask is None else mask.any(1)
+        valid = torch.ones_like(x[..., 0], dtype=torch.bool) if masks is None else masks[name]
+        log_p[name] = code_log_probabilities(x, codes, None if masks is None else valid)  # [B, L]
+        some[name] = valid.any(1)  # [B]
     every = {name: batch.gather(p) for name, p in log_p.items()}
     total = pairs = log_p[names[0]].new_zeros(())
     for a, b in combinations(names, 2):

@@ -101,3 +101,8 @@ def test_gradient() -> None:
         return code_matching({"audio": a, "video": v}, codes, masks)
 
     assert torch.autograd.gradcheck(loss, (*inputs, codebook.clone().requires_grad_()))
+
+
+def test_clips_without_a_segment_have_no_loss() -> None:
+    z, codebook = batch()
+    assert code_matching({name: x[:, :0] for name, x in z.items()}, codebook) == 0
