@@ -337,7 +337,8 @@ class MultiModalEMAQuantizer(Pretrained):
             for name, mask in masks.items()
         ]
         values, _ = pack([*mixed.values()], "* d")
-        if self.partner != "none":  # a callable may return any values, and scores may overflow
+        # a callable may return any values, and scores divided by a temperature may overflow
+        if callable(self.partner) or self.partner_temperature is not None:
             usable = usable & functional.finite_rows(values)
         return values, pack(groups, "*")[0], usable
 
