@@ -1,10 +1,12 @@
-# Each target sets up .venv from constraints.txt by itself, once, and again when a pin changes.
+# Each target but gpu sets up .venv from constraints.txt by itself, and again when a pin changes.
 #   make setup     .venv, with all that the others need; they do it by themselves
 #   make demo      train on the built-in digits into runs/digits
 #   make test      all tests; TESTS="-k name" picks some, JOBS=1 runs them in one process
 #   make lint      ruff, mypy, and pyright for types that users miss
 #   make docs      the site, into site/
 #   make package   wheel and sdist, into dist/, and a trial of the wheel alone
+#   make gpu       tests, times and sanitizer on a GPU, in 8 minutes, into docs/benchmarks/gpu/;
+#                  STAGES="tests figures" picks some, GPU_PYTHON=python takes another than python3
 #   make oldest    tests of the library on the oldest releases of what it needs, in .venv-oldest;
 #                  TORCH=torch==2.13.0 takes another torch: the oldest is a download of 3 GB
 
@@ -15,11 +17,13 @@ JOBS ?= auto
 BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+GPU_PYTHON ?= python3
+OUTPUT ?= docs/benchmarks/gpu
 TORCH ?= $(shell grep '^torch==' .ci/oldest.txt)
 LIBRARY := mmvq mmvq_kernels $(addprefix tests/,functional golden kernels modules properties)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs package oldest
+.PHONY: help setup demo test lint docs package gpu oldest
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -46,6 +50,9 @@ docs: $(READY)
 
 package: $(READY)
 	@$(BIN)/python .ci/package.py
+
+gpu:
+	@PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m examples.benchmarks.gpu --output $(OUTPUT) $(STAGES)
 
 oldest: BIN := .venv-oldest/bin
 oldest: PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq

@@ -31,6 +31,7 @@ from mmvq.pretrained import Pretrained, parameters
 from mmvq.settings import Setting
 from mmvq_kernels import ema, nearest, statistics
 from mmvq_kernels.deprecation import renamed_arguments, warn_of_old_name
+from mmvq_kernels.operators import MOST_GROUPS
 
 Init = Literal["kmeans", "samples", "uniform"]
 ResetRule = Literal["all", "any"]
@@ -289,20 +290,23 @@ class EMACodebook(OverRanks, Pretrained):
         check_mask(where, "usable", usable, values)
         rows = values.reshape(-1, self.dim)
         fit = usable.flatten() & functional.finite_rows(rows)
-        first = self.first_codes(rows, groups.flatten(), fit)
+        first = self.first_codes(rows, torch.where(fit, groups.flatten(), -1))
         if first is not None:
             self.take_first_codes(first)
 
     @torch.no_grad()
-    def first_codes(self, rows: Tensor, groups: Tensor, usable: Tensor) -> FirstCodes | None:
-        """The codes that `initialize` would take from checked `[N, D]`, or None. Writes none."""
+    def first_codes(self, rows: Tensor, groups: Tensor) -> FirstCodes | None:
+        """The codes that `initialize` would take from checked `[N, D]`, or None. Writes none.
+
+        A row of a group below 0 is left out.
+        """
         self.mend()
         if self.ready:
             return None
         if not _without_data(rows) and bool(self.initialized):
             self._seen = self.initialized  # set without load_state_dict: by DDP's broadcast, say
             return None
-        keep = usable & self._updating(groups)
+        keep = (groups >= 0) & self._updating(groups)
         self.match_dtype(rows.dtype)
         ranks = gather_batch_sizes("EMACodebook", rows, self.process_group)
         rows, keep, groups = (ranks.gather(x) for x in (rows.detach(), keep, groups))
@@ -379,14 +383,12 @@ class EMACodebook(OverRanks, Pretrained):
 
     @torch.no_grad()
     def add_rows(self, rows: Tensor, indices: Tensor, groups: Tensor) -> None:
-        """`accumulate` of checked `[N, D]`, `[N]` and `[N]`, with -1 where a row is not finite."""
+        """`accumulate` of checked `[N, D]`, `[N]` and `[N]`, a -1 for a row that is left out."""
         rows = rows.to(self.codes.dtype)
         if self._update_from is not None:  # vectors of the other groups are counted, not added
             rows = torch.where(self._updating(groups)[:, None], rows, 0)
-        counts, sums = statistics.accumulate(
-            rows, indices, self.codebook_size, groups, self.groups, True
-        )
-        flat = torch.cat([counts.flatten(), sums.flatten()])
+        arguments = rows, indices, self.codebook_size, groups, self.groups, True
+        flat = statistics.accumulate(*arguments)
         self._pending = flat if self._pending is None else self._pending + flat
 
     @torch.no_grad()
@@ -421,43 +423,18 @@ class EMACodebook(OverRanks, Pretrained):
     def update_(self, flat: Tensor) -> None:
         """Update the state by reduced statistics: ages, reset, moving average (Eq. 7)."""
         self.mend()
-        G, L, D = self.groups, self.codebook_size, self.dim
-        counts, sums = flat.split([G * L, L * D])
-        counts, sums = counts.view(G, L), sums.view(L, D)
-        batch_counts = self._rows_of_updating(counts).sum(0)  # [L]
-
-        self.usage.add_(counts.long())
-        self.ages.copy_(functional.advance_ages(self.ages, counts))
-        reset = self._find_resets(sums, batch_counts)
-        average = self.codes, self.sums, self.counts
-        ema.update_(*average, sums, batch_counts, self.decay, self.eps, *reset)
-        self.steps.add_(1)
-
-    def _find_resets(
-        self, sums: Tensor, batch_counts: Tensor
-    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The dead codes, whose ages restart, and their replacements (Sec. 4.3)."""
-        if self._patience is None:
-            return None, None
-        ages = self._rows_of_updating(self.ages)
-        dead = functional.dead_codes(ages, self._patience, self.reset_rule)
-        dead = dead & (batch_counts.sum() > 0)
-        if is_cpu_readable(dead) and not dead.numpy().any():  # a GPU would have to be waited for
-            return None, None
-        self.ages.masked_fill_(dead & (self.ages >= 0), 0)
-        return dead, functional.replacement_codes(self.codes, dead, sums, batch_counts, self.steps)
+        state = self.codes, self.sums, self.counts, self.ages, self.usage, self.steps
+        settings = self.decay, self.eps, self._patience, self.reset_rule
+        sources = None if self._update_from is None else [*self._update_from]
+        few = self.groups <= MOST_GROUPS
+        step_ = functional.ema.step_ if few else functional.ema.step_torch_
+        step_(*state, flat, *settings, sources)
 
     def _updating(self, groups: Tensor) -> Tensor:
         """Whether the vectors of a group enter N and o: int64 `[N]` -> bool `[N]`."""
         if self._update_from is None:
             return torch.ones_like(groups, dtype=torch.bool)
         return torch.stack([groups == g for g in self._update_from]).any(0)
-
-    def _rows_of_updating(self, rows: Tensor) -> Tensor:
-        """The rows of the groups in `update_from`: `[G, L]` -> `[|update_from|, L]`."""
-        if self._update_from is None:
-            return rows
-        return torch.stack([rows[g] for g in self._update_from])
 
     def reset_usage(self) -> None:
         """Set `usage` to 0."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
+from einops import pack, unpack
 from torch import Tensor
 
 from mmvq import functional
 from mmvq.checks import check_choice, check_positive, message
+from mmvq_kernels.operators import MOST_GROUPS, fused, register
 
 Tensors = Mapping[str, Tensor]
 Partner = Callable[[Tensor, Tensors, Tensors], Tensor]
@@ -32,6 +35,87 @@ def check_temperature(where: str, **values: float | None) -> None:
     check_positive(where, **{name: x for name, x in values.items() if x is not None})
 
 
+def contributions(
+    rows: Tensor,
+    shapes: Mapping[str, torch.Size],
+    valid: Tensors | None,
+    groups: list[int],
+    dtype: torch.dtype,
+    partner: str | Partner,
+    weight: float,
+    temperature: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""What the vectors add to o, and the group of each: -1 for one that may not enter.
+
+    That is $(1 - w) z^a + w r^a$; without others, $r^a = z^a$. A vector may enter if it is valid,
+    and it and what it adds are finite.
+
+    Args:
+        rows: the vectors of all modalities, `[N, D]`.
+        shapes: name -> shape of its features, whose first two numbers are B and T.
+        valid: padding masks, name -> bool `[B, T]`, or None.
+        groups: number of the group of each modality, ascending.
+        dtype: dtype of the result, float32 or float64.
+        partner: name in `PARTNERS`, `"none"`, or callable `(z_a, others, masks) -> r`, which gets
+            zeros for masked vectors.
+        weight: weight w of the partner.
+        temperature: temperature of `"attention"` (`functional.cross_attend`); otherwise ignored.
+
+    Returns:
+        Values `[N, D]`, and int64 `[N]`.
+
+    Raises:
+        ValueError: the callable does not return r, `[B, T, D]`.
+    """
+    flat = None if valid is None else pack([*valid.values()], "*")[0]
+    first, *others = shapes.values()
+    alike = all(shape == first for shape in others) and groups[-1] < MOST_GROUPS
+    if isinstance(partner, str) and alike and dtype == torch.float32 and fused(rows):
+        return _mix(rows, flat, first[0], groups, partner, weight, temperature)
+    usable = functional.finite_rows(rows)
+    if flat is not None:
+        usable = usable & flat
+    sizes: Any = [(*shape[:2],) for shape in shapes.values()]  # of positions
+    masks = dict(zip(shapes, unpack(usable, sizes, "*"), strict=True))
+    z = dict(zip(shapes, unpack(rows.to(dtype), sizes, "* d"), strict=True))
+    values, _ = pack([*mix_partners(z, masks, partner, weight, temperature).values()], "* d")
+    # a callable may return any values, and scores divided by a temperature may overflow
+    if callable(partner) or temperature is not None:
+        usable = usable & functional.finite_rows(values)
+    numbers = zip(groups, masks.values(), strict=True)
+    owners, _ = pack([torch.full_like(x, g, dtype=torch.long) for g, x in numbers], "*")
+    return values, torch.where(usable, owners, -1)
+
+
+def _mix_torch(
+    rows: Tensor,
+    valid: Tensor | None,
+    clips: int,
+    groups: list[int],
+    partner: str,
+    weight: float,
+    temperature: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`contributions` of modalities with equal T."""
+    shape = torch.Size((clips, len(rows) // max(1, len(groups) * clips)))
+    names = [str(group) for group in groups]
+    masks = None if valid is None else dict(zip(names, valid.view(-1, *shape), strict=True))
+    settings = torch.float32, partner, weight, temperature
+    return contributions(rows, dict.fromkeys(names, shape), masks, groups, *settings)
+
+
+_mix: Callable[..., tuple[Tensor, Tensor]] = register(
+    "mmvq::mix",
+    _mix_torch,
+    gpu="mmvq_kernels.gpu.mixing:mix",
+    inline=True,
+    fake=lambda rows, *_: (
+        torch.empty_like(rows, dtype=torch.float32, memory_format=torch.contiguous_format),
+        rows.new_empty(len(rows), dtype=torch.long),
+    ),
+)
+
+
 def mix_partners(
     z: Tensors,
     masks: Tensors,
@@ -39,19 +123,7 @@ def mix_partners(
     weight: float,
     temperature: float | None = None,
 ) -> Tensors:
-    r"""Compute $(1 - w) z^a + w r^a$ for each modality a; without others, $r^a = z^a$.
-
-    Args:
-        z: features, name -> `[B, T, D]`.
-        masks: vectors that may be partners, name -> bool `[B, T]`.
-        partner: name in `PARTNERS`, `"none"`, or callable `(z_a, others, masks) -> r`, which gets
-            zeros for masked vectors.
-        weight: weight w of the partner.
-        temperature: temperature of `"attention"` (`functional.cross_attend`); otherwise ignored.
-
-    Raises:
-        ValueError: the callable does not return r, `[B, T, D]`.
-    """
+    """Compute $(1 - w) z^a + w r^a$ for each modality; arguments and error as `contributions`."""
     if partner == "none" or weight == 0:
         return z
     if callable(partner):  # `PARTNERS` read no masked vectors of the others

@@ -38,10 +38,14 @@ from mmvq.partners import (
     Tensors,
     check_partner,
     check_temperature,
-    mix_partners,
+    contributions,
 )
 from mmvq.pretrained import Pretrained
 from mmvq.settings import Setting
+from mmvq_kernels import commitment
+from mmvq_kernels.commitment import Terms
+from mmvq_kernels.nearest import take
+from mmvq_kernels.operators import fused
 
 Commitment = Callable[[Tensors, Tensors, Tensors | None], Tensor]
 
@@ -282,65 +286,88 @@ class MultiModalEMAQuantizer(Pretrained):
             hint = "its statistics are lost with the replica: use DistributedDataParallel"
             raise RuntimeError(message(where, rule, hint=hint, update=self.update))
 
-        z = without_padding(z, valid)
+        at_once = self._runs_at_once(z)
+        z = z if at_once else without_padding(z, valid)
         with torch.autocast(device.type, enabled=False):  # its `cat` rejects some dtypes
-            rows, shapes = pack([*z.values()], "* d")  # [N, D], of all modalities
+            rows, _ = pack([*z.values()], "* d")  # [N, D], of all modalities
         weight, first = book.weight, None
         if updating:
-            values, groups, usable = self._contributions(rows, z, valid)  # Sec. 4.3
-            first = book.first_codes(values, groups, usable)
+            values, owners = self._contributions(rows, z, valid)  # Sec. 4.3
+            first = book.first_codes(values, owners)
             weight = book.weight if first is None else first.codes
-        index = book.nearest(rows, weight)  # Eq. 2
-        chosen = dict(zip(z, unpack(index, shapes, "*"), strict=True))
-        # codes from before the update
-        codes = dict(zip(z, unpack(weight.index_select(0, index), shapes, "* d"), strict=True))
-        loss = weight.new_zeros(())
-        if self.commitment is not None:
-            loss = check_loss(where, self.commitment(z, codes, valid))  # Eq. 8
+        quantize = self._quantize_at_once if at_once else self._quantize
+        index, quantized, loss = quantize(rows, z, valid, weight)  # Eq. 2, Eq. 8
         if first is not None:  # written after the loss, as a commitment may raise
             book.take_first_codes(first)
         if updating:
-            book.add_rows(values, torch.where(usable, index, -1), groups)  # the sums of Eq. 7
+            book.add_rows(values, index, owners)  # the sums of Eq. 7
             if self.update == "auto":
                 book.apply()  # Eq. 7
+        shapes = {name: features[name].shape for name in z}
+        indices = dict(zip(z, unpack(index, [x.shape[:2] for x in z.values()], "*"), strict=True))
+        return QuantizerOutput(
+            {name: quantized[name].view(shape) for name, shape in shapes.items()},
+            {name: indices[name].view(shape[:-1]) for name, shape in shapes.items()},
+            loss,
+        )
 
+    def _quantize(
+        self, rows: Tensor, z: Tensors, valid: Tensors | None, weight: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Indices of all vectors, -1 where masked; codes with a gradient; the commitment loss."""
+        index = self.ema_codebook.nearest(rows, weight)
+        shapes: list[Any] = [x.shape[:2] for x in z.values()]
+        # codes from before the update
+        chosen = take(weight, index) if self.training else weight.index_select(0, index)
+        codes = dict(zip(z, unpack(chosen, shapes, "* d"), strict=True))
+        loss = weight.new_zeros(())
+        if self.commitment is not None:
+            loss = check_loss("MultiModalEMAQuantizer", self.commitment(z, codes, valid))
         gradient = _GRADIENTS[self.gradient]
-        quantized: dict[str, Tensor] = {}
-        indices: dict[str, Tensor] = {}
-        for name, x in z.items():
-            q, i = gradient(x, codes[name].to(x.dtype)), chosen[name]
-            if valid is not None:
-                q = torch.where(valid[name][..., None], q, 0)
-                i = torch.where(valid[name], i, -1)
-            shape = features[name].shape
-            quantized[name], indices[name] = q.view(shape), i.view(shape[:-1])
-        return QuantizerOutput(quantized, indices, loss)
+        quantized = {name: gradient(x, codes[name].to(x.dtype)) for name, x in z.items()}
+        if valid is not None:
+            index = torch.where(pack([*valid.values()], "*")[0], index, -1)
+            for name, mask in valid.items():
+                quantized[name] = torch.where(mask[..., None], quantized[name], 0)
+        return index, quantized, loss
+
+    def _quantize_at_once(
+        self, rows: Tensor, z: Tensors, valid: Tensors | None, weight: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """`_quantize` in one operation, which reads no masked vector."""
+        mask = None if valid is None else pack([*valid.values()], "*")[0]
+        loss: Any = self.commitment
+        own, cross, mean = (0.0, 0.0, False) if loss is None else loss.weights
+        terms = Terms(own, cross, mean, self.gradient == "rotation")
+        parts, index, total = commitment.quantize(rows, weight, mask, len(z), terms)
+        pairs = zip(z.items(), parts, strict=True)
+        return index, {name: codes.to(x.dtype) for (name, x), codes in pairs}, total
+
+    def _runs_at_once(self, z: Tensors) -> bool:
+        """Whether the kernels of one operation know this loss and these shapes: on a GPU only.
+
+        A graph for inference holds torch calls, which any runtime knows.
+        """
+        loss, (x, *others) = self.commitment, z.values()
+        plain = loss is None
+        if type(loss) is CrossModalCommitmentLoss:
+            hooked = loss._forward_hooks or loss._forward_pre_hooks or loss._backward_hooks
+            plain = not (hooked or isinstance(loss.cross_ratio, Mapping))
+        alike = all(other.shape == x.shape for other in others)
+        eager = self.training or not torch.compiler.is_compiling()
+        return eager and plain and alike and fused(*z.values(), self.ema_codebook.codes)
 
     @torch.no_grad()
     def _contributions(
         self, rows: Tensor, z: Tensors, valid: Tensors | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Values that vectors add to o, their groups, and which of them may enter."""
+    ) -> tuple[Tensor, Tensor]:
+        """What the vectors add to o, and their groups: -1 for one that may not enter."""
         book = self.ema_codebook
         book.match_dtype(rows.dtype)
-        usable = functional.finite_rows(rows)
-        shapes: list[Any] = [x.shape[:2] for x in z.values()]
-        if valid is not None:
-            usable = usable & pack([*valid.values()], "*")[0]
-        masks = dict(zip(z, unpack(usable, shapes, "*"), strict=True))
-        wide = dict(zip(z, unpack(rows.to(book.codes.dtype), shapes, "* d"), strict=True))
-        mixed = mix_partners(
-            wide, masks, self.partner, self.partner_weight, self.partner_temperature
-        )
-        groups = [
-            torch.full_like(mask, self._sorted.index(name), dtype=torch.long)
-            for name, mask in masks.items()
-        ]
-        values, _ = pack([*mixed.values()], "* d")
-        # a callable may return any values, and scores divided by a temperature may overflow
-        if callable(self.partner) or self.partner_temperature is not None:
-            usable = usable & functional.finite_rows(values)
-        return values, pack(groups, "*")[0], usable
+        shapes = {name: x.shape for name, x in z.items()}
+        groups = [self._sorted.index(name) for name in z]
+        settings = self.partner, self.partner_weight, self.partner_temperature
+        return contributions(rows, shapes, valid, groups, book.codes.dtype, *settings)
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2), for any modality: `[..., D]` -> int64 `[...]`.

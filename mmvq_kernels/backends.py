@@ -6,7 +6,6 @@ torch path otherwise.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 from typing import Literal, get_args
@@ -92,12 +91,17 @@ def runs_triton(*tensors: Tensor | None) -> bool:
     return _reason_against(given) is None and _gpu_runs_triton(given[0].device)
 
 
-@functools.cache
 def _gpu_runs_triton(gpu: torch.device) -> bool:
-    reason = _reason_on(gpu)
-    taken = "Triton kernels" if reason is None else f"torch path, as {reason}"
-    _logger.debug("auto on %s: %s", gpu, taken)
-    return reason is None
+    if gpu not in _GPUS:
+        reason = _reason_on(gpu)
+        taken = "Triton kernels" if reason is None else f"torch path, as {reason}"
+        _logger.debug("auto on %s: %s", gpu, taken)
+        _GPUS[gpu] = reason is None
+    return _GPUS[gpu]
+
+
+_GPUS: dict[torch.device, bool] = {}
+_gpu_runs_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it cannot trace it
 
 
 def _reason_on(gpu: torch.device | None) -> str | None:

@@ -38,7 +38,7 @@ def code_log_probabilities(
 
     Differentiable (once) in x and the codebook. A distance that is smaller than its rounding error
     counts as 0 and has gradient 0 (in float32 with D 256: one below 0.4% of the distance of x from
-    the mean code). No `[B, T, L]` tensor is made, neither forward nor backward.
+    the middle of the codes). No `[B, T, L]` tensor is made, neither forward nor backward.
 
     Args:
         x: features of B clips, `[B, T, D]`, any float dtype.
@@ -82,16 +82,11 @@ def log_probabilities(
     x: Tensor, codebook: Tensor, mask: Tensor | None = None, backend: Backend = "auto"
 ) -> Tensor:
     """`code_log_probabilities` without the checks."""
-    if mask is None:
-        valid = x.new_ones(x.shape[:2], dtype=torch.bool)
-    else:
-        valid, x = mask, torch.where(mask[..., None], x, 0)
     if x.shape[1] == 0:  # one segment of padding
-        x, valid = pad(x, (0, 0, 0, 1)), pad(valid, (0, 1))
-    used = valid | ~valid.any(1, keepdim=True)
+        x, mask = pad(x, (0, 0, 0, 1)), None
     as_operator = backend != "torch" and through_operator(x) and not transformed()
     run: Any = forward if as_operator else _LogProbabilities.apply
-    log_p: Tensor = run(x, codebook, used)[0]
+    log_p: Tensor = run(x, codebook, mask)[0]
     return log_p
 
 
@@ -104,21 +99,28 @@ class _LogProbabilities(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-        return (forward if transformed() else forward_torch)(x, codebook, used)
+    def forward(x: Tensor, codebook: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (forward if transformed() else forward_torch)(x, codebook, mask)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs, *output)
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # the normalizers would get zeros
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(
+        ctx: Any, grad: Tensor | None, _: None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         return _differentiate(backward if transformed() else backward_torch, ctx, grad)
 
 
-def _differentiate(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+def _differentiate(
+    run: Any, ctx: Any, grad: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad is None:  # nothing depends on the result
+        return None, None, None
     of_codes: bool = ctx.needs_input_grad[1]
     of_x, of_codebook = run(grad, *ctx.saved_tensors, of_codes)
     return of_x, of_codebook if of_codes else None, None
@@ -133,21 +135,26 @@ def cancellation_threshold(dtype: torch.dtype, D: int) -> float:
     return 8 * torch.finfo(dtype).eps * math.sqrt(D)
 
 
-def forward_torch(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+def forward_torch(x: Tensor, codebook: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """`ln P`, and the normalizers that the backward of the Triton kernels needs: here zeros."""
-    x, codes = _centre(x, codebook)
-    log_used = _log_used(used, x.dtype)
+    x, codes = _centre(x, codebook, mask)
+    log_used, log_n = _log_used(mask, x)
     log_p, norms = x.new_empty(x.shape[0], codes.shape[0]), codes.square().sum(-1)
     for clips in _blocks(x, codes):
         distance, _ = _distances(x[clips], codes, norms)  # [b, T, L]
-        log_p_t = distance.neg_().log_softmax(-1).add_(log_used[clips])
+        log_p_t = distance.neg_().log_softmax(-1)
+        if log_used is not None:
+            log_p_t.add_(log_used[clips])
         log_p[clips] = log_p_t.logsumexp(1)
-    return log_p.sub_(log_used.logsumexp(1)), x.new_zeros(x.shape[:2], dtype=torch.float32)
+    return log_p.sub_(log_n), x.new_zeros(x.shape[:2], dtype=torch.float32)
 
 
-def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+def _centre(x: Tensor, codebook: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Vectors, 0 where they are not valid, and codes, minus the mean code."""
     dtype = _wider(x, codebook)
     mean = codebook.detach().mean(0).to(dtype)
+    if mask is not None:
+        x = torch.where(mask[..., None], x, 0)
     return x.to(dtype) - mean, codebook.to(dtype) - mean
 
 
@@ -155,9 +162,15 @@ def _wider(x: Tensor, codebook: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
 
 
-def _log_used(used: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logarithm of the weight of a segment, 1 or 0: `[B, T, 1]`."""
-    return torch.where(used[..., None], 0.0, -torch.inf).to(dtype)
+def _log_used(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | float]:
+    """Logarithms of whether a segment counts, `[B, T, 1]`, and of how many do, `[B, 1]`.
+
+    Without a mask all count, and without a valid segment all of the clip do.
+    """
+    if mask is None:
+        return None, math.log(x.shape[1])
+    used = (mask | ~mask.any(1, keepdim=True))[..., None]
+    return torch.where(used, 0.0, -torch.inf).to(x), used.sum(1).to(x).log()
 
 
 def _distances(x: Tensor, codes: Tensor, norms: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -191,20 +204,22 @@ def backward_torch(
     grad: Tensor,
     x: Tensor,
     codebook: Tensor,
-    used: Tensor,
+    mask: Tensor | None,
     log_p: Tensor,
     normalizers: Tensor,
     of_codes: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and, if `of_codes`, of the codebook."""
-    x_dtype, (x, codes) = x.dtype, _centre(x, codebook)
-    log_used, norms = _log_used(used, x.dtype), codes.square().sum(-1)
-    shift = log_used.logsumexp(1, keepdim=True) + log_p[:, None]  # [B, 1, L]
+    x_dtype, (x, codes) = x.dtype, _centre(x, codebook, mask)
+    (log_used, log_n), norms = _log_used(mask, x), codes.square().sum(-1)
+    shift = (log_p + log_n)[:, None]  # [B, 1, L]
     of_x = x.new_empty(x.shape)
     of_codebook = codes.new_zeros(codes.shape if of_codes else 0)
     for clips in _blocks(x, codes):
         distance, lost = _distances(x[clips], codes, norms)
-        log_p_t = (-distance).log_softmax(-1).add_(log_used[clips])  # [b, T, L]
+        log_p_t = (-distance).log_softmax(-1)  # [b, T, L]
+        if log_used is not None:
+            log_p_t.add_(log_used[clips])
         pull = (log_p_t - shift[clips]).exp_().mul_(grad[clips, None])
         q = log_p_t.exp_().mul_(pull.sum(-1, keepdim=True)).sub_(pull).div_(distance)
         if lost is not None:
@@ -213,6 +228,8 @@ def backward_torch(
         if of_codes:
             q, rows = q.flatten(0, 1), x[clips].flatten(0, 1)
             of_codebook.addcmul_(codes, q.sum(0)[:, None]).sub_(_product(q.T, rows.T))
+    if mask is not None:
+        of_x.masked_fill_(~mask[..., None], 0)
     return of_x.to(x_dtype), of_codebook.to(codebook.dtype)
 
 
@@ -220,7 +237,7 @@ forward: Callable[..., tuple[Tensor, Tensor]] = register(
     "mmvq::code_log_probabilities",
     forward_torch,
     gpu="mmvq_kernels.gpu.distribution:forward",
-    fake=lambda x, codebook, _used: (
+    fake=lambda x, codebook, _mask: (
         x.new_empty(x.shape[0], codebook.shape[0], dtype=_wider(x, codebook)),
         x.new_empty(x.shape[:2], dtype=torch.float32),
     ),
@@ -229,7 +246,7 @@ backward: Callable[..., tuple[Tensor, Tensor]] = register(
     "mmvq::code_log_probabilities_backward",
     backward_torch,
     gpu="mmvq_kernels.gpu.distribution:backward",
-    fake=lambda _grad, x, codebook, _used, _log_p, _normalizers, of_codes: (
+    fake=lambda _grad, x, codebook, _mask, _log_p, _normalizers, of_codes: (
         x.new_empty(x.shape),
         codebook.new_empty(codebook.shape if of_codes else 0),
     ),

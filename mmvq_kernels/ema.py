@@ -15,6 +15,9 @@ from mmvq_kernels.messages import message
 from mmvq_kernels.operators import register
 
 FADED = 1000  # times eps: an N above it is large enough not to shrink the code by smoothing
+# Of the codebook's spread, for each unit of a random 24-bit integer: enough to separate two codes
+# that share a donor.
+JITTER = 0.01 / 2**23
 
 
 def ema_update_(

@@ -106,6 +106,27 @@ search: Callable[..., Tensor] = register(
 )
 
 
+def take(codebook: Tensor, index: Tensor) -> Tensor:
+    """Rows `[N, D]` of a codebook that is about to change.
+
+    In a graph this is an operator, whose result stays. Rows of plain torch code are read when they
+    are needed, which inductor (torch 2.11 and 2.13) may take for after the change.
+    """
+    take_rows = _take if torch.compiler.is_compiling() else _take_torch
+    return take_rows(codebook, index)
+
+
+def _take_torch(codebook: Tensor, index: Tensor) -> Tensor:
+    return codebook.index_select(0, index)
+
+
+_take = register(
+    "mmvq::take",
+    _take_torch,
+    fake=lambda codebook, index: codebook.new_empty(index.shape[0], codebook.shape[1]),
+)
+
+
 def _search_few(x: Tensor, codebook: Tensor) -> Tensor:
     """All distances from differences: in float32, and in float64 for the codes in doubt.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import pkgutil
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -19,6 +20,12 @@ from mmvq_kernels.backends import refuse_tracing, runs_triton, transformed
 P = ParamSpec("P")
 R = TypeVar("R")
 
+MOST_GROUPS = 62
+"""Groups that a kernel can tell apart, by bits of an int64."""
+
+GPU_PATHS: dict[str, str] = {}
+"""Name of each operator with Triton kernels -> `module:name` of the function that launches them."""
+
 
 def register(
     name: str,
@@ -27,6 +34,7 @@ def register(
     gpu: str | None = None,
     fake: Callable[..., object] | None = None,
     mutates_args: Sequence[str] = (),
+    inline: bool = False,
 ) -> Callable[Concatenate[Tensor, P], R]:
     """Make a custom operator of `torch_path`, whose annotations become the operator's schema.
 
@@ -38,42 +46,69 @@ def register(
         fake: takes the same arguments and returns empty tensors of the results' shapes and dtypes.
             Not needed by an operator that returns nothing.
         mutates_args: the arguments that are written to. Without any, `torch.vmap` gets a rule.
+        inline: whether transforms, and graphs for a CPU, hold the torch calls of `torch_path`;
+            always so for an operator that writes. Behind such an operator inductor
+            (torch 2.13) moved earlier reads of the codes. As dynamo would compile a graph for each
+            value of a float, a graph holds a second operator, `<name>_of_tensors`, which takes them
+            as tensors of no dimension.
 
     Returns:
         The operation, without any check of its arguments. In eager mode on a CPU it calls
         `torch_path` directly, because the first call of an operator imports torch's compiler, which
         is slow. Otherwise it calls the operator.
     """
+    inline = inline or bool(mutates_args)
 
     def run(*args: Any) -> Any:
         path: Any = torch_path
-        if gpu is not None and runs_triton(*(x for x in args if isinstance(x, Tensor))):
+        if gpu is not None and runs_triton(*(x for x in args if isinstance(x, Tensor) and x.ndim)):
             path = pkgutil.resolve_name(gpu)
         return path(*args)
 
+    if gpu is not None:
+        GPU_PATHS[name] = gpu
     schema = torch.library.infer_schema(torch_path, mutates_args=mutates_args)
-    operator = torch.library.custom_op(name, run, mutates_args=mutates_args, schema=schema)
-    if fake is not None:
-        operator.register_fake(fake)
-    if not mutates_args:
-        operator.register_vmap(functools.partial(_one_by_one, operator))
+    schemas = {name: schema}
+    if inline and "float" in schema:
+        schemas[f"{name}_of_tensors"] = re.sub(r"\bfloat\b", "Tensor", schema)
+    operators: list[Any] = [
+        torch.library.custom_op(each, run, mutates_args=mutates_args, schema=text)
+        for each, text in schemas.items()
+    ]
+    for operator in operators:
+        if fake is not None:
+            operator.register_fake(fake)
+        if not mutates_args:
+            operator.register_vmap(functools.partial(_one_by_one, operator))
+    arguments = operators[0]._opoverload._schema.arguments
+    floats = [i for i, x in enumerate(arguments) if "float" in str(x.type)]
 
     @functools.wraps(torch_path)
     def call(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
         refuse_tracing(name.split("::")[1])
-        # torch.compile traces an update in place as plain torch code. With an operator that writes,
-        # inductor (torch 2.13) moved earlier reads of the codes behind the update, and dynamo
-        # compiled anew for each value of a float.
-        inline = mutates_args and torch.compiler.is_dynamo_compiling()
-        chosen: Any = operator if through_operator(x) and not inline else torch_path
-        result: R = chosen(x, *args, **kwargs)
+        chosen: Any = torch_path
+        given: list[Any] = [x, *args]
+        if through_operator(x, inline):
+            chosen = operators[0]
+            if torch.compiler.is_compiling() and len(operators) > 1:
+                chosen, one = operators[1], x.new_ones((), dtype=torch.float32)
+                for i in floats:
+                    given[i] = None if given[i] is None else one * given[i]
+        result: R = chosen(*given, **kwargs)
         return result
 
     return call
 
 
-def through_operator(x: Tensor) -> bool:
+def fused(*tensors: Tensor | None) -> bool:
+    """Whether kernels that fuse many torch calls take these tensors: not inside a transform."""
+    return runs_triton(*tensors) and not transformed()
+
+
+def through_operator(x: Tensor, inline: bool = False) -> bool:
     """Whether an operation on `x` goes through its operator: on a GPU, in a graph or transform."""
+    if inline:
+        return x.device.type == "cuda" and not transformed()
     return x.device.type == "cuda" or torch.compiler.is_compiling() or transformed()
 
 

@@ -96,8 +96,26 @@ def code_statistics(
     require(where, backend, values, indices, groups)
     run = accumulate_torch if backend == "torch" else accumulate
     G = 1 if groups is None else num_groups
-    counts, sums = run(values.detach(), indices, num_codes, groups, G, deterministic)
+    flat = run(values.detach(), indices, num_codes, groups, G, deterministic)
+    counts, sums = split(flat, G, num_codes, values.shape[1])
     return (counts.squeeze(0) if groups is None else counts), sums
+
+
+def largest_fit(dtype: torch.dtype) -> float:
+    """The largest element of a vector that may enter the statistics.
+
+    The root of the largest number over 2^14, so that sums of 2^25 squared differences of elements
+    are finite: 1e15, or 8e149 in float64.
+    """
+    widest = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    limit: float = min(torch.finfo(dtype).max, widest**0.5 / 2**14)
+    return limit
+
+
+def split(flat: Tensor, G: int, L: int, D: int) -> tuple[Tensor, Tensor]:
+    """The counts `[G, L]` and sums `[L, D]` in what `accumulate` returned."""
+    counts, sums = flat.split([G * L, L * D])
+    return counts.view(G, L), sums.view(L, D)
 
 
 def accumulate_torch(
@@ -107,25 +125,31 @@ def accumulate_torch(
     groups: Tensor | None,
     num_groups: int,
     deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    """Counts `[G, L]` and sums `[L, D]`, always deterministic."""
-    values = _wide(values)
-    left_out = indices < 0
-    rows = torch.where(left_out, num_codes, indices)  # the last bin is dropped
-    sums = _add_rows(values, rows, num_codes + 1)[:num_codes]
-    bins = rows if groups is None else groups * (num_codes + 1) + rows
-    counts = bins.new_zeros(num_groups * (num_codes + 1))
-    counts = counts.index_add_(0, bins, torch.ones_like(bins)).view(num_groups, num_codes + 1)
-    return counts[:, :num_codes].to(values.dtype, memory_format=torch.contiguous_format), sums
+) -> Tensor:
+    """Counts `[G, L]` and sums `[L, D]`, flat, always deterministic.
+
+    A row is left out if its index is below 0, or its group.
+    """
+    (_, D), L, G = values.shape, num_codes, num_groups
+    values, left_out = _wide(values), indices < 0
+    if groups is not None:
+        left_out, groups = left_out | (groups < 0), groups.clamp(min=0)
+    rows = torch.where(left_out, L, indices)  # the last bin is dropped
+    flat = values.new_zeros(G * L + (L + 1) * D)
+    _add_rows_(flat[G * L :].view(L + 1, D), values, rows)
+    bins = rows if groups is None else groups * (L + 1) + rows
+    counts = bins.new_zeros(G * (L + 1))
+    counts = counts.index_add_(0, bins, torch.ones_like(bins)).view(G, L + 1)
+    flat[: G * L].view(G, L).copy_(counts[:, :L])
+    return flat[: G * L + L * D]
 
 
-accumulate: Callable[..., tuple[Tensor, Tensor]] = register(
+accumulate: Callable[..., Tensor] = register(
     "mmvq::code_statistics",
     accumulate_torch,
     gpu="mmvq_kernels.gpu.statistics:accumulate",
-    fake=lambda values, _indices, L, _groups, G, _deterministic: (
-        _wide(values.new_empty(G, L)),
-        _wide(values.new_empty(L, values.shape[1])),
+    fake=lambda values, _indices, L, _groups, G, _deterministic: _wide(
+        values.new_empty(G * L + L * values.shape[1])
     ),
 )
 
@@ -134,17 +158,14 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _add_rows(values: Tensor, bins: Tensor, num_bins: int) -> Tensor:
+def _add_rows_(out: Tensor, values: Tensor, bins: Tensor) -> None:
     # The error of a sum in one dtype grows with its length.
     if values.shape[0] > _MANY and values.dtype != torch.float64:
-        total = values.new_zeros(num_bins, values.shape[1], dtype=torch.float64)
+        total = torch.zeros_like(out, dtype=torch.float64)
         for rows, places in zip(values.split(_BLOCK), bins.split(_BLOCK), strict=True):
             _add_rows_(total, rows.double(), places)
-        return total.to(values.dtype)
-    return _add_rows_(values.new_zeros(num_bins, values.shape[1]), values, bins)
-
-
-def _add_rows_(out: Tensor, values: Tensor, bins: Tensor) -> Tensor:
-    if values.device.type == "cpu":
-        return out.index_add_(0, bins, values)
-    return out.index_put_((bins,), values, accumulate=True)  # sorts: no float atomics
+        out.copy_(total)
+    elif values.device.type == "cpu":
+        out.index_add_(0, bins, values)
+    else:
+        out.index_put_((bins,), values, accumulate=True)  # sorts: no float atomics

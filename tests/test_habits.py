@@ -30,6 +30,7 @@ NAMES = {
     for name in package.__all__
 }
 each_document = pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+NEEDS_GPU = "<!-- needs a GPU -->"  # first in a document whose python blocks do
 
 
 def prose(text: str) -> str:
@@ -124,19 +125,57 @@ def test_names_and_arguments_exist(path: Path) -> None:
     assert wrong_names(path.read_text()) == []
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of its exporter
-@each_document
-def test_python_blocks_run(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In order, in one namespace, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    found = blocks(path.read_text(), "python")
+def needs_gpu(path: Path) -> bool:
+    return path.read_text().startswith(NEEDS_GPU)
+
+
+def run_blocks(path: Path, text: str, **stand_ins: object) -> None:
+    """In order, in one namespace. A stand-in takes the place of what a block has defined."""
+    found = blocks(text, "python")
     assert found or path.name != "README.md", "README.md shows no use"
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for line, code in found:
         exec(compile("\n" * (line - 1) + code, str(path), "exec"), namespace)
+        namespace |= {name: x for name, x in stand_ins.items() if name in namespace}
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of its exporter
+@pytest.mark.parametrize("path", [p for p in DOCS if not needs_gpu(p)], ids=lambda path: path.name)
+def test_python_blocks_run(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    run_blocks(path, path.read_text())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize("path", [*filter(needs_gpu, DOCS)], ids=lambda path: path.name)
+def test_python_blocks_run_on_a_gpu(path: Path) -> None:
+    run_blocks(path, path.read_text())
+
+
+@pytest.mark.parametrize("path", [*filter(needs_gpu, DOCS)], ids=lambda path: path.name)
+def test_python_blocks_for_a_gpu_run_up_to_its_graphs(path: Path) -> None:
+    """On the CPU, where a replay takes the step again."""
+
+    class Graph:
+        def __init__(self, step: Any) -> None:
+            self.step, self.result = step, torch.zeros(())
+
+        def replay(self) -> None:
+            self.result.copy_(self.step())
+
+    def capture(step: Any) -> tuple[Graph, torch.Tensor]:
+        for _ in range(3):
+            step()
+        graph = Graph(step)
+        return graph, graph.result
+
+    text = path.read_text().replace('"cuda"', '"cpu"').replace("capturable=True", "foreach=False")
+    run_blocks(path, text, capture=capture)
 
 
 def cells(text: str, header: str) -> list[str]:

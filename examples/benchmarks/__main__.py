@@ -1,4 +1,4 @@
-"""`python -m examples.benchmarks [search|step|losses|memory|gpu|plot]`: tables and JSON."""
+"""`python -m examples.benchmarks [search|step|losses|memory|gpu|plot|launches]`."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import platform
 import sys
@@ -29,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "parts",
         nargs="*",
-        help=f"of {', '.join(PARTS)}, gpu; default: all but gpu. Or plot: draw the figures in docs",
+        help=f"of {', '.join(PARTS)}, gpu; default: all but gpu. Or plot: draw the figures in "
+        "docs; or launches: count the kernels that a GPU would start, as one JSON object",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="1 by default")
@@ -52,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parts == ["plot"]:
         plot.draw(json.loads(plot.FIGURES.read_text()), plot.IMAGE)
         return print(f"wrote {plot.IMAGE}")
+    if parts == ["launches"]:
+        return _print_launches()
     if unknown := set(parts) - {*PARTS, "gpu"}:
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
     if min(*options.threads, options.repeats) < 1:
@@ -77,6 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     options.output.write_text(json.dumps(results, indent=1) + "\n")
     except search.DisagreementError as error:
         sys.exit(f"no times are shown, because the results disagree: {error}")
+
+
+def _print_launches() -> None:
+    if importlib.util.find_spec("triton") is None:
+        sys.exit("launches: triton is not installed (pip install 'mmvq[triton]')")
+    from . import launches
+
+    with contextlib.redirect_stdout(sys.stderr):
+        found = launches.as_json(launches.report())
+    print(json.dumps(found, indent=1))
 
 
 def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -55,6 +55,45 @@ def _by_addmm(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat([torch.addmm(half, rows, codebook.T).max(1)[1] for rows in x.split(1 << 14)])
 
 
+def _in(dtype: torch.dtype, precision: str) -> Search:
+    """`_by_addmm` in a dtype, with products of float32 at a precision of torch's."""
+
+    def by_addmm(x: Tensor, codebook: Tensor) -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return _by_addmm(x.to(dtype), codebook.to(dtype))
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return by_addmm
+
+
+def approximate_searches(x: Tensor, codebook: Tensor) -> dict[str, Search]:
+    """The alternatives on a GPU that may choose a farther code, by name."""
+    found = {
+        "addmm and max, tf32": _in(torch.float32, "high"),
+        "addmm and max, bf16": _in(torch.bfloat16, "highest"),
+    }
+    if x.device.type == "cuda" and (flash := find("flash_kmeans.assign_euclid_triton")):
+        codes, norms = codebook.to(x.dtype)[None], x.float().square().sum(1)[None]
+        found["flash-kmeans"] = lambda x, _: flash.euclid_assign_triton(x[None], codes, norms)[0]
+    return found
+
+
+def quantizer(dim: int, codes: int) -> Any:
+    """The quantizer of vector-quantize-pytorch with the settings nearest to ours."""
+    package = find("vector_quantize_pytorch")
+    assert package is not None
+    return package.VectorQuantize(
+        dim=dim,
+        codebook_size=codes,
+        decay=0.99,
+        commitment_weight=0.25,
+        threshold_ema_dead_code=2,
+    )
+
+
 def searches(x: Tensor, codebook: Tensor) -> dict[str, Search]:
     """The alternatives that can search these tensors, by name."""
     found: dict[str, Search] = {}
@@ -72,7 +111,7 @@ def searches(x: Tensor, codebook: Tensor) -> dict[str, Search]:
             sklearn.pairwise_distances_argmin(x.numpy(), codebook.numpy())
         )
     if not on_cpu:
-        found["addmm and max"] = _by_addmm
+        found["addmm and max"] = _in(torch.promote_types(x.dtype, torch.float32), "highest")
     if x.shape[0] * codebook.shape[0] * x.element_size() <= _FULL_BYTES:
-        found["cdist"] = lambda x, codebook: torch.cdist(x, codebook).argmin(1)
+        found["cdist"] = lambda x, codebook: torch.cdist(x.to(codebook.dtype), codebook).argmin(1)
     return found

@@ -39,14 +39,8 @@ def run(*, quick: bool = False, repeats: int = 30, device: str = "cpu") -> list[
         "mmvq": ours,
         "product": lambda: peers.product(rows, quantizer.codebook),
     }
-    if package := peers.find("vector_quantize_pytorch"):
-        theirs = package.VectorQuantize(
-            dim=D,
-            codebook_size=size,
-            decay=0.99,
-            commitment_weight=0.25,
-            threshold_ema_dead_code=2,
-        ).to(device)
+    if peers.find("vector_quantize_pytorch"):
+        theirs = peers.quantizer(D, size).to(device)
         _same_codes(theirs, quantizer.codebook, together)
 
         def step() -> None:

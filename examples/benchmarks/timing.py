@@ -46,18 +46,27 @@ def _by_clocks(call: Call, device: str) -> dict[str, float]:
 
 
 def _captured(call: Call) -> torch.cuda.CUDAGraph | None:
-    """Capture a call, after warm-up on another stream; None if it synchronises."""
+    """The graph of a call; None if it synchronises."""
+    try:
+        return capture(call)
+    except RuntimeError:
+        return None
+
+
+def capture(call: Call) -> torch.cuda.CUDAGraph:
+    """Capture a call, after warm-up on another stream.
+
+    Raises:
+        RuntimeError: it synchronises.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        return None
+    with torch.cuda.graph(graph):
+        call()
     return graph
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from mmvq_kernels import ema_update_
+from mmvq.functional.reset import advance_ages, dead_codes, replacement_codes
+from mmvq_kernels import ema, ema_update_, statistics
+from mmvq_kernels.checks import is_cpu_readable
+from mmvq_kernels.operators import register
 
 __all__ = ["ema_update_", "ema_update_ref", "laplace_smoothing"]
 
@@ -58,3 +63,47 @@ def ema_update_ref(
     if codes is not None:
         new = torch.where(batch_counts[:, None] > 0, new, codes)
     return new, sums, counts
+
+
+def step_torch_(
+    codes: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    ages: Tensor,
+    usage: Tensor,
+    steps: Tensor,
+    batch: Tensor,
+    decay: float,
+    eps: float,
+    reset_after: float | None,
+    reset_rule: str,
+    update_from: list[int] | None,
+) -> None:
+    """One step of the whole state of an `EMACodebook`, in place: Eq. 7 and the reset of Sec. 4.3.
+
+    `batch` is what `statistics.accumulate` returns. Only groups in `update_from` move the codes.
+    """
+    n, s = statistics.split(batch, len(ages), *codes.shape)
+    usage.add_(n.long())
+    ages.copy_(advance_ages(ages, n))
+    if update_from is None:
+        voting, votes = ages, n.sum(0)
+    else:
+        voting, votes = (torch.stack([x[g] for g in update_from]) for x in (ages, n))
+        votes = votes.sum(0)
+    reset: tuple[Tensor, Tensor] | tuple[None, None] = None, None
+    if reset_after is not None:
+        dead = dead_codes(voting, reset_after, reset_rule) & (votes.sum() > 0)
+        if not is_cpu_readable(dead) or dead.numpy().any():  # a GPU would have to be waited for
+            ages.masked_fill_(dead & (ages >= 0), 0)
+            reset = dead, replacement_codes(codes, dead, s, votes, steps)
+    ema.update_(codes, sums, counts, s, votes, decay, eps, *reset)
+    steps.add_(1)
+
+
+step_: Callable[..., None] = register(
+    "mmvq::update_codebook_",
+    step_torch_,
+    gpu="mmvq_kernels.gpu.ema:step_",
+    mutates_args=("codes", "sums", "counts", "ages", "usage", "steps"),
+)

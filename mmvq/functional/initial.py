@@ -63,7 +63,8 @@ def kmeans(
     centres = torch.where(chosen[:, None] >= 0, x[chosen], spare)
     for _ in range(iterations):
         indices = torch.where(usable, nearest.search(x, centres, False), -1)
-        counts, sums = statistics.accumulate(x, indices, num_codes, None, 1, True)
+        flat = statistics.accumulate(x, indices, num_codes, None, 1, True)
+        counts, sums = statistics.split(flat, 1, num_codes, x.shape[1])
         counts = counts[0, :, None]
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     return centres

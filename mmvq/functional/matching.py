@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mmvq.functional.batch import WHOLE, Batch
-from mmvq.functional.contrastive import matched_cross_entropy
 from mmvq_kernels import code_log_probabilities
 
 __all__ = ["code_log_probabilities", "code_matching", "code_matching_ref", "code_probabilities"]
@@ -76,28 +75,54 @@ def code_matching(
         >>> code_matching({"audio": alike, "video": alike}, torch.randn(16, 4))  # ln 8
         tensor(2.0794)
     """
-    names = sorted(features)
-    log_p: dict[str, Tensor] = {}
-    some: dict[str, Tensor] = {}
-    for name in names:
-        x = features[name]
-        codes = codebook if isinstance(codebook, Tensor) else codebook[name]
-        valid = torch.ones_like(x[..., 0], dtype=torch.bool) if masks is None else masks[name]
-        log_p[name] = code_log_probabilities(x, codes, None if masks is None else valid)  # [B, L]
-        some[name] = valid.any(1)  # [B]
+    log_p = _log_probabilities(features, codebook, masks)  # name -> [B, L]
+    pairs = list(combinations(log_p, 2))
+    if not pairs:
+        return next(iter(log_p.values())).new_zeros(())
     every = {name: batch.gather(p) for name, p in log_p.items()}
-    total = pairs = log_p[names[0]].new_zeros(())
-    for a, b in combinations(names, 2):
-        pair = some[a] & some[b]
+    both: list[Tensor] = []
+    for a, b in pairs:
         there = _similarity(log_p[a], every[b])  # [B, B of all ranks]
-        back = there.T if batch.whole else _similarity(log_p[b], every[a])
-        others = batch.gather(pair)
-        both = matched_cross_entropy(there, pair, others, offset=batch.offset)
-        both = both + matched_cross_entropy(back, pair, others, offset=batch.offset)
-        summed, count = batch.sum(both.sum(), pair.sum())
-        total = total + summed / 2 / count.clamp(min=1)
-        pairs = pairs + (count > 0)
-    return total / pairs.clamp(min=1)
+        both += [there, there.T if batch.whole else _similarity(log_p[b], every[a])]
+    scores: Tensor = torch.stack(both).unflatten(0, (-1, 2))  # [pairs, 2, B, B of all ranks]
+    if masks is None and batch.whole and all(x.shape[1] for x in features.values()):
+        own = scores.log_softmax(-1).diagonal(0, -2, -1)
+        return own.sum() / -max(own.numel(), 1)
+    if masks is None:
+        masks = {name: x.new_ones(x.shape[:2], dtype=torch.bool) for name, x in features.items()}
+    some = {name: mask.any(1) for name, mask in masks.items()}
+    paired = torch.stack([some[a] & some[b] for a, b in pairs])  # [pairs, B]
+    keep = paired[:, None, :, None] & batch.gather(paired, 1)[:, None, None]
+    scores = torch.where(keep, scores, torch.finfo(scores.dtype).min)
+    own = scores.log_softmax(-1).diagonal(batch.offset, -2, -1)  # [pairs, 2, B]
+    own = torch.where(paired[:, None], own, 0)
+    total, count = batch.sum(own.sum((1, 2)), paired.sum(1))
+    return (total / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1) / -2
+
+
+def _log_probabilities(
+    features: Mapping[str, Tensor],
+    codebook: Tensor | Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    """`ln P` of each modality: all in one call where T, D, dtype and codebook are the same."""
+    names = sorted(features)
+    z = [features[name] for name in names]
+    codes = [codebook if isinstance(codebook, Tensor) else codebook[name] for name in names]
+    valid = [None if masks is None else masks[name] for name in names]
+    if all(
+        x.shape[1:] == z[0].shape[1:] and x.dtype == z[0].dtype and e is codes[0]
+        for x, e in zip(z, codes, strict=True)
+    ):
+        mask = None if masks is None else torch.cat([masks[name] for name in names])
+        with torch.autocast(z[0].device.type, enabled=False):  # joins tensors of some dtypes only
+            x = torch.cat(z)
+        whole = code_log_probabilities(x, codes[0], mask)
+        return dict(zip(names, whole.split([len(x) for x in z]), strict=True))
+    return {
+        name: code_log_probabilities(x, e, mask)
+        for name, x, e, mask in zip(names, z, codes, valid, strict=True)
+    }
 
 
 def _similarity(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -105,7 +130,7 @@ def _similarity(log_p: Tensor, log_q: Tensor) -> Tensor:
     dtype = torch.promote_types(log_p.dtype, log_q.dtype)
     log_p, log_q = log_p.to(dtype), log_q.to(dtype)
     with torch.autocast(log_p.device.type, enabled=False):
-        return log_p.exp() @ log_q.T + log_p @ log_q.exp().T
+        return torch.cat([log_p.exp(), log_p], 1) @ torch.cat([log_q, log_q.exp()], 1).T
 
 
 def code_matching_ref(features: Mapping[str, Tensor], codebook: Tensor) -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from mmvq_kernels.ema import JITTER
 from mmvq_kernels.hashing import mix
 
 UNSEEN = -1
 """The age of every code for a modality without any valid vector so far."""
-_JITTER = 0.01  # of the codebook's spread: enough to separate two codes that share a donor
 
 
 def advance_ages(ages: Tensor, counts: Tensor) -> Tensor:
@@ -32,7 +30,7 @@ def advance_ages(ages: Tensor, counts: Tensor) -> Tensor:
     return torch.where(present, torch.where(counts > 0, 0, ages.clamp(min=0) + 1), ages)
 
 
-def dead_codes(ages: Tensor, reset_after: float, rule: Literal["all", "any"]) -> Tensor:
+def dead_codes(ages: Tensor, reset_after: float, rule: str) -> Tensor:
     """Which codes are dead, and are to be reset: bool `[L]`.
 
     `"all"` keeps a code only if every modality chose it within the last `reset_after` batches (the
@@ -99,4 +97,4 @@ def jittered(new: Tensor, codes: Tensor, step: Tensor) -> Tensor:
     factors = mix(torch.arange(D, device=codes.device)).bitwise_or_(1)
     uniform = (keys[:, None] * factors).bitwise_right_shift_(40).to(codes.dtype)  # [-2^23, 2^23)
     spread = (codes - codes.mean(0)).square_().mean(0).sqrt_()  # [D]; `std` is 14 times slower
-    return torch.addcmul(new, uniform, spread * (_JITTER / 2**23))
+    return torch.addcmul(new, uniform, spread * JITTER)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mmvq_kernels import code_statistics
-from mmvq_kernels.statistics import code_statistics_ref
+from mmvq_kernels.statistics import code_statistics_ref, largest_fit
 
 __all__ = ["code_statistics", "code_statistics_ref", "finite_rows"]
 
@@ -14,14 +13,12 @@ __all__ = ["code_statistics", "code_statistics_ref", "finite_rows"]
 def finite_rows(x: Tensor) -> Tensor:
     """Which vectors are finite and may enter the statistics: `[..., D]`, D >= 1 -> bool `[...]`.
 
-    Vectors with an element beyond 1e15 (8e149 in float64) may not. This limit is the root of the
-    largest number over 2^14, so that sums of 2^25 squared differences of elements are finite.
+    Vectors with an element beyond 1e15 (8e149 in float64) may not.
 
     Examples:
         >>> finite_rows(torch.tensor([[0.0, 1.0], [0.0, torch.nan], [1e20, 0.0]]))
         tensor([ True, False, False])
     """
-    widest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max
-    limit = min(torch.finfo(x.dtype).max, widest**0.5 / 2**14)
+    limit = largest_fit(x.dtype)
     # 8 times faster than x.abs() <= limit; amax and amin both propagate NaN.
     return x.amax(-1).le(limit) & x.amin(-1).ge(-limit)

@@ -1,16 +1,17 @@
 r"""The distribution of a clip over the codes, forward and backward, without a `[B T, L]` tensor.
 
 With $d_{tl} = \lVert x_t - e_l \rVert$, $z_t = \ln \sum_l e^{-d_{tl}}$ and a clip of n segments,
-$\ln P_l = \ln \sum_t e^{-d_{tl} - z_t} - \ln n$. Forward: `normalizer_kernel` computes z,
-`clip_kernel` averages over the segments of a clip. Backward, with $g = \partial L / \partial \ln P$
-and $w_{tl} = e^{-d_{tl} - z_t - \ln n - \ln P_l}$, all but z and P is computed again:
+$\ln P_l = \ln \sum_t e^{-d_{tl} - z_t - \ln n}$. Forward: `prepare_kernel` moves vectors and codes
+to a centre and weighs the segments, `normalizer_kernel` computes z, `clip_kernel` averages over the
+segments of a clip. Backward, with $g = \partial L / \partial \ln P$ and
+$w_{tl} = e^{-d_{tl} - z_t - \ln n - \ln P_l}$, all but z and P is computed again:
 
 $$\frac{\partial L}{\partial d_{tl}} = e^{-d_{tl} - z_t} a_t - g_l w_{tl}, \qquad
   a_t = \sum_l g_l w_{tl}$$
 
 `pull_kernel` computes a, `gradient_kernel` the gradient of the vectors or, with the roles
 exchanged, that of the codes. Few vectors would leave a GPU idle, so the sums over codes are split
-over programs, and the parts are added in a fixed order.
+over programs. Whatever reads the parts adds them, always in the same order.
 """
 
 from __future__ import annotations
@@ -21,13 +22,83 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mmvq_kernels.distribution import cancellation_threshold
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
 
 _MOST_PARTS = 8
+
+
+@triton.jit
+def _median(a, b, c):
+    """Element by element."""
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+
+
+@triton.jit
+def _centred(
+    source, i, valid, NI, codebook, out, norms, L, D, P,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write rows i of `source` about the centre, padded with 0, and their squared norms.
+
+    Rows that are not `valid` are taken to be 0. The centre is the median of the first, middle and
+    last code, element by element.
+    """
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, P, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        inside = columns < D
+        first = tl.load(codebook + columns, mask=inside, other=0.0)
+        middle = codebook + tl.cast(L // 2, tl.int64) * D + columns
+        middle = tl.load(middle, mask=inside, other=0.0)
+        last = codebook + tl.cast(L - 1, tl.int64) * D + columns
+        last = tl.load(last, mask=inside, other=0.0)
+        centre = _median(first.to(tl.float32), middle.to(tl.float32), last.to(tl.float32))
+        row = i.to(tl.int64)[:, None]
+        there = valid[:, None] & inside[None, :]
+        v = tl.load(source + row * D + columns[None, :], mask=there, other=0.0).to(tl.float32)
+        v -= centre[None, :]
+        there = (i < NI)[:, None] & (columns < P)[None, :]
+        tl.store(out + row * P + columns[None, :], v, mask=there)
+        squares += tl.sum(v * v, axis=1)
+    tl.store(norms + i, squares, mask=i < NI)
+
+
+@triton.jit
+def prepare_kernel(
+    x,  # [N, D]
+    codebook,  # [L, D]
+    mask,  # uint8 [N]: whether a segment is valid, else it is not read; None: all are
+    rows,  # fp32 [N, P], out: x about the centre
+    codes,  # fp32 [L, P], out: the codes about the centre
+    x_norms, code_norms,  # fp32 [N], [L], out: their squared norms
+    weights,  # fp32 [N], out: logarithm of the weight of a segment in the mean of its clip
+    T, N, L, D,
+    P,  # D padded to a multiple of 16
+    BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Per program, BLOCK vectors or BLOCK codes."""
+    block, of_x = tl.program_id(0), tl.cdiv(N, BLOCK)
+    if block < of_x:
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        valid = i < N
+        n = tl.zeros([BLOCK], tl.float32)
+        if mask is not None:
+            clip = (i - i % T)[:, None]
+            for start in tl.range(0, T, BLOCK_T):
+                t = start + tl.arange(0, BLOCK_T)[None, :]
+                flags = tl.load(mask + clip + t, mask=(i < N)[:, None] & (t < T), other=0)
+                n += tl.sum((flags != 0).to(tl.float32), axis=1)
+            valid = tl.load(mask + i, mask=i < N, other=0) != 0
+        weight = -tl.log(tl.where(n == 0, T, n))  # without a valid segment all count, as zeros
+        weight = tl.where(valid | (n == 0), weight, -float("inf"))
+        tl.store(weights + i, weight, mask=i < N)
+        _centred(x, i, valid, N, codebook, rows, x_norms, L, D, P, BLOCK, BLOCK_D)
+    else:
+        i = (block - of_x) * BLOCK + tl.arange(0, BLOCK)
+        _centred(codebook, i, i < L, L, codebook, codes, code_norms, L, D, P, BLOCK, BLOCK_D)
 
 
 @triton.jit
@@ -89,11 +160,11 @@ def normalizer_kernel(
 @triton.jit
 def clip_kernel(
     codes, x, code_norms, x_norms,
-    normalizers,  # fp32 [N]
-    used,  # uint8 [N]: whether a segment counts
-    log_lengths,  # fp32 [B]: ln n
+    partial,  # fp32 [parts, N], from normalizer_kernel
+    weights,  # fp32 [N]
+    normalizers,  # fp32 [N], out
     out,  # fp32 [B, L]: ln P
-    T, N, L, D, lost,
+    parts, T, N, L, D, lost,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per program, BLOCK_I codes and one clip."""
@@ -104,39 +175,48 @@ def clip_kernel(
     for start in tl.range(0, T, BLOCK_J):
         t = start + tl.arange(0, BLOCK_J)
         j = tl.where(t < T, clip * T + t, N)
+        z = tl.load(partial + j, mask=j < N, other=0.0)
+        for part in tl.range(1, parts):
+            other = tl.load(partial + tl.cast(part, tl.int64) * N + j, mask=j < N, other=0.0)
+            z = tl.maximum(z, other) + tl.log(1 + tl.exp(-tl.abs(z - other)))
+        tl.store(normalizers + j, z, mask=(j < N) & (tl.program_id(1) == 0))
         d = _distances(
             codes, x, code_norms, x_norms, i, j, L, N, D, lost, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
         )
-        z = tl.load(normalizers + j, mask=j < N, other=0.0)
-        counts = tl.load(used + j, mask=j < N, other=0) != 0
-        v = tl.where(counts[None, :], -d - z[None, :], -float("inf"))
+        v = tl.load(weights + j, mask=j < N, other=-float("inf"))[None, :] - z[None, :] - d
         higher = tl.maximum(top, tl.max(v, axis=1))
         base = tl.where(higher == -float("inf"), 0.0, higher)  # no valid segment so far
         total = total * tl.exp(top - base) + tl.sum(tl.exp(v - base[:, None]), axis=1)
         top = higher
-    log_p = top + tl.log(total) - tl.load(log_lengths + clip)
-    tl.store(out + clip.to(tl.int64) * L + i, log_p, mask=i < L)
+    tl.store(out + clip.to(tl.int64) * L + i, top + tl.log(total), mask=i < L)
 
 
 @triton.jit
-def _pulls(row, code, d, normalizers, used, log_lengths, log_p, grad, T, N, L):
+def _pulls(row, code, d, normalizers, weights, log_p, grad, T, N, L):
     """`p` and `g w` of vectors `row` and codes `code`, two index arrays that broadcast."""
     inside = (row < N) & (code < L)
-    clip = row // T
-    cells = clip.to(tl.int64) * L + code
-    z = tl.load(normalizers + row, mask=row < N, other=0.0)
-    log_n = tl.load(log_lengths + clip, mask=row < N, other=0.0)
-    log_w = -d - z - log_n - tl.load(log_p + cells, mask=inside, other=0.0)
-    counts = (tl.load(used + row, mask=row < N, other=0) != 0) & inside
-    g = tl.load(grad + cells, mask=counts, other=0.0)
+    cells = (row // T).to(tl.int64) * L + code
+    log_p_t = -d - tl.load(normalizers + row, mask=row < N, other=0.0)
+    log_w = log_p_t + tl.load(weights + row, mask=row < N, other=-float("inf"))
+    log_w -= tl.load(log_p + cells, mask=inside, other=0.0)
+    g = tl.load(grad + cells, mask=inside, other=0.0)
     # Large distances are off by several nats, and by others than when z and log_p were computed.
-    p, w = tl.exp(tl.minimum(-d - z, 0.0)), tl.exp(tl.minimum(log_w, 0.0))
+    p, w = tl.exp(tl.minimum(log_p_t, 0.0)), tl.exp(tl.minimum(log_w, 0.0))
     return tl.where(inside, p, 0.0), g * w
 
 
 @triton.jit
+def _added(pulls, i, N, parts):
+    """The sum of the parts of a, of vectors i."""
+    a = tl.load(pulls + i, mask=i < N, other=0.0)
+    for part in tl.range(1, parts):
+        a += tl.load(pulls + tl.cast(part, tl.int64) * N + i, mask=i < N, other=0.0)
+    return a
+
+
+@triton.jit
 def pull_kernel(
-    x, codes, x_norms, code_norms, normalizers, used, log_lengths, log_p,
+    x, codes, x_norms, code_norms, normalizers, weights, log_p,
     grad,  # fp32 [B, L]
     out,  # fp32 [parts, N]: sum_l g w over a part of the codes
     T, N, L, D, lost, share,
@@ -151,9 +231,7 @@ def pull_kernel(
         d = _distances(
             x, codes, x_norms, code_norms, i, j, N, L, D, lost, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
         )
-        _, gw = _pulls(
-            i[:, None], j[None, :], d, normalizers, used, log_lengths, log_p, grad, T, N, L
-        )
+        _, gw = _pulls(i[:, None], j[None, :], d, normalizers, weights, log_p, grad, T, N, L)
         total += tl.sum(gw, axis=1)
     tl.store(out + tl.program_id(1).to(tl.int64) * N + i, total, mask=i < N)
 
@@ -162,10 +240,11 @@ def pull_kernel(
 def gradient_kernel(
     still,  # [NI, D]: what the gradient is of
     moving,  # [NJ, D]
-    still_norms, moving_norms, normalizers, used, log_lengths, log_p, grad,
-    pulls,  # fp32 [N]: a
-    out,  # fp32 [parts, NI, D]
-    T, N, L, D, lost, NI, NJ, share, OF_CODES: tl.constexpr,
+    still_norms, moving_norms, normalizers, weights, log_p, grad,
+    mask,  # as for `prepare_kernel`; None for the gradient of the codes too
+    pulls,  # fp32 [pull_parts, N], from pull_kernel
+    out,  # [parts, NI, width]: the columns of D that are no padding
+    T, N, L, D, lost, pull_parts, width, NI, NJ, share, OF_CODES: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -173,8 +252,10 @@ def gradient_kernel(
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     columns = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     first = tl.program_id(2) * share
-    weights = tl.zeros([BLOCK_I], tl.float32)
+    sums = tl.zeros([BLOCK_I], tl.float32)
     total = tl.zeros([BLOCK_I, BLOCK_OUT], tl.float32)
+    if not OF_CODES:
+        a = _added(pulls, i, N, pull_parts)[:, None]
     for start in tl.range(first, tl.minimum(first + share, NJ), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         d = _distances(
@@ -183,101 +264,130 @@ def gradient_kernel(
         )  # fmt: skip
         row = j[None, :] if OF_CODES else i[:, None]
         code = i[:, None] if OF_CODES else j[None, :]
-        p, gw = _pulls(row, code, d, normalizers, used, log_lengths, log_p, grad, T, N, L)
-        a = tl.load(pulls + row, mask=row < N, other=0.0)
+        p, gw = _pulls(row, code, d, normalizers, weights, log_p, grad, T, N, L)
+        if OF_CODES:
+            a = _added(pulls, j, N, pull_parts)[None, :]
         q = tl.where(d == 0, 0.0, (p * a - gw) / d)  # twice dL / d(d^2)
         others = tl.load(
             moving + j.to(tl.int64)[:, None] * D + columns[None, :],
             mask=(j < NJ)[:, None] & (columns < D)[None, :],
             other=0.0,
         )
-        weights += tl.sum(q, axis=1)
+        sums += tl.sum(q, axis=1)
         total = tl.dot(q, others, total, input_precision=PRECISION)
-    cells = i.to(tl.int64)[:, None] * D + columns[None, :]
-    inside = (i < NI)[:, None] & (columns < D)[None, :]
-    own = tl.load(still + cells, mask=inside, other=0.0)
-    part = tl.program_id(2).to(tl.int64) * NI * D
-    tl.store(out + part + cells, own * weights[:, None] - total, mask=inside)
+    row = i.to(tl.int64)[:, None]
+    inside = (i < NI)[:, None] & (columns < width)[None, :]
+    own = tl.load(still + row * D + columns[None, :], mask=inside, other=0.0)
+    total = own * sums[:, None] - total
+    if mask is not None:
+        valid = tl.load(mask + i, mask=i < NI, other=0) != 0
+        total = tl.where(valid[:, None], total, 0.0)
+    out += (tl.program_id(2).to(tl.int64) * NI + row) * width + columns[None, :]
+    tl.store(out, total, mask=inside)
 
 
-def forward(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, codebook: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """`ln P` fp32 `[B, L]` and the normalizers z fp32 `[B, T]`.
 
     Args:
-        x: features, `[B, T, D]`, finite where not used.
+        x: features, `[B, T, D]`, T at least 1.
         codebook: codes, `[L, D]`.
-        used: valid segments, bool `[B, T]`, at least one in every clip.
+        mask: valid segments, bool `[B, T]`; None: all are.
     """
     (B, T, width), L = x.shape, codebook.shape[0]
-    rows, codes, norms, code_norms = _centre(x, codebook)
-    (N, D), flags, log_lengths = rows.shape, *_lengths(used)
-    sizes, tiles = (N, L, D, cancellation_threshold(torch.float32, width)), _tiles(D)
+    rows, codes, norms, code_norms, weights = _prepare(x, codebook, mask)
+    (N, D), tiles = rows.shape, _tiles(rows.shape[1])
+    sizes = N, L, D, cancellation_threshold(torch.float32, width)
     parts, share = _split(rows, cdiv(N, 64), L)
-    partial = norms.new_empty(parts, N)
+    partial, normalizers = norms.new_empty(parts, N), norms.new_empty(B, T)
     args: tuple[Any, ...] = rows, codes, norms, code_norms, partial, *sizes, share
     launching.launch(normalizer_kernel, (cdiv(N, 64), parts), *args, BLOCK_J=64, **tiles)
-    normalizers = partial.logsumexp(0)
     log_p = norms.new_empty(B, L)
-    args = codes, rows, code_norms, norms, normalizers, flags, log_lengths, log_p, T, *sizes
+    args = codes, rows, code_norms, norms, partial, weights, normalizers, log_p, parts, T, *sizes
     launching.launch(clip_kernel, (B, cdiv(L, 64)), *args, BLOCK_J=16, **tiles)
-    return log_p, normalizers.view(B, T)
+    return log_p, normalizers
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     codebook: Tensor,
-    used: Tensor,
+    mask: Tensor | None,
     log_p: Tensor,
     normalizers: Tensor,
     of_codes: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x `[B, T, D]` and, if `of_codes`, of the codebook `[L, D]`."""
     (B, T, width), L = x.shape, codebook.shape[0]
-    rows, codes, norms, code_norms = _centre(x, codebook)
-    (N, D), flags, log_lengths = rows.shape, *_lengths(used)
-    sizes, tiles = (T, N, L, D, cancellation_threshold(torch.float32, width)), _tiles(D)
-    known = normalizers.contiguous(), flags, log_lengths, log_p.contiguous(), grad.contiguous()
-    parts, share = _split(rows, cdiv(N, 64), L)
-    partial = norms.new_empty(parts, N)
-    args: tuple[Any, ...] = rows, codes, norms, code_norms, *known, partial, *sizes, share
-    launching.launch(pull_kernel, (cdiv(N, 64), parts), *args, BLOCK_J=32, **tiles)
-    pulls = partial.sum(0)
+    rows, codes, norms, code_norms, weights = _prepare(x, codebook, mask)
+    (N, D), tiles = rows.shape, _tiles(rows.shape[1])
+    sizes = T, N, L, D, cancellation_threshold(torch.float32, width)
+    known = normalizers.contiguous(), weights, log_p.contiguous(), grad.contiguous()
+    pull_parts, share = _split(rows, cdiv(N, 64), L)
+    pulls = norms.new_empty(pull_parts, N)
+    args: tuple[Any, ...] = rows, codes, norms, code_norms, *known, pulls, *sizes, share
+    launching.launch(pull_kernel, (cdiv(N, 64), pull_parts), *args, BLOCK_J=32, **tiles)
 
     block_out = min(64, triton.next_power_of_2(D))
-    columns = cdiv(D, block_out)
+    columns = cdiv(width, block_out)
 
     def gradient(
-        still: Tensor, moving: Tensor, still_norms: Tensor, moving_norms: Tensor, of_codes: bool
+        still: Tensor, moving: Tensor, norms: tuple[Tensor, Tensor], of: Tensor, of_codes: bool
     ) -> Tensor:
         NI, NJ = still.shape[0], moving.shape[0]
         parts, share = _split(rows, cdiv(NI, 64) * columns, NJ)
-        out = norms.new_empty(parts, NI, D)
+        dtype = of.dtype if parts == 1 else torch.float32
+        out = of.new_empty(parts, NI, width, dtype=dtype)
         grid = (cdiv(NI, 64), columns, parts)
-        args = still, moving, still_norms, moving_norms, *known, pulls, out, *sizes, NI, NJ, share
+        valid = None if of_codes else _bytes(mask)
+        lengths = pull_parts, width, NI, NJ, share
+        args = still, moving, *norms, *known, valid, pulls, out, *sizes, *lengths
         blocks = {"BLOCK_J": 16, "BLOCK_OUT": block_out, "OF_CODES": of_codes}
         launching.launch(gradient_kernel, grid, *args, **tiles, **blocks)
-        return out.narrow(2, 0, width).sum(0)
+        return out.squeeze(0) if parts == 1 else out.sum(0).to(of.dtype)
 
-    of_x = gradient(rows, codes, norms, code_norms, False).unflatten(0, (B, T)).to(x.dtype)
+    of_x = gradient(rows, codes, (norms, code_norms), x, False).unflatten(0, (B, T))
     if not of_codes:
         return of_x, codebook.new_empty(0)
-    return of_x, gradient(codes, rows, code_norms, norms, True).to(codebook.dtype)
+    return of_x, gradient(codes, rows, (code_norms, norms), codebook, True)
 
 
-def _centre(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Vectors `[N, D]` and codes minus the mean code, D padded to 16s; their squared norms."""
-    codebook = codebook.float()
-    mean = codebook.mean(0)
-    padding = (0, -x.shape[-1] % 16)
-    rows = pad((x.float() - mean).flatten(0, 1), padding)
-    codes = pad(codebook - mean, padding)
-    return rows, codes, rows.square().sum(1), codes.square().sum(1)
+def _prepare(
+    x: Tensor, codebook: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Vectors `[N, P]` and codes `[L, P]` about a centre, their squared norms, and ln weights."""
+    (B, T, D), L = x.shape, codebook.shape[0]
+    N, P = B * T, D + -D % 16
+    rows, codes, norms, code_norms, weights = (
+        x.new_empty(size, dtype=torch.float32) for size in ((N, P), (L, P), N, L, N)
+    )
+    launching.launch(
+        prepare_kernel,
+        (cdiv(N, 16) + cdiv(L, 16),),
+        x.contiguous(),
+        codebook.contiguous(),
+        _bytes(mask),
+        rows,
+        codes,
+        norms,
+        code_norms,
+        weights,
+        T,
+        N,
+        L,
+        D,
+        P,
+        BLOCK=16,
+        BLOCK_T=64,
+        BLOCK_D=16 if P == 16 else 128,
+        num_warps=4,
+    )
+    return rows, codes, norms, code_norms, weights
 
 
-def _lengths(used: Tensor) -> tuple[Tensor, Tensor]:
-    """The valid segments as bytes, which triton can load, and ln n of each clip."""
-    return used.contiguous().view(torch.uint8), used.sum(1).float().log()
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    """The mask as triton can load it."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def _tiles(D: int) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def fit(options: dict[str, Any], *, amd: str | None) -> dict[str, Any]:
     fitted = dict(options)
     if amd is None:
         return fitted
+    fitted.pop("maxnreg", None)  # an option of NVIDIA's alone
     if "num_stages" in fitted:
         fitted["num_stages"] = min(fitted["num_stages"], 2)
     if "BLOCK_L" in fitted:  # what a program is given is a multiple of the larger one too

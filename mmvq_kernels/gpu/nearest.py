@@ -5,7 +5,7 @@ cut into tf32 parts, and their half-norms. `search_kernel` streams them past a b
 `x' = x - centre` and keeps the smallest score `|e'|^2 / 2 - x' . e'` with its index. Where blocks
 of vectors alone would leave processors idle, the codes are split over programs, whose results meet
 in one integer atomic minimum of (score, index) packed into 64 bits: the result does not depend on
-the order in which they arrive.
+the order in which they arrive. The last to arrive, by a ticket, unpacks the indices.
 
 Equal codes get equal scores to the last bit, because the loop treats every column of a tile alike
 and never splits D: so the lowest index wins without a search for repeated codes.
@@ -41,6 +41,18 @@ def _median(a, b, c):
 
 
 @triton.jit
+def arrives_last(ticket, programs):
+    """Whether this program is the last of `programs` to come here: it sees what all have written.
+
+    Stores of all threads come before the barrier, the ticket, a 0 at first, after it.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
 def prepare_kernel(
     codebook,  # [L, D]
     centre,  # fp32 [D], out: the median of the first, middle and last code, element by element
@@ -48,7 +60,9 @@ def prepare_kernel(
     low,  # fp32 [L, D], out: what rounding to tf32 left over; None if it is not used
     half_norm,  # fp32 [L], out; inf if the code is not finite
     packed,  # int64 [N], out: the greatest value; None if the codes are not split
+    tickets,  # int32 [K], out: zeros; None if there are none
     N,
+    K,
     L,
     D,
     BLOCK_N: tl.constexpr,
@@ -100,6 +114,10 @@ def prepare_kernel(
         for start in tl.range(tl.program_id(0) * BLOCK_N, N, tl.num_programs(0) * BLOCK_N):
             at = start + tl.arange(0, BLOCK_N)
             tl.store(packed + at, tl.full([BLOCK_N], 0x7FFFFFFFFFFFFFFF, tl.int64), mask=at < N)
+    if tickets is not None:
+        for start in tl.range(tl.program_id(0) * BLOCK_N, K, tl.num_programs(0) * BLOCK_N):
+            at = start + tl.arange(0, BLOCK_N)
+            tl.store(tickets + at, tl.zeros([BLOCK_N], tl.int32), mask=at < K)
 
 
 @triton.jit
@@ -109,7 +127,9 @@ def search_kernel(
     high,  # [L, D], from prepare_kernel, as all that follows
     low,  # [L, D] or None
     half_norm,  # fp32 [L], inf for a code that is never to win
-    out,  # int64 [N]: the index; with SPLIT (score, index) packed, to be made smaller
+    packed,  # int64 [N]: (score, index), to be made smaller; None if the codes are not split
+    tickets,  # int32 [blocks of vectors]: zeros; None if the codes are not split
+    out,  # int64 [N]: the index
     N,
     L,
     D,
@@ -118,7 +138,6 @@ def search_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,  # "tf32x3" ("ieee" on AMD) | "tf32" | "bf16"
-    SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,  # D where it is small: known in advance, its masks cost no wide loads
 ):
     """Per program, BLOCK_N vectors against `codes_per_program` codes."""
@@ -168,17 +187,26 @@ def search_kernel(
         best = tl.minimum(smallest, best)
     finite = (best > -float("inf")) & (best < float("inf"))
     index = tl.where(finite, index, 0).to(tl.int64)
-    if SPLIT:
+    if packed is None:
+        tl.store(out + rows, index, mask=rows < N)
+    else:
         bits = tl.where(best == 0, 0.0, best).to(tl.int32, bitcast=True)  # one zero
         ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the floats are
-        packed = (ordered.to(tl.int64) << 32) | index
-        tl.atomic_min(out + rows, packed, mask=rows < N, sem="relaxed")
-    else:
-        tl.store(out + rows, index, mask=rows < N)
+        tl.atomic_min(packed + rows, (ordered.to(tl.int64) << 32) | index, rows < N, sem="relaxed")
+        if arrives_last(tickets + tl.program_id(0), tl.num_programs(1)):
+            found = tl.load(packed + rows, mask=rows < N, other=0, cache_modifier=".cg")
+            tl.store(out + rows, found & 0xFFFFFFFF, mask=rows < N)
 
 
 def search(x: Tensor, codebook: Tensor, fast: bool = False) -> Tensor:
     """`mmvq_kernels.nearest_code` on a GPU, for dtypes up to float32."""
+    return search_with_ticket(x, codebook, fast, 0)[0]
+
+
+def search_with_ticket(
+    x: Tensor, codebook: Tensor, fast: bool = False, spare: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The indices, int64 `[N]`, and `spare` zeros, int32, for the kernel that follows."""
     if x.shape[1] > 16 and x.shape[1] % 16:  # loads of 16 bytes want a multiple of 16
         x, codebook = (pad(rows, (0, -x.shape[1] % 16)) for rows in (x, codebook))
     x, codebook = x.contiguous(), codebook.contiguous()
@@ -191,14 +219,19 @@ def search(x: Tensor, codebook: Tensor, fast: bool = False) -> Tensor:
     # Converting half precision needs registers. With few columns most work is the minimum.
     widest = 128 if x.element_size() == 4 and D > 16 else 64
     width, share = plan(N, L, launching.processors(x), widest)
+    blocks, split = cdiv(N, _ROWS), share < L
     out = x.new_empty(N, dtype=torch.long)
-    split = share < L
-    prepared = prepare(codebook, precision, out if split else None)
+    packed = torch.empty_like(out) if split else None
+    own = blocks if split else 0
+    tickets = x.new_empty(own + spare, dtype=torch.int32)
+    prepared = prepare(codebook, precision, packed, tickets if len(tickets) else None)
     launching.launch(
         search_kernel,
-        (cdiv(N, _ROWS), cdiv(L, share)),
+        (blocks, cdiv(L, share)),
         x,
         *prepared,
+        packed,
+        tickets if split else None,
         out,
         N,
         L,
@@ -208,18 +241,23 @@ def search(x: Tensor, codebook: Tensor, fast: bool = False) -> Tensor:
         BLOCK_L=width,
         BLOCK_D=16 if D <= 16 else 32,
         PRECISION=precision,
-        SPLIT=split,
         WIDTH=D if D <= 16 else 0,
         num_warps=8,
         num_stages=3,
     )
-    return out.bitwise_and_(0xFFFFFFFF) if split else out
+    return out, tickets.narrow(0, own, spare)
 
 
 def prepare(
-    codebook: Tensor, precision: str, packed: Tensor | None = None
+    codebook: Tensor,
+    precision: str,
+    packed: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """What `search_kernel` reads of a codebook: centre, high, low and half-norms."""
+    """What `search_kernel` reads of a codebook: centre, high, low and half-norms.
+
+    `packed` and `tickets` are made ready for it.
+    """
     L, D = codebook.shape
     centre = codebook.new_empty(D, dtype=torch.float32)
     high = torch.empty_like(
@@ -236,7 +274,9 @@ def prepare(
         low,
         half_norm,
         packed,
+        tickets,
         0 if packed is None else len(packed),
+        0 if tickets is None else len(tickets),
         L,
         D,
         BLOCK_N=1024,

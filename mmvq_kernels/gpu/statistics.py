@@ -1,11 +1,11 @@
 """Counts and sums for each code (the brackets of Eq. 7) without float atomics.
 
-Rows are sorted by code, stably, so that the rows of a code are one segment. As some codes are used
-much more than others, a segment is cut into chunks of `_CHUNK` rows: `chunk_kernel` sums each chunk
-and `combine_kernel` the chunks of each code, both in an order that depends on the rows alone. All
-groups (modalities) are sorted together; counts are differences of positions in the order.
-`scatter_atomic_kernel` is optional: it needs no sort, but the last bits of its sums differ between
-runs.
+Of few rows every code finds its own: `gather_kernel` reads all indices once for each code. Many are
+sorted by (code, group), stably. As some codes are used much more than others, the rows of a code
+are cut into chunks of `_CHUNK`: `bounds_kernel` counts rows and chunks, `chunk_kernel` sums each
+chunk, and `combine_kernel` the chunks of each code. Each sum has an order that depends on the rows
+alone. `scatter_atomic_kernel` is optional: it needs no sort, but the last bits of its sums differ
+between runs.
 """
 
 from __future__ import annotations
@@ -14,24 +14,129 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
+from mmvq_kernels.statistics import split
 
+_FEW = 8192  # rows; of more, a sort takes less time (measured on an H100 at L 400)
 _CHUNK = 128  # rows: enough to stream, and few enough that one frequent code fills the GPU
+
+
+@triton.jit
+def gather_kernel(
+    values,  # [N, D], whatever it holds
+    indices,  # int64 [N]: the code; below 0 for a row that is left out
+    groups,  # int64 [N]: below 0 for a row that is left out; None: all 0
+    counts,  # fp32 [G, L], out
+    sums,  # fp32 [L, D], out
+    N,
+    L,
+    G,
+    D,
+    GROUPS: tl.constexpr,  # G or more
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Per program, BLOCK_D columns of one code, whose rows are found among all N."""
+    code = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    group = tl.arange(0, GROUPS)
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    number = tl.zeros([BLOCK_N, GROUPS], tl.int32)
+    for start in tl.range(0, N, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        found = tl.load(indices + rows, mask=rows < N, other=-1) == code
+        if groups is None:
+            own = tl.zeros([BLOCK_N], tl.int64)
+        else:
+            own = tl.load(groups + rows, mask=rows < N, other=-1)
+        found = found & (own >= 0)
+        if tl.max(found.to(tl.int32), axis=0) > 0:
+            number += (found[:, None] & (own[:, None] == group[None, :])).to(tl.int32)
+            inside = found[:, None] & (columns < D)[None, :]
+            cells = rows[:, None] * D + columns[None, :]
+            total += tl.load(values + cells, mask=inside, other=0.0).to(tl.float32)
+    at = sums + code.to(tl.int64) * D + columns
+    tl.store(at, tl.sum(total, axis=0), mask=columns < D)
+    at = counts + group.to(tl.int64) * L + code
+    number = tl.sum(number, axis=0).to(tl.float32)
+    tl.store(at, number, mask=(group < G) & (tl.program_id(1) == 0))
+
+
+@triton.jit
+def key_kernel(
+    indices,  # int64 [N]
+    groups,  # int64 [N] or None
+    keys,  # int32 or int64 [N], out: code * G + group; L * G for a row that is left out
+    N,
+    L,
+    G,
+    BLOCK: tl.constexpr,
+):
+    """Per program, BLOCK rows."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(indices + rows, mask=rows < N, other=-1)
+    keep = key >= 0
+    key *= G
+    if groups is not None:
+        own = tl.load(groups + rows, mask=rows < N, other=-1)
+        key += own
+        keep = keep & (own >= 0)
+    key = tl.where(keep, key, tl.cast(L, tl.int64) * G)
+    tl.store(keys + rows, key.to(keys.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def _before(ordered, size, keys):
+    """How many of the ascending `ordered` `[size]` are smaller than each key."""
+    low = tl.zeros_like(keys)
+    high = low + size
+    length = tl.cast(size, tl.int64)
+    while length > 0:
+        middle = (low + high) // 2
+        smaller = tl.load(ordered + middle, mask=middle < size, other=0x7FFFFFFF).to(tl.int64)
+        smaller = (smaller < keys) & (low < high)
+        low = tl.where(smaller, middle + 1, low)
+        high = tl.where(smaller, high, middle)
+        length = length // 2
+    return low
+
+
+@triton.jit
+def bounds_kernel(
+    ranked,  # int32 or int64 [N]: the keys in order
+    counts,  # fp32 [G, L], out
+    starts,  # int64 [L + 1], out: where the rows of each code begin
+    chunks,  # int64 [L + 1], out: chunks of the codes before each; to be summed up
+    N,
+    L,
+    G,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Per program, BLOCK codes."""
+    codes = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = _before(ranked, N, codes * G)
+    edge = first
+    for group in tl.range(0, G):
+        end = _before(ranked, N, codes * G + group + 1)
+        at = counts + tl.cast(group, tl.int64) * L + codes
+        tl.store(at, (end - edge).to(tl.float32), mask=codes < L)
+        edge = end
+    tl.store(starts + codes, first, mask=codes <= L)
+    tl.store(chunks + codes + 1, (edge - first + (CHUNK - 1)) // CHUNK, mask=codes < L)
+    tl.store(chunks + codes, tl.zeros([BLOCK], tl.int64), mask=codes == 0)
 
 
 @triton.jit
 def chunk_kernel(
     values,  # [N, D]
-    order,  # int64 [N]: the rows sorted by code
-    bounds,  # int64 [L G + 1]: where each (code, group) begins in the order
+    order,  # int64 [N]: the rows sorted by key
+    starts,  # int64 [L + 1]: where the rows of each code begin
     first,  # int64 [L + 1]: the first chunk of each code
-    owner,  # int64 [P]: the code of each chunk, L where there is no chunk
     partials,  # fp32 [P, D], out
     L,
-    G,
     D,
     CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -40,10 +145,10 @@ def chunk_kernel(
     """Per program, BLOCK_D columns of one chunk."""
     chunk = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    code = tl.load(owner + chunk)
-    if code < L:
-        start = tl.load(bounds + code * G) + (chunk - tl.load(first + code)) * CHUNK
-        end = tl.minimum(start + CHUNK, tl.load(bounds + (code + 1) * G))
+    if chunk < tl.load(first + L):
+        code = tl.sum(_before(first, L + 1, tl.full([1], 1, tl.int64) + chunk), axis=0) - 1
+        start = tl.load(starts + code) + (chunk - tl.load(first + code)) * CHUNK
+        end = tl.minimum(start + CHUNK, tl.load(starts + code + 1))
         total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         for place in tl.range(start, end, BLOCK_R):
             places = place + tl.arange(0, BLOCK_R)
@@ -79,29 +184,31 @@ def combine_kernel(
 @triton.jit
 def scatter_atomic_kernel(
     values,  # [N, D]
-    bins,  # int64 [N]: code * G + group, `end` for a row that is left out
+    indices,  # int64 [N]
+    groups,  # int64 [N] or None
     counts,  # int64 [G, L], added to: float32 cannot count beyond 2^24
     sums,  # fp32 [L, D], added to
     N,
     L,
-    G,
     D,
-    end,  # L * G, computed on the host, where it cannot overflow
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Per program, BLOCK_N rows by BLOCK_D columns."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    place = tl.load(bins + rows, mask=rows < N, other=end)
-    kept = place < end
+    code = tl.load(indices + rows, mask=rows < N, other=-1)
+    own = tl.zeros([BLOCK_N], tl.int64)
+    if groups is not None:
+        own = tl.load(groups + rows, mask=rows < N, other=-1)
+    kept = (code >= 0) & (code < L) & (own >= 0)
     inside = kept[:, None] & (columns < D)[None, :]
     value = tl.load(values + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
-    into = sums + (place // G)[:, None] * D + columns[None, :]
+    into = sums + code[:, None] * D + columns[None, :]
     tl.atomic_add(into, value.to(tl.float32), mask=inside, sem="relaxed")
     one = tl.full([BLOCK_N], 1, tl.int64)
-    cells = place % G * L + place // G
-    tl.atomic_add(counts + cells, one, mask=kept & (tl.program_id(1) == 0), sem="relaxed")
+    once = kept & (tl.program_id(1) == 0)
+    tl.atomic_add(counts + own * L + code, one, mask=once, sem="relaxed")
 
 
 def accumulate(
@@ -111,37 +218,56 @@ def accumulate(
     groups: Tensor | None,
     num_groups: int,
     deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    """Counts fp32 `[G, L]` and sums fp32 `[L, D]`; see `mmvq_kernels.code_statistics`."""
+) -> Tensor:
+    """Counts `[G, L]` and sums `[L, D]`, flat in fp32; see `mmvq_kernels.code_statistics`."""
     (N, D), L, G = values.shape, num_codes, num_groups
-    values = values.contiguous()
-    sums = values.new_empty((L, D), dtype=torch.float32)
-    if sums.numel() == 0 or N == 0:
-        return sums.new_zeros(G, L), sums.zero_()
-    bins = torch.where(indices < 0, L * G, indices * G if groups is None else indices * G + groups)
+    values, indices = values.contiguous(), indices.contiguous()
+    groups = None if groups is None else groups.contiguous()
+    flat = values.new_empty(G * L + L * D, dtype=torch.float32)
+    counts, sums = split(flat, G, L, D)
+    if N == 0 or sums.numel() == 0:
+        return flat.zero_()
     block_d = min(128, max(16, triton.next_power_of_2(D)))
-    tiles = cdiv(D, block_d)
     if not deterministic:
-        counts, sums = bins.new_zeros(G, L), sums.zero_()
+        numbers, grid = indices.new_zeros(G * L), (cdiv(N, 16), cdiv(D, block_d))
+        args = values, indices, groups, numbers, sums.zero_(), N, L, D
         sizes = {"BLOCK_N": 16, "BLOCK_D": block_d, "num_warps": 4}
-        grid = (cdiv(N, 16), tiles)
-        args = values, bins, counts, sums, N, L, G, D, L * G
         launching.launch(scatter_atomic_kernel, grid, *args, **sizes)
-        return counts.to(torch.float32), sums
+        return torch.cat([numbers.to(torch.float32), sums.flatten()])
+    if N <= _FEW:
+        block_d = min(block_d, 64)
+        launching.launch(
+            gather_kernel,
+            (L, cdiv(D, block_d)),
+            values,
+            indices,
+            groups,
+            counts,
+            sums,
+            N,
+            L,
+            G,
+            D,
+            GROUPS=triton.next_power_of_2(G),
+            BLOCK_N=128,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+        return flat
 
-    narrow = torch.int32 if L * G < 2**31 else torch.int64  # a radix sort needs half the passes
-    ranked, order = bins.to(narrow).sort(stable=True)
-    edges = torch.arange(L * G + 1, dtype=narrow, device=bins.device)
-    bounds = torch.searchsorted(ranked, edges)  # [L G + 1]
-    counts = bounds.diff().view(L, G)
-    chunks = (counts.sum(1) + (_CHUNK - 1)).div(_CHUNK, rounding_mode="floor")
-    first = pad(chunks.cumsum(0), (1, 0))  # [L + 1]
+    # a radix sort of 32 bits needs half the passes
+    keys = torch.empty_like(indices, dtype=torch.int32 if L * G < 2**31 else torch.long)
+    launching.launch(key_kernel, (cdiv(N, 1024),), indices, groups, keys, N, L, G, BLOCK=1024)
+    ranked, order = keys.sort(stable=True)
+    starts, chunks = indices.new_empty(2, L + 1).unbind()
+    bounds = ranked, counts, starts, chunks, N, L, G
+    launching.launch(bounds_kernel, (cdiv(L + 1, 128),), *bounds, CHUNK=_CHUNK, BLOCK=128)
+    first = chunks.cumsum(0)
     most = min(L, N) + N // _CHUNK  # the greatest number of chunks, for any indices
-    owner = torch.searchsorted(first, torch.arange(most, device=bins.device), right=True) - 1
     partials = sums.new_empty(most, D)
-    tensors = values, order, bounds, first, owner, partials
+    grid = (most, cdiv(D, block_d))
     sizes = {"CHUNK": _CHUNK, "BLOCK_R": 16, "BLOCK_D": block_d, "num_warps": 4}
-    launching.launch(chunk_kernel, (most, tiles), *tensors, L, G, D, **sizes)
+    launching.launch(chunk_kernel, grid, values, order, starts, first, partials, L, D, **sizes)
     sizes = {"BLOCK_P": 4, "BLOCK_D": block_d, "num_warps": 2}
-    launching.launch(combine_kernel, (L, tiles), partials, first, sums, D, **sizes)
-    return counts.t().to(torch.float32, memory_format=torch.contiguous_format), sums
+    launching.launch(combine_kernel, (L, grid[1]), partials, first, sums, D, **sizes)
+    return flat

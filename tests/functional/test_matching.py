@@ -106,3 +106,27 @@ def test_gradient() -> None:
 def test_clips_without_a_segment_have_no_loss() -> None:
     z, codebook = batch()
     assert code_matching({name: x[:, :0] for name, x in z.items()}, codebook) == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_modalities_alike_in_one_call_or_each_in_its_own(masked: bool) -> None:
+    """One of its own for another codebook object, and for another T."""
+    z, codebook = batch()
+    masks = {m: bools(B, T, seed=i) for i, m in enumerate(z)} if masked else None
+    longer = {"audio": torch.cat([z["audio"], z["audio"]], 1), "video": z["video"]}
+    every = masks or {m: torch.ones(B, T, dtype=torch.bool) for m in z}
+    padding = {"audio": torch.cat([every["audio"], torch.zeros(B, T, dtype=torch.bool)], 1)}
+    calls = [
+        (z, codebook, masks),
+        (z, {"audio": codebook, "video": codebook.clone()}, masks),
+        (longer, codebook, every | padding),
+    ]
+    found = []
+    for features, codes, valid in calls:
+        x = {m: v.clone().requires_grad_() for m, v in features.items()}
+        loss = code_matching(x, codes, valid)
+        grads = torch.autograd.grad(loss, list(x.values()))
+        found.append([loss, *(g[:, :T] for g in grads)])
+    for other in found[1:]:
+        for mine, wanted in zip(found[0], other, strict=True):
+            close(mine, wanted, atol(torch.float64))

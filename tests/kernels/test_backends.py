@@ -99,7 +99,7 @@ def test_auto_says_once_what_it_takes(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     for gpu, said in ((True, "auto on cuda:0: Triton kernels"), (False, "as torch sees no GPU")):
         triton_is(monkeypatch, installed=True, gpu=gpu)
-        backends._gpu_runs_triton.cache_clear()
+        backends._GPUS.clear()
         caplog.clear()
         with caplog.at_level(logging.DEBUG, "mmvq_kernels"):
             assert not backends.runs_triton(x)
@@ -110,7 +110,7 @@ def test_auto_says_once_what_it_takes(
             assert [backends.runs_triton(on("cuda:0"), None) for _ in range(3)] == [gpu] * 3
         (record,) = caplog.messages
         assert said in record
-    backends._gpu_runs_triton.cache_clear()
+    backends._GPUS.clear()
 
 
 @pytest.mark.parametrize("current", [0, 1])
@@ -124,10 +124,10 @@ def test_of_several_gpus_each_is_asked_for_itself(
         "get_device_capability",
         lambda gpu: of_each[current if gpu is None else gpu.index],
     )
-    backends._gpu_runs_triton.cache_clear()
+    backends._GPUS.clear()
     assert backends.runs_triton(on("cuda:0"))
     assert not backends.runs_triton(on("cuda:1"))
-    backends._gpu_runs_triton.cache_clear()
+    backends._GPUS.clear()
     backends.require("here", "triton", None, on("cuda:0"))
     with pytest.raises(RuntimeError, match=r"compute capability is below 8\.0"):
         backends.require("here", "triton", on("cuda:1"))

@@ -1,18 +1,19 @@
 """What only a GPU can show: dispatch, CUDA graphs, offsets past 2^31, large grids, several GPUs.
 
 The kernels themselves are tested by the files of `interpreter/`, which run on the GPU as well.
-`pytest -m gpu` runs both; `python -m examples.benchmarks gpu` takes the times.
+`pytest -m gpu` runs both; `make gpu` also takes the times.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from support import uniform
-from torch import Tensor
+from support import bools, rounding, uniform
+from torch import Tensor, nn
 
 import mmvq
 import mmvq_kernels as kernels
@@ -30,12 +31,13 @@ def rows(n: int = N, d: int = D, seed: int = 0, dtype: torch.dtype = torch.float
 @DTYPES
 def test_the_operators_go_to_the_kernels(dtype: torch.dtype) -> None:
     from mmvq_kernels.gpu import ema, nearest, statistics
+    from mmvq_kernels.statistics import split
 
     x, codes = rows(dtype=dtype), rows(L, seed=1)
     index = kernels.nearest_code(x, codes, backend="triton")
     assert torch.equal(index, nearest.search(x, codes, False))
     n, s = kernels.code_statistics(x, index, L, backend="triton")
-    counts, sums = statistics.accumulate(x, index, L, None, 1, True)
+    counts, sums = split(statistics.accumulate(x, index, L, None, 1, True), 1, L, D)
     assert torch.equal(n, counts[0])
     assert torch.equal(s, sums)
     mine, direct = ([codes.clone(), codes.clone(), torch.ones_like(n)] for _ in range(2))
@@ -148,6 +150,79 @@ def test_a_graph_of_a_training_step_replays_on_new_data() -> None:
             assert torch.equal(quantizer.get_buffer(name), buffer), name
 
 
+Call = Callable[..., Tensor]
+LOSSES: dict[str, tuple[Callable[[], nn.Module], Call]] = {  # module, features, masks, codes
+    "commitment": (
+        mmvq.CrossModalCommitmentLoss,
+        lambda loss, z, masks, e: loss(z, {m: e[:70].view(7, 10, D) for m in z}, masks),
+    ),
+    "matching": (
+        mmvq.CrossModalCodeMatchingLoss,
+        lambda loss, z, masks, e: loss(z, e, masks),
+    ),
+    "cpc": (
+        lambda: mmvq.CrossCPC(D, num_steps=2),
+        lambda cpc, z, masks, e: cpc(z, masks, start="all").loss,
+    ),
+    "club": (
+        lambda: mmvq.CLUBEstimator(D, D, 32),
+        lambda club, z, masks, e: club(*z.values(), masks and masks["audio"]),
+    ),
+    "club, to learn": (
+        lambda: mmvq.CLUBEstimator(D, D, 32),
+        lambda club, z, masks, e: club.learning_loss(*z.values(), masks and masks["audio"]),
+    ),
+}
+
+
+def clips(seed: int) -> Tensor:
+    return rows(70, seed=seed).view(7, 10, D)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_graph_of_every_loss_replays_on_new_data(name: str, masked: bool) -> None:
+    """Up to rounding, as cuBLAS and cuDNN may take other kernels: 2^10 roundings of the largest."""
+    torch.manual_seed(0)
+    build, loss = LOSSES[name]
+    module, codes = build().cuda(), rows(90, seed=40)
+    twin = copy.deepcopy(module)
+    z = {m: clips(i).requires_grad_() for i, m in enumerate(("audio", "video"))}
+    masks = {m: bools(7, 10).cuda() for m in z} if masked else None
+    leaves = [*z.values(), *module.parameters()]
+    found: list[Tensor] = []
+
+    def work() -> None:
+        for x in leaves:
+            x.grad = None
+        found.clear()
+        found.append(loss(module, z, masks, codes))
+        found[0].backward()
+
+    graph = captured(work)
+    for seed in (10, 20):
+        with torch.no_grad():
+            for i, x in enumerate(z.values()):
+                x.copy_(clips(seed + i))
+            for i, mask in enumerate((masks or {}).values()):
+                mask.copy_(bools(7, 10, seed=seed + i))
+        graph.replay()
+        twins = {m: x.detach().clone().requires_grad_() for m, x in z.items()}
+        expected = loss(twin, twins, masks, codes)
+        twin.zero_grad()
+        expected.backward()
+        close(found[0], expected)
+        for x, y in zip(leaves, [*twins.values(), *twin.parameters()], strict=True):
+            assert (x.grad is None) == (y.grad is None)
+            if x.grad is not None and y.grad is not None:
+                close(x.grad, y.grad)
+
+
+def close(mine: Tensor, theirs: Tensor) -> None:
+    off = rounding(torch.float32, 1 << 10, theirs.detach().abs().max().item())
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=off)
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # of itself
 def test_a_training_step_does_not_wait() -> None:
     quantizer = mmvq.MultiModalEMAQuantizer(D, L, init="uniform", reset_after=1).cuda()
@@ -175,6 +250,36 @@ def test_same_bits_on_every_run() -> None:
     for _ in range(10):
         for a, b in zip(run(), first, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "bf16"])
+@pytest.mark.parametrize("d", [16, 24, 64, 256])
+def test_equal_columns_of_a_product_are_equal_to_the_bit(d: int, precision: str, tile: int) -> None:
+    """One code in every column of two tiles: so the lowest index of equal codes wins."""
+    from kernels.columns import products
+
+    x, code = rows(128, d), rows(1, d, seed=1)
+    found = products(x, code.expand(2 * tile, d).contiguous(), precision, tile)
+    bits = found.view(torch.int32)
+    assert torch.equal(bits, bits[:, :1].expand_as(bits))
+    # a product of two numbers below 1, each rounded to 8 bits of mantissa or more, and D of them
+    off = 3 * d * (2**-8 if precision == "bf16" else 2**-10 if precision == "tf32" else 2**-20)
+    assert (found[:, 0].double() - (x.double() @ code.double().T)[:, 0]).abs().max() < off
+
+
+@pytest.mark.parametrize("n", [N, 40_000])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("d", [16, 24, 64, 256])
+def test_the_lowest_of_equal_codes_wins(d: int, dtype: torch.dtype, precision: Any, n: int) -> None:
+    """All are one code but the three that make the centre, which lie farther away."""
+    code = rows(1, d, seed=1)
+    codes = code.repeat(260, 1)
+    codes[[0, 130, 259]] += 1
+    x = (code + rows(n, d) / 4).to(dtype)
+    index = kernels.nearest_code(x, codes, precision=precision, backend="triton")
+    assert torch.equal(index, torch.ones_like(index))
 
 
 def test_offsets_past_2_to_the_31() -> None:

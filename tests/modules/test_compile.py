@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -13,11 +14,20 @@ import torch
 from support import bools, close, rounding, state, uniform
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmvq import CLUBEstimator, CrossCPC, CrossModalCodeMatchingLoss, MultiModalEMAQuantizer
+from mmvq import (
+    CLUBEstimator,
+    CrossCPC,
+    CrossModalCodeMatchingLoss,
+    MultiModalEMAQuantizer,
+    partners,
+    quantizer,
+)
 from mmvq.functional import sample_rows
+from mmvq_kernels import operators
 
 B, T, D, L = 4, 6, 4, 8
 NAMES = ("audio", "video")
@@ -163,6 +173,82 @@ def test_inductor_agrees() -> None:
             close(out.quantized[m], expected.quantized[m], ATOL)
     assert graphs() == 1
     agree(state(module), state(eager), ATOL)
+
+
+@pytest.fixture
+def as_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs hold the operators that they would hold on a GPU; on a CPU these run in torch."""
+    for module in (partners, quantizer):
+        monkeypatch.setattr(module, "fused", lambda *_: torch.compiler.is_compiling())
+    whether = lambda *_: torch.compiler.is_compiling()  # noqa: E731
+    monkeypatch.setattr(operators, "through_operator", whether)
+
+
+def distance(z: Tensors, codes: Tensors, masks: Tensors | None) -> Tensor:
+    """A commitment that no kernel knows."""
+    return sum(((z[m] - codes[m]) ** 2).mean() for m in z)  # type: ignore[return-value]
+
+
+OPERATIONS = {  # for the library's loss and for another, what a step consists of
+    "default": ["mix", "quantize", "code_statistics", "update_codebook_"],
+    "other": ["mix", "nearest_code", "take", "code_statistics", "update_codebook_"],
+}
+
+
+@pytest.mark.usefixtures("as_for_a_gpu")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles")  # torch 2.6's own
+@pytest.mark.parametrize("loss", OPERATIONS)
+def test_a_graph_for_a_gpu_holds_few_operators_and_no_copy_of_the_state(loss: Any) -> None:
+    """Loss and gradients are those of the codes before the update, which is in place."""
+    given = {"commitment": distance} if loss == "other" else {}
+    module = MultiModalEMAQuantizer(D, 1000, NAMES, init="uniform", reset_after=2, **given)
+    eager = deepcopy(module)
+
+    def step(of: nn.Module, z: Tensors) -> Tensor:
+        out = of(z)
+        return out.loss + sum(q.square().sum() for q in out.quantized.values())
+
+    compiled = torch.compile(step, fullgraph=True, backend="inductor")
+
+    def both(seed: int) -> None:
+        z, twin = (batch(seed=seed)[0] for _ in "ab")
+        found, expected = compiled(module, z), step(eager, twin)
+        found.backward()
+        expected.backward()
+        close(found, expected, ATOL)
+        agree({m: x.grad for m, x in z.items()}, {m: x.grad for m, x in twin.items()}, ATOL)
+
+    _, (forward, _) = run_and_get_code(both, 0)
+    called = re.findall(r"torch\.ops\.mmvq\.(\w+)\.default\(", forward)
+    called = [name.removesuffix("_of_tensors") for name in called]
+    assert sorted(called) == sorted(OPERATIONS[loss])
+    assert called[-1] == "update_codebook_"
+    assert re.search(r"empty_strided_cpu\(\(1000, 4\)", forward) is None
+    for seed in (1, 2, 3):
+        both(seed)
+    agree(state(module), state(eager), ATOL)
+
+
+@pytest.mark.usefixtures("as_for_a_gpu")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+def test_a_schedule_of_all_settings_compiles_twice_at_most_for_a_gpu() -> None:
+    module = MultiModalEMAQuantizer(
+        D, L, NAMES, init="uniform", reset_after=2, partner_temperature=2.0
+    )
+    eager = deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for step in range(5):
+        for each in (module, eager):
+            each.decay = each.partner_weight = 0.9 - step / 10
+            each.eps, each.reset_after = 1e-5 * (step + 1), step + 1
+            each.partner_temperature = each.commitment.beta = 1.5 + step
+        z = batch(seed=step)[0]
+        close(compiled(z).loss, eager(z).loss, 10 * ATOL)
+    agree(state(module), state(eager), 10 * ATOL)
+    assert graphs() <= 2
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own

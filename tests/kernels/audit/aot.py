@@ -72,7 +72,8 @@ _WIDE = {  # 16 bytes for each thread at once, from or to global memory
 }
 _ATOMIC = {"cuda": r"\b(?:red|atom)\.\S+", "hip": r"\b(?:global|buffer|flat)_atomic_\w+"}
 _NARROW = r"arith\.muli .*tensor<\S*xi32>"  # where a row times its width may pass 2^31
-_ORDERLESS = r"(min\.s64|smin_x2)"  # integer minima: the order of arrival does not show
+_ORDERLESS = r"(min\.s64|smin_x2|add\.[su]32|_add(_u32)?$)"  # of integers: no order shows
+_WITH_ATOMICS = "search_kernel", "commit_kernel", "scatter_atomic_kernel"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def examine(launch: Launch, target_name: str) -> Outcome:
     target, kernel = TARGETS[target_name], launch.kernel
     options = fit(launch.options, amd=target.amd)
     precision = options.get("PRECISION", "")
+    small = target.backend == "cuda" and options.get("BLOCK_T", 64) < 64  # for a group of warps
+    instruction = _MATRIX["sm_80" if small else target_name].get(precision, "")
     arguments = zip(kernel.arg_names, launch.args, strict=False)
     compiled = compile_launch(launch, target)
     text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
@@ -145,7 +148,7 @@ def examine(launch: Launch, target_name: str) -> Outcome:
         kernel=kernel.__name__,
         target=target_name,
         precision=precision,
-        atomics_allowed=bool(options.get("SPLIT") or "atomic" in kernel.__name__),
+        atomics_allowed=kernel.__name__ in _WITH_ATOMICS,
         aligned=all(x % 16 == 0 for name, x in arguments if type(x) is int and name != "G"),
         registers=registers,
         spills=spills,
@@ -153,7 +156,7 @@ def examine(launch: Launch, target_name: str) -> Outcome:
         tensor=tensor,
         warps=warps,
         warps_resident=warps * _resident(target, warps, registers, shared, tensor),
-        matrix=bool(precision and re.search(_MATRIX[target_name][precision], text)),
+        matrix=bool(precision and re.search(instruction, text)),
         wide=re.search(_WIDE[target.backend], text) is not None,
         narrow=re.search(_NARROW, compiled.asm["ttir"]) is not None,
         trap=re.search(r"^\s*(s_)?trap\b", text, re.MULTILINE) is not None,

@@ -62,10 +62,12 @@ def cost(launch: Launch) -> tuple[float, float, float]:
     of = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
     name, tensors = launch.kernel.__name__, [x for x in launch.args if isinstance(x, Tensor)]
     memory = sum(x.nbytes for x in tensors)
+    if name == "survey_kernel":  # with the dead given, it does not look at the codes themselves
+        memory -= of["codes"].nbytes
+        read_by_all = 2 * of["batch_counts"].nbytes + of["counts"].nbytes + of["dead"].nbytes
+        return 0, memory + launch.grid[0] * read_by_all, memory
     if name == "average_kernel":
         memory += of["sums"].nbytes
-        read_by_all = of["before"].nbytes + of["batch_counts"].nbytes + of["dead"].nbytes
-        return 0, memory + launch.grid[0] * launch.grid[1] * read_by_all, memory
     if "PRECISION" not in of:
         return 0, memory, memory
     N, L, D = (of[size] for size in "NLD")

@@ -75,13 +75,68 @@ def average(L: int, D: int, reset: bool = True) -> None:
     update_(*state, fake(L, D), fake(L), 0.99, 1e-5, dead, replacement)
 
 
+def step(G: int, L: int, D: int, rule: str = "all") -> None:
+    """One step of the whole state of a codebook."""
+    from mmvq_kernels.gpu.ema import step_
+
+    integers = (fake(G, L, dtype=torch.int64) for _ in range(2))
+    state = fake(L, D), fake(L, D), fake(L), *integers, fake(1, dtype=torch.int64)
+    step_(*state, fake(G * L + L * D), 0.99, 1e-5, 100.0, rule, None)
+
+
+def mix(
+    M: int,
+    B: int,
+    T: int,
+    D: int,
+    partner: str = "attention",
+    masked: bool = False,
+    dtype: Any = _F,
+) -> None:
+    """`mmvq.partners.mix`."""
+    from mmvq_kernels.gpu.mixing import mix
+
+    N = M * B * T
+    valid = fake(N, dtype=torch.bool) if masked else None
+    mix(fake(N, D, dtype=dtype), valid, B, [*range(M)], partner, 0.5, None)
+
+
+def quantize(
+    M: int,
+    P: int,
+    L: int,
+    D: int,
+    masked: bool = False,
+    rotation: bool = False,
+    dtype: torch.dtype = _F,
+) -> None:
+    """The commitment loss of several modalities, forward and backward."""
+    from mmvq_kernels.gpu.commitment import backward, forward
+
+    rows, valid = fake(M * P, D, dtype=dtype), fake(M * P, dtype=torch.bool) if masked else None
+    out, chosen, _, loss, weights = forward(rows, fake(L, D), valid, M, 0.25, 0.125, True)
+    backward(rows, chosen, valid, weights, out, loss, rotation)
+
+
+def log_probabilities(B: int, T: int, L: int, D: int) -> None:
+    """`code_log_probabilities`, forward."""
+    from mmvq_kernels.gpu.distribution import forward
+
+    forward(fake(B, T, D), fake(L, D), fake(B, T, dtype=torch.bool))
+
+
+def gradients(B: int, T: int, L: int, D: int) -> None:
+    """`code_log_probabilities`, backward."""
+    from mmvq_kernels.gpu.distribution import backward
+
+    x, codebook, mask = fake(B, T, D), fake(L, D), fake(B, T, dtype=torch.bool)
+    backward(fake(B, L), x, codebook, mask, fake(B, L), fake(B, T), True)
+
+
 def distribution(B: int, T: int, L: int, D: int) -> None:
     """`code_log_probabilities`, forward and backward."""
-    from mmvq_kernels.gpu.distribution import backward, forward
-
-    x, codebook, used = fake(B, T, D), fake(L, D), fake(B, T, dtype=torch.bool)
-    log_p, normalizers = forward(x, codebook, used)
-    backward(fake(B, L), x, codebook, used, log_p, normalizers, True)
+    log_probabilities(B, T, L, D)
+    gradients(B, T, L, D)
 
 
 WORKLOADS: dict[str, Callable[[], object]] = {
@@ -108,7 +163,25 @@ WORKLOADS: dict[str, Callable[[], object]] = {
     "ema, reset": lambda: average(1024, 256),
     "ema, odd sizes": lambda: average(401, 257),
     "ema, D 4": lambda: average(401, 4),
-    "distribution": lambda: distribution(80, 10, 1024, 256),
-    "distribution, odd sizes": lambda: distribution(17, 11, 401, 257),
-    "distribution, D 8": lambda: distribution(17, 11, 401, 8),
+    "step": lambda: step(2, 400, 256),
+    "step, odd sizes": lambda: step(3, 401, 257, "any"),
+    "step, D 4": lambda: step(2, 8192, 4),
+    "mix": lambda: mix(2, 80, 10, 256),
+    "mix, T 32": lambda: mix(2, 80, 32, 256, masked=True),
+    "mix, T 100": lambda: mix(3, 80, 100, 256),
+    "mix, odd sizes": lambda: mix(3, 7, 11, 257, masked=True),
+    "mix, D 8": lambda: mix(2, 80, 10, 8),
+    "mix, bf16": lambda: mix(2, 80, 10, 256, dtype=_B),
+    "mix, aligned": lambda: mix(2, 80, 10, 256, "aligned"),
+    "mix, none": lambda: mix(1, 80, 10, 256, "none"),
+    "commitment": lambda: quantize(2, 800, 400, 256),
+    "commitment, odd sizes": lambda: quantize(3, 533, 401, 257, masked=True, rotation=True),
+    "commitment, D 8": lambda: quantize(2, 800, 400, 8, rotation=True),
+    "commitment, bf16": lambda: quantize(2, 65536, 400, 256, dtype=_B),
+    "distribution": lambda: log_probabilities(80, 10, 1024, 256),
+    "distribution, odd sizes": lambda: log_probabilities(17, 11, 401, 257),
+    "distribution, D 8": lambda: log_probabilities(17, 11, 401, 8),
+    "distribution, backward": lambda: gradients(80, 10, 1024, 256),
+    "distribution, backward, odd sizes": lambda: gradients(17, 11, 401, 257),
+    "distribution, backward, D 8": lambda: gradients(17, 11, 401, 8),
 }

@@ -12,9 +12,10 @@ from kernels.draws import average, batch, faded
 from support import close, rounding, strided, uniform
 from torch import Tensor
 
+from mmvq.functional.ema import step_torch_
 from mmvq_kernels.ema import update_torch_
-from mmvq_kernels.gpu import launching
-from mmvq_kernels.gpu.ema import update_
+from mmvq_kernels.gpu import ema, launching
+from mmvq_kernels.gpu.ema import step_, update_
 
 # one of all, primes, more than a block of columns, of codes
 SIZES = [(1, 1), (9, 4), (101, 13), (7, 257), (5, 1024), (4100, 1)]
@@ -146,3 +147,75 @@ def test_strided_state_and_other_dtypes(device: str) -> None:
     update_(codes, own_sums, gaps[2], strided(sums.double()), counts.long(), 0.9, 1e-5, None, None)
     for mine, other in zip((codes, own_sums, gaps[2]), plain, strict=True):
         assert torch.equal(mine, other)
+
+
+def state(G: int, L: int, D: int, device: str) -> list[Tensor]:
+    """A state in which group 0 has not been seen yet."""
+    generator = torch.Generator().manual_seed(L)
+    ages = torch.randint(0, 6, (G, L), generator=generator)
+    ages[0] = -1
+    usage = torch.randint(0, 99, (G, L), generator=generator)
+    return [*average(L, D, device), ages.to(device), usage.to(device), torch.tensor(7).to(device)]
+
+
+def statistics(G: int, L: int, D: int, nobody: bool = False) -> Tensor:
+    """Flat counts, most of them 0 and many equal, and sums; the last group has no vector."""
+    generator = torch.Generator().manual_seed(D)
+    counts = torch.randint(-6, 4, (G, L), generator=generator).clamp(min=0).float()
+    counts[G - 1] = 0
+    counts *= not nobody
+    sums = uniform(L, D, dtype=torch.float32, seed=4) * counts.sum(0)[:, None]
+    return torch.cat([counts.flatten(), sums.flatten()])
+
+
+def check_step(
+    G: int, L: int, D: int, device: str, *settings: object, nobody: bool = False
+) -> None:
+    mine, batch = state(G, L, D, device), statistics(G, L, D, nobody).to(device)
+    wanted = [x.double() if x.is_floating_point() else x.clone() for x in mine]
+    step_(*mine, batch, 0.9, 1e-3, *settings)
+    step_torch_(*wanted, batch.double(), 0.9, 1e-3, *settings)
+    for a, b in zip(mine[:3], wanted[:3], strict=True):
+        close(a.cpu(), b.cpu(), rounding(torch.float32, 20 + L.bit_length(), 20))
+    for a, b in zip(mine[3:], wanted[3:], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rule", ["all", "any"])
+@pytest.mark.parametrize("patience", [None, 1.0, 4.0])
+@pytest.mark.parametrize("sources", [None, [1], [0, 2]])
+def test_a_step_is_that_of_the_torch_path(
+    rule: str, patience: float | None, sources: list[int] | None, device: str
+) -> None:
+    check_step(3, 101, 13, device, patience, rule, sources)
+
+
+@pytest.mark.parametrize(("G", "L", "D"), [(1, 1, 1), (2, 400, 256), (5, 1100, 3), (62, 9, 4)])
+def test_a_step_of_any_size(G: int, L: int, D: int, device: str) -> None:
+    check_step(G, L, D, device, 2.0, "any", None)
+
+
+@pytest.mark.parametrize("sources", [None, [1, 2]])
+def test_many_codes_are_ranked_by_a_sort(
+    sources: list[int] | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ema, "_MANY", 0)
+    check_step(3, 101, 13, device, 1.0, "all", sources)
+
+
+@pytest.mark.parametrize("sources", [None, [2]])
+def test_a_step_without_a_vector_that_moves_a_code(sources: list[int] | None, device: str) -> None:
+    check_step(3, 101, 13, device, 1.0, "all", sources, nobody=sources is None)
+
+
+def test_same_bits_of_a_step_for_any_number_of_programs(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for processors in (132, 1, 3):
+        monkeypatch.setattr(launching, "processors", lambda like, n=processors: n)
+        runs.append(state(2, 300, 13, device))
+        step_(*runs[-1], statistics(2, 300, 13).to(device), 0.9, 1e-3, 1.0, "all", None)
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a, b)

@@ -258,8 +258,10 @@ def test_many_codes_and_wide_ones(N: int, L: int, D: int, device: str) -> None:
 def test_prepared_codes_and_half_norms(precision: str, device: str) -> None:
     codebook = uniform(37, 48, dtype=torch.float32).to(device) + 3
     packed = torch.zeros(1500, dtype=torch.long, device=device)
-    centre, high, low, half_norm = prepare(codebook, precision, packed)
+    tickets = torch.ones(1100, dtype=torch.int32, device=device)
+    centre, high, low, half_norm = prepare(codebook, precision, packed, tickets)
     assert (packed == torch.iinfo(torch.int64).max).all()
+    assert not tickets.any()
     assert torch.equal(centre, codebook[[0, 18, 36]].median(0).values)
     codes = codebook - centre
     rounded = 2**-8 if precision == "bf16" else 2**-11
