@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmvq_kernels.nearest import search
-from mmvq_kernels.operators import register
+from mmvq_kernels.operators import register, variable
 
 
 class Terms(NamedTuple):
@@ -49,7 +49,11 @@ def quantize(
         where the vector is not finite; indices, int64 `[M P]`, -1 where masked; the loss.
     """
     apply: Any = _Quantize.apply  # untyped in torch
-    *quantized, indices, loss = apply(rows, codes, valid, modalities, *terms)
+    weights: tuple[Any, Any] = terms.own, terms.cross
+    if torch.compiler.is_compiling():  # dynamo takes a float in a Function for a constant
+        weights = variable(rows, terms.own), variable(rows, terms.cross)
+    arguments = rows, codes, valid, modalities, *weights, terms.mean, terms.rotation
+    *quantized, indices, loss = apply(*arguments)
     return quantized, indices, loss
 
 
@@ -164,6 +168,7 @@ forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = register
     "mmvq::quantize",
     forward_torch,
     gpu="mmvq_kernels.gpu.commitment:forward",
+    inline=True,
     fake=lambda rows, _codes, _valid, M, *_: (
         torch.empty_like(rows, memory_format=torch.contiguous_format),
         rows.new_empty(rows.shape, dtype=torch.float32),
@@ -176,5 +181,6 @@ backward: Callable[..., Tensor] = register(
     "mmvq::quantize_backward",
     backward_torch,
     gpu="mmvq_kernels.gpu.commitment:backward",
+    inline=True,
     fake=lambda rows, *_: torch.empty_like(rows, memory_format=torch.contiguous_format),
 )

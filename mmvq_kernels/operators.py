@@ -91,13 +91,18 @@ def register(
         if through_operator(x, inline):
             chosen = operators[0]
             if torch.compiler.is_compiling() and len(operators) > 1:
-                chosen, one = operators[1], x.new_ones((), dtype=torch.float32)
+                chosen = operators[1]
                 for i in floats:
-                    given[i] = None if given[i] is None else one * given[i]
+                    given[i] = None if given[i] is None else variable(x, given[i])
         result: R = chosen(*given, **kwargs)
         return result
 
     return call
+
+
+def variable(like: Tensor, number: float) -> Tensor:
+    """A number that is no constant of a graph, as a tensor of no dimension on a device."""
+    return like.new_ones((), dtype=torch.float32) * number
 
 
 def fused(*tensors: Tensor | None) -> bool:

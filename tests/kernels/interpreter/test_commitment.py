@@ -167,3 +167,15 @@ def test_an_empty_batch(device: str) -> None:
     loss.backward()
     assert loss.item() == 0
     assert rows.grad.shape == (0, 5)
+
+
+def test_numbers_may_be_tensors(device: str) -> None:
+    """As graphs of torch.compile pass them."""
+    from mmvq_kernels.gpu.commitment import forward
+
+    rows = uniform(12, 5, dtype=torch.float32).to(device)
+    codes = uniform(9, 5, dtype=torch.float32, seed=1).to(device)
+    own, cross = (torch.tensor(x, device=device) for x in (0.25, 0.125))
+    plain = forward(rows, codes, None, 2, 0.25, 0.125, True)
+    for a, b in zip(forward(rows, codes, None, 2, own, cross, True), plain, strict=True):
+        assert torch.equal(a, b)

@@ -105,3 +105,15 @@ def test_masked_vectors_are_not_read(device: str) -> None:
     again = mix(rows, valid, 3, [0, 1], "attention", 0.5, None)
     assert torch.equal(again[0][valid], plain[0][valid])
     assert torch.equal(again[1], plain[1])
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_numbers_may_be_tensors(temperature: float | None, device: str) -> None:
+    """As graphs of torch.compile pass them."""
+    rows = clips(2, 3, 10, 8).to(device)
+    weight, divisor = (
+        None if x is None else torch.tensor(x, device=device) for x in (0.25, temperature)
+    )
+    plain = mix(rows, None, 3, [0, 1], "attention", 0.25, temperature)
+    for a, b in zip(mix(rows, None, 3, [0, 1], "attention", weight, divisor), plain, strict=True):
+        assert torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
