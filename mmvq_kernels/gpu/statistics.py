@@ -1,7 +1,8 @@
 """Counts and sums for each code (the brackets of Eq. 7) without float atomics.
 
-Of few rows every code finds its own: `gather_kernel` reads all indices once for each code. Many are
-sorted by (code, group), stably. As some codes are used much more than others, the rows of a code
+Of few rows every code finds its own: `gather_kernel` reads all indices once for each code, after
+`key_kernel` has made them short if that is much to read. Many rows are sorted by (code, group),
+stably. As some codes are used much more than others, the rows of a code
 are cut into chunks of `_CHUNK`: `bounds_kernel` counts rows and chunks, `chunk_kernel` sums each
 chunk, and `combine_kernel` the chunks of each code. Each sum has an order that depends on the rows
 alone. `scatter_atomic_kernel` is optional: it needs no sort, but the last bits of its sums differ
@@ -9,6 +10,8 @@ between runs.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -20,13 +23,14 @@ from mmvq_kernels.gpu.launching import cdiv
 from mmvq_kernels.statistics import split
 
 _FEW = 8192  # rows; of more, a sort takes less time (measured on an H100 at L 400)
+_MOST_LOOKS = 1 << 24  # of a program at an index and a group of 16 bytes; short keys have 4
 _CHUNK = 128  # rows: enough to stream, and few enough that one frequent code fills the GPU
 
 
 @triton.jit
 def gather_kernel(
     values,  # [N, D], whatever it holds
-    indices,  # int64 [N]: the code; below 0 for a row that is left out
+    indices,  # int64 [N]: the code, below 0 for a row that is left out; or keys, with KEYS
     groups,  # int64 [N]: below 0 for a row that is left out; None: all 0
     counts,  # fp32 [G, L], out
     sums,  # fp32 [L, D], out
@@ -34,6 +38,7 @@ def gather_kernel(
     L,
     G,
     D,
+    KEYS: tl.constexpr,  # whether `indices` are keys, of codes and groups
     GROUPS: tl.constexpr,  # G or more
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -46,12 +51,15 @@ def gather_kernel(
     number = tl.zeros([BLOCK_N, GROUPS], tl.int32)
     for start in tl.range(0, N, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        found = tl.load(indices + rows, mask=rows < N, other=-1) == code
-        if groups is None:
-            own = tl.zeros([BLOCK_N], tl.int64)
+        index = tl.load(indices + rows, mask=rows < N, other=-1)
+        if KEYS:
+            own = index - code * G
+            found = (own >= 0) & (own < G)
         else:
-            own = tl.load(groups + rows, mask=rows < N, other=-1)
-        found = found & (own >= 0)
+            own = tl.zeros([BLOCK_N], tl.int64)
+            if groups is not None:
+                own = tl.load(groups + rows, mask=rows < N, other=-1)
+            found = (index == code) & (own >= 0)
         if tl.max(found.to(tl.int32), axis=0) > 0:
             number += (found[:, None] & (own[:, None] == group[None, :])).to(tl.int32)
             inside = found[:, None] & (columns < D)[None, :]
@@ -88,18 +96,19 @@ def key_kernel(
 
 
 @triton.jit
-def _before(ordered, size, keys):
-    """How many of the ascending `ordered` `[size]` are smaller than each key."""
-    low = tl.zeros_like(keys)
+def _before(ordered, size, steps, keys):
+    """How many of the ascending `ordered` `[size]` are smaller than each key.
+
+    `steps` is the number of bits of the size.
+    """
+    low = keys * 0
     high = low + size
-    length = tl.cast(size, tl.int64)
-    while length > 0:
+    for _ in tl.range(0, steps):
         middle = (low + high) // 2
         smaller = tl.load(ordered + middle, mask=middle < size, other=0x7FFFFFFF).to(tl.int64)
         smaller = (smaller < keys) & (low < high)
         low = tl.where(smaller, middle + 1, low)
         high = tl.where(smaller, high, middle)
-        length = length // 2
     return low
 
 
@@ -112,15 +121,16 @@ def bounds_kernel(
     N,
     L,
     G,
+    steps,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Per program, BLOCK codes."""
     codes = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    first = _before(ranked, N, codes * G)
+    first = _before(ranked, N, steps, codes * G)
     edge = first
     for group in tl.range(0, G):
-        end = _before(ranked, N, codes * G + group + 1)
+        end = _before(ranked, N, steps, codes * G + group + 1)
         at = counts + tl.cast(group, tl.int64) * L + codes
         tl.store(at, (end - edge).to(tl.float32), mask=codes < L)
         edge = end
@@ -138,6 +148,7 @@ def chunk_kernel(
     partials,  # fp32 [P, D], out
     L,
     D,
+    steps,
     CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -146,7 +157,7 @@ def chunk_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if chunk < tl.load(first + L):
-        code = tl.sum(_before(first, L + 1, tl.full([1], 1, tl.int64) + chunk), axis=0) - 1
+        code = _before(first, L + 1, steps, chunk + 1) - 1
         start = tl.load(starts + code) + (chunk - tl.load(first + code)) * CHUNK
         end = tl.minimum(start + CHUNK, tl.load(starts + code + 1))
         total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
@@ -230,44 +241,34 @@ def accumulate(
     block_d = min(128, max(16, triton.next_power_of_2(D)))
     if not deterministic:
         numbers, grid = indices.new_zeros(G * L), (cdiv(N, 16), cdiv(D, block_d))
-        args = values, indices, groups, numbers, sums.zero_(), N, L, D
+        args: tuple[Any, ...] = values, indices, groups, numbers, sums.zero_(), N, L, D
         sizes = {"BLOCK_N": 16, "BLOCK_D": block_d, "num_warps": 4}
         launching.launch(scatter_atomic_kernel, grid, *args, **sizes)
         return torch.cat([numbers.to(torch.float32), sums.flatten()])
+    narrow = min(block_d, 64)  # columns of a program that looks for rows
+    at_once = N <= _FEW and N * L * cdiv(D, narrow) <= _MOST_LOOKS
+    if not at_once:  # a radix sort of 32 bits needs half the passes
+        keys = torch.empty_like(indices, dtype=torch.int32 if L * G < 2**31 else torch.long)
+        launching.launch(key_kernel, (cdiv(N, 1024),), indices, groups, keys, N, L, G, BLOCK=1024)
+        indices, groups = keys, None
     if N <= _FEW:
-        block_d = min(block_d, 64)
-        launching.launch(
-            gather_kernel,
-            (L, cdiv(D, block_d)),
-            values,
-            indices,
-            groups,
-            counts,
-            sums,
-            N,
-            L,
-            G,
-            D,
-            GROUPS=triton.next_power_of_2(G),
-            BLOCK_N=128,
-            BLOCK_D=block_d,
-            num_warps=4,
-        )
+        args = values, indices, groups, counts, sums, N, L, G, D
+        sizes = {"GROUPS": triton.next_power_of_2(G), "BLOCK_N": 128, "BLOCK_D": narrow}
+        grid = (L, cdiv(D, narrow))
+        launching.launch(gather_kernel, grid, *args, KEYS=not at_once, **sizes, num_warps=4)
         return flat
 
-    # a radix sort of 32 bits needs half the passes
-    keys = torch.empty_like(indices, dtype=torch.int32 if L * G < 2**31 else torch.long)
-    launching.launch(key_kernel, (cdiv(N, 1024),), indices, groups, keys, N, L, G, BLOCK=1024)
-    ranked, order = keys.sort(stable=True)
-    starts, chunks = indices.new_empty(2, L + 1).unbind()
-    bounds = ranked, counts, starts, chunks, N, L, G
-    launching.launch(bounds_kernel, (cdiv(L + 1, 128),), *bounds, CHUNK=_CHUNK, BLOCK=128)
+    ranked, order = indices.sort(stable=True)
+    starts, chunks = order.new_empty(2, L + 1).unbind()
+    args = ranked, counts, starts, chunks, N, L, G, N.bit_length()
+    launching.launch(bounds_kernel, (cdiv(L + 1, 128),), *args, CHUNK=_CHUNK, BLOCK=128)
     first = chunks.cumsum(0)
     most = min(L, N) + N // _CHUNK  # the greatest number of chunks, for any indices
     partials = sums.new_empty(most, D)
     grid = (most, cdiv(D, block_d))
     sizes = {"CHUNK": _CHUNK, "BLOCK_R": 16, "BLOCK_D": block_d, "num_warps": 4}
-    launching.launch(chunk_kernel, grid, values, order, starts, first, partials, L, D, **sizes)
+    args = values, order, starts, first, partials, L, D, (L + 1).bit_length()
+    launching.launch(chunk_kernel, grid, *args, **sizes)
     sizes = {"BLOCK_P": 4, "BLOCK_D": block_d, "num_warps": 2}
     launching.launch(combine_kernel, (L, grid[1]), partials, first, sums, D, **sizes)
     return flat

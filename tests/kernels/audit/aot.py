@@ -73,6 +73,7 @@ _WIDE = {  # 16 bytes for each thread at once, from or to global memory
 _ATOMIC = {"cuda": r"\b(?:red|atom)\.\S+", "hip": r"\b(?:global|buffer|flat)_atomic_\w+"}
 _NARROW = r"arith\.muli .*tensor<\S*xi32>"  # where a row times its width may pass 2^31
 _ORDERLESS = r"(min\.s64|smin_x2|add\.[su]32|_add(_u32)?$)"  # of integers: no order shows
+_SIZES = "N", "L", "D", "T", "P", "NI", "NJ"  # of tensors
 _WITH_ATOMICS = "search_kernel", "commit_kernel", "scatter_atomic_kernel"
 
 
@@ -139,6 +140,8 @@ def examine(launch: Launch, target_name: str) -> Outcome:
     small = target.backend == "cuda" and options.get("BLOCK_T", 64) < 64  # for a group of warps
     instruction = _MATRIX["sm_80" if small else target_name].get(precision, "")
     arguments = zip(kernel.arg_names, launch.args, strict=False)
+    vectors = "D" in kernel.arg_names and kernel.__name__ != "survey_kernel"  # or lists of codes
+    sizes = {name: x for name, x in arguments if type(x) is int and name in _SIZES}
     compiled = compile_launch(launch, target)
     text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     registers, spills = _registers(compiled, target)
@@ -149,7 +152,7 @@ def examine(launch: Launch, target_name: str) -> Outcome:
         target=target_name,
         precision=precision,
         atomics_allowed=kernel.__name__ in _WITH_ATOMICS,
-        aligned=all(x % 16 == 0 for name, x in arguments if type(x) is int and name != "G"),
+        aligned=vectors and all(x % 16 == 0 for x in sizes.values()),
         registers=registers,
         spills=spills,
         shared=shared,

@@ -66,6 +66,9 @@ def cost(launch: Launch) -> tuple[float, float, float]:
         memory -= of["codes"].nbytes
         read_by_all = 2 * of["batch_counts"].nbytes + of["counts"].nbytes + of["dead"].nbytes
         return 0, memory + launch.grid[0] * read_by_all, memory
+    if name == "gather_kernel":
+        read_by_all = sum(of[x].nbytes for x in ("indices", "groups") if of[x] is not None)
+        return 0, memory + launch.grid[0] * launch.grid[1] * read_by_all, memory
     if name == "average_kernel":
         memory += of["sums"].nbytes
     if "PRECISION" not in of:

@@ -153,6 +153,8 @@ WORKLOADS: dict[str, Callable[[], object]] = {
     "nearest, fast bf16": lambda: search(65536, 1024, 256, _B, fast=True),
     "nearest, fast fp16": lambda: search(65536, 1024, 256, _H, fast=True),
     "statistics": lambda: statistics(65536, 1024, 256),
+    "statistics, few rows": lambda: statistics(1600, 400, 256),
+    "statistics, many codes": lambda: statistics(1600, 8192, 256),
     "statistics, odd sizes": lambda: statistics(1601, 401, 257),
     "statistics, D 8": lambda: statistics(1601, 401, 8),
     "statistics, bf16": lambda: statistics(65536, 1024, 256, _B),

@@ -226,10 +226,9 @@ def test_numbers_of_a_step_may_be_tensors(patience: float | None, device: str) -
     """As graphs of torch.compile pass them."""
     plain, other = state(3, 101, 13, device), state(3, 101, 13, device)
     batch = statistics(3, 101, 13).to(device)
-    numbers = [
-        None if x is None else torch.tensor(x, device=device) for x in (0.875, 2**-10, patience)
-    ]
-    step_(*plain, batch, 0.875, 2**-10, patience, "all", None)
+    numbers = 0.875, 2**-10, patience
+    tensors = [None if x is None else torch.tensor(x, device=device) for x in numbers]
+    step_(*plain, batch, *numbers, "all", None)
     step_(*other, batch, *tensors, "all", None)
     for a, b in zip(plain, other, strict=True):
         assert torch.equal(a, b)

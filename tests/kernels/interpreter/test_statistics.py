@@ -20,9 +20,11 @@ SIZES += [(9, 3, 1024), (3, 130, 4)]  # wide rows, many codes
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
 
-@pytest.fixture(params=["gather", "sort", "atomics"])
+@pytest.fixture(params=["gather", "keys", "sort", "atomics"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(statistics, "_CHUNK", 32)  # a frequent code has several, the last one short
+    if request.param == "keys":
+        monkeypatch.setattr(statistics, "_MOST_LOOKS", 0)
     if request.param == "sort":
         monkeypatch.setattr(statistics, "_FEW", 0)
     return str(request.param)
@@ -69,7 +71,7 @@ def test_left_out_rows_are_not_read(way: str, device: str) -> None:
         assert (out == 0).all()
 
 
-@pytest.mark.parametrize("way", ["gather", "sort"], indirect=True)
+@pytest.mark.parametrize("way", ["gather", "keys", "sort"], indirect=True)
 def test_same_bits_for_repetition_and_strides(way: str, device: str) -> None:
     values, indices, groups = assignments(700, 5, 16, device)
     counts, sums = accumulate(values, indices, 5, groups, G, way)
