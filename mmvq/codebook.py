@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
@@ -434,7 +434,7 @@ class EMACodebook(OverRanks, Pretrained):
         """Whether the vectors of a group enter N and o: int64 `[N]` -> bool `[N]`."""
         if self._update_from is None:
             return torch.ones_like(groups, dtype=torch.bool)
-        return torch.stack([groups == g for g in self._update_from]).any(0)
+        return reduce(torch.logical_or, [groups == g for g in self._update_from])
 
     def reset_usage(self) -> None:
         """Set `usage` to 0."""

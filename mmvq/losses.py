@@ -136,12 +136,6 @@ class CrossModalCommitmentLoss(nn.Module):
             z, e, valid, beta=self.beta, cross_ratio=ratio, reduction=self.reduction
         )
 
-    @property
-    def weights(self) -> tuple[float, float, bool]:
-        """Weights of own and cross terms, if the ratio is one number; whether D is averaged."""
-        assert not isinstance(self.cross_ratio, Mapping)
-        return self.beta, self.beta * self.cross_ratio, self.reduction == "mean"
-
     def _json(self) -> dict[str, Any]:
         """Arguments in JSON form, which cannot have tuples as keys."""
         ratio = self.cross_ratio

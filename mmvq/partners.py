@@ -23,6 +23,9 @@ PARTNERS: dict[str, Partner] = {
 }
 
 
+LONGEST = 64  # T of clips whose attention is fused; of longer ones torch's takes less (estimated)
+
+
 def check_partner(where: str, **values: object) -> None:
     """Check that each value is the name of a partner or a callable."""
     hint = "pass one of these, or a callable (z_a, others, masks) -> r"
@@ -38,7 +41,7 @@ def check_temperature(where: str, **values: float | None) -> None:
 def contributions(
     rows: Tensor,
     shapes: Mapping[str, torch.Size],
-    valid: Tensors | None,
+    valid: Tensor | None,
     groups: list[int],
     dtype: torch.dtype,
     partner: str | Partner,
@@ -53,7 +56,7 @@ def contributions(
     Args:
         rows: the vectors of all modalities, `[N, D]`.
         shapes: name -> shape of its features, whose first two numbers are B and T.
-        valid: padding masks, name -> bool `[B, T]`, or None.
+        valid: padding mask, bool `[N]`, or None.
         groups: number of the group of each modality, ascending.
         dtype: dtype of the result, float32 or float64.
         partner: name in `PARTNERS`, `"none"`, or callable `(z_a, others, masks) -> r`, which gets
@@ -67,14 +70,14 @@ def contributions(
     Raises:
         ValueError: the callable does not return r, `[B, T, D]`.
     """
-    flat = None if valid is None else pack([*valid.values()], "*")[0]
     first, *others = shapes.values()
     alike = all(shape == first for shape in others) and groups[-1] < MOST_GROUPS
-    if isinstance(partner, str) and alike and dtype == torch.float32 and fused(rows):
-        return _mix(rows, flat, first[0], groups, partner, weight, temperature)
+    known = isinstance(partner, str) and not (partner == "attention" and first[1] > LONGEST)
+    if known and alike and dtype == torch.float32 and fused(rows):
+        return _mix(rows, valid, first[0], groups, str(partner), weight, temperature)
     usable = functional.finite_rows(rows)
-    if flat is not None:
-        usable = usable & flat
+    if valid is not None:
+        usable = usable & valid
     sizes: Any = [(*shape[:2],) for shape in shapes.values()]  # of positions
     masks = dict(zip(shapes, unpack(usable, sizes, "*"), strict=True))
     z = dict(zip(shapes, unpack(rows.to(dtype), sizes, "* d"), strict=True))
@@ -98,10 +101,9 @@ def _mix_torch(
 ) -> tuple[Tensor, Tensor]:
     """`contributions` of modalities with equal T."""
     shape = torch.Size((clips, len(rows) // max(1, len(groups) * clips)))
-    names = [str(group) for group in groups]
-    masks = None if valid is None else dict(zip(names, valid.view(-1, *shape), strict=True))
+    shapes = dict.fromkeys(map(str, groups), shape)
     settings = torch.float32, partner, weight, temperature
-    return contributions(rows, dict.fromkeys(names, shape), masks, groups, *settings)
+    return contributions(rows, shapes, valid, groups, *settings)
 
 
 _mix: Callable[..., tuple[Tensor, Tensor]] = register(
@@ -111,7 +113,7 @@ _mix: Callable[..., tuple[Tensor, Tensor]] = register(
     inline=True,
     fake=lambda rows, *_: (
         torch.empty_like(rows, dtype=torch.float32, memory_format=torch.contiguous_format),
-        rows.new_empty(len(rows), dtype=torch.long),
+        rows.new_empty(rows.shape[0], dtype=torch.long),
     ),
 )
 

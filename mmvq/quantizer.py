@@ -42,8 +42,7 @@ from mmvq.partners import (
 )
 from mmvq.pretrained import Pretrained
 from mmvq.settings import Setting
-from mmvq_kernels import commitment
-from mmvq_kernels.commitment import Terms
+from mmvq_kernels.commitment import quantize
 from mmvq_kernels.nearest import take
 from mmvq_kernels.operators import fused
 
@@ -286,80 +285,92 @@ class MultiModalEMAQuantizer(Pretrained):
             hint = "its statistics are lost with the replica: use DistributedDataParallel"
             raise RuntimeError(message(where, rule, hint=hint, update=self.update))
 
-        at_once = self._runs_at_once(z)
-        z = z if at_once else without_padding(z, valid)
+        fuses = self._fuses(z)
+        mask = None if valid is None else pack([*valid.values()], "*")[0]
+        z = z if fuses else without_padding(z, valid)
         with torch.autocast(device.type, enabled=False):  # its `cat` rejects some dtypes
             rows, _ = pack([*z.values()], "* d")  # [N, D], of all modalities
         weight, first = book.weight, None
         if updating:
-            values, owners = self._contributions(rows, z, valid)  # Sec. 4.3
+            values, owners = self._contributions(rows, z, mask)  # Sec. 4.3
             first = book.first_codes(values, owners)
             weight = book.weight if first is None else first.codes
-        quantize = self._quantize_at_once if at_once else self._quantize
-        index, quantized, loss = quantize(rows, z, valid, weight)  # Eq. 2, Eq. 8
+        # nearest codes (Eq. 2), the loss (Eq. 8), and codes that pass the gradient
+        run = self._quantize_fused if fuses else self._quantize
+        index, loss, quantized = run(rows, z, valid, mask, weight)
         if first is not None:  # written after the loss, as a commitment may raise
             book.take_first_codes(first)
         if updating:
             book.add_rows(values, index, owners)  # the sums of Eq. 7
             if self.update == "auto":
                 book.apply()  # Eq. 7
-        shapes = {name: features[name].shape for name in z}
-        indices = dict(zip(z, unpack(index, [x.shape[:2] for x in z.values()], "*"), strict=True))
+        indices = unpack(index, [x.shape[:2] for x in z.values()], "*")
+        shapes = [features[name].shape for name in z]
         return QuantizerOutput(
-            {name: quantized[name].view(shape) for name, shape in shapes.items()},
-            {name: indices[name].view(shape[:-1]) for name, shape in shapes.items()},
+            {m: q.view(s) for m, q, s in zip(z, quantized, shapes, strict=True)},
+            {m: i.view(s[:-1]) for m, i, s in zip(z, indices, shapes, strict=True)},
             loss,
         )
 
     def _quantize(
-        self, rows: Tensor, z: Tensors, valid: Tensors | None, weight: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Indices of all vectors, -1 where masked; codes with a gradient; the commitment loss."""
+        self,
+        rows: Tensor,
+        z: Tensors,
+        valid: Tensors | None,
+        mask: Tensor | None,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Indices of all vectors, -1 where masked; the loss; codes of each modality."""
         index = self.ema_codebook.nearest(rows, weight)
-        shapes: list[Any] = [x.shape[:2] for x in z.values()]
         # codes from before the update
         chosen = take(weight, index) if self.training else weight.index_select(0, index)
-        codes = dict(zip(z, unpack(chosen, shapes, "* d"), strict=True))
+        parts = unpack(chosen, [x.shape[:2] for x in z.values()], "* d")
+        codes = dict(zip(z, parts, strict=True))
         loss = weight.new_zeros(())
         if self.commitment is not None:
             loss = check_loss("MultiModalEMAQuantizer", self.commitment(z, codes, valid))
         gradient = _GRADIENTS[self.gradient]
-        quantized = {name: gradient(x, codes[name].to(x.dtype)) for name, x in z.items()}
-        if valid is not None:
-            index = torch.where(pack([*valid.values()], "*")[0], index, -1)
-            for name, mask in valid.items():
-                quantized[name] = torch.where(mask[..., None], quantized[name], 0)
-        return index, quantized, loss
+        quantized = [gradient(x, codes[name].to(x.dtype)) for name, x in z.items()]
+        if valid is None or mask is None:
+            return index, loss, quantized
+        pairs = zip(valid.values(), quantized, strict=True)
+        quantized = [torch.where(some[..., None], q, 0) for some, q in pairs]
+        return torch.where(mask, index, -1), loss, quantized
 
-    def _quantize_at_once(
-        self, rows: Tensor, z: Tensors, valid: Tensors | None, weight: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _quantize_fused(
+        self,
+        rows: Tensor,
+        z: Tensors,
+        valid: Tensors | None,
+        mask: Tensor | None,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """`_quantize` in one operation, which reads no masked vector."""
-        mask = None if valid is None else pack([*valid.values()], "*")[0]
         loss: Any = self.commitment
-        own, cross, mean = (0.0, 0.0, False) if loss is None else loss.weights
-        terms = Terms(own, cross, mean, self.gradient == "rotation")
-        parts, index, total = commitment.quantize(rows, weight, mask, len(z), terms)
-        pairs = zip(z.items(), parts, strict=True)
-        return index, {name: codes.to(x.dtype) for (name, x), codes in pairs}, total
+        terms = 0.0, 0.0, False
+        if loss is not None:
+            terms = loss.beta, loss.beta * loss.cross_ratio, loss.reduction == "mean"
+        rotates = self.gradient == "rotation"
+        quantized, index, total = quantize(rows, weight, mask, len(z), *terms, rotates)
+        if loss is None:
+            total = weight.new_zeros(())
+        parts = zip(quantized, z.values(), strict=True)
+        return index, total, [q.to(x.dtype) for q, x in parts]
 
-    def _runs_at_once(self, z: Tensors) -> bool:
-        """Whether the kernels of one operation know this loss and these shapes: on a GPU only.
+    def _fuses(self, z: Tensors) -> bool:
+        """Whether `_quantize_fused` can take this loss and these features: on a GPU only.
 
         A graph for inference holds torch calls, which any runtime knows.
         """
-        loss, (x, *others) = self.commitment, z.values()
-        plain = loss is None
-        if type(loss) is CrossModalCommitmentLoss:
-            hooked = loss._forward_hooks or loss._forward_pre_hooks or loss._backward_hooks
-            plain = not (hooked or isinstance(loss.cross_ratio, Mapping))
+        x, *others = z.values()
         alike = all(other.shape == x.shape for other in others)
-        eager = self.training or not torch.compiler.is_compiling()
-        return eager and plain and alike and fused(*z.values(), self.ema_codebook.codes)
+        training = self.training or not torch.compiler.is_compiling()
+        fused_loss = self.commitment is None or _is_plain(self.commitment)
+        return alike and training and fused_loss and fused(*z.values(), self.ema_codebook.codes)
 
     @torch.no_grad()
     def _contributions(
-        self, rows: Tensor, z: Tensors, valid: Tensors | None
+        self, rows: Tensor, z: Tensors, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """What the vectors add to o, and their groups: -1 for one that may not enter."""
         book = self.ema_codebook
@@ -367,7 +378,7 @@ class MultiModalEMAQuantizer(Pretrained):
         shapes = {name: x.shape for name, x in z.items()}
         groups = [self._sorted.index(name) for name in z]
         settings = self.partner, self.partner_weight, self.partner_temperature
-        return contributions(rows, shapes, valid, groups, book.codes.dtype, *settings)
+        return contributions(rows, shapes, mask, groups, book.codes.dtype, *settings)
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2), for any modality: `[..., D]` -> int64 `[...]`.
@@ -500,3 +511,17 @@ class MultiModalEMAQuantizer(Pretrained):
             f"partner_weight={self.partner_weight}, gradient={self.gradient!r}, "
             f"update={self.update!r}"
         )
+
+
+def _is_plain(loss: Any) -> bool:
+    """Whether a loss is the library's own, with one ratio for all pairs, and without hooks."""
+    if type(loss) is not CrossModalCommitmentLoss or isinstance(loss.cross_ratio, Mapping):
+        return False
+    hooks = (
+        loss._forward_hooks,
+        loss._forward_pre_hooks,
+        loss._backward_hooks,
+        loss._backward_pre_hooks,
+        torch.nn.modules.module._has_any_global_hook(),
+    )
+    return not (any(hooks) or "forward" in loss.__dict__ or "terms" in loss.__dict__)

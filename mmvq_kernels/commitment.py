@@ -7,7 +7,7 @@ For a GPU, where many small launches take longer than their work. The Triton ker
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,24 +16,15 @@ from mmvq_kernels.nearest import search
 from mmvq_kernels.operators import register, variable
 
 
-class Terms(NamedTuple):
-    """Which terms the loss has, and which gradient `quantized` passes.
-
-    Attributes:
-        own: weight of the own codes of a modality.
-        cross: weight of the mean over the codes of the others.
-        mean: whether a squared norm is averaged over D.
-        rotation: whether the gradient is rotated as in Fifty et al. 2024, or passed as it is.
-    """
-
-    own: float
-    cross: float
-    mean: bool
-    rotation: bool
-
-
 def quantize(
-    rows: Tensor, codes: Tensor, valid: Tensor | None, modalities: int, terms: Terms
+    rows: Tensor,
+    codes: Tensor,
+    valid: Tensor | None,
+    modalities: int,
+    own: float,
+    cross: float,
+    mean: bool,
+    rotation: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Quantize `[M P, D]`, the vectors of M modalities with P positions each.
 
@@ -42,18 +33,21 @@ def quantize(
         codes: codes `[L, D]`, which get no gradient.
         valid: bool `[M P]`, or None.
         modalities: number M of modalities.
-        terms: weights of the loss, and the gradient of `quantized`.
+        own: weight of the own codes of a modality in the loss (beta of Eq. 8).
+        cross: weight of the mean over the codes of the others (beta rho).
+        mean: whether a squared norm is averaged over D.
+        rotation: whether the gradient of `quantized` is rotated (Fifty et al. 2024), or passed as
+            it is.
 
     Returns:
         The codes of each modality, M times `[P, D]`, in the dtype of the rows, 0 where masked, NaN
         where the vector is not finite; indices, int64 `[M P]`, -1 where masked; the loss.
     """
     apply: Any = _Quantize.apply  # untyped in torch
-    weights: tuple[Any, Any] = terms.own, terms.cross
+    weights: tuple[Any, Any] = own, cross
     if torch.compiler.is_compiling():  # dynamo takes a float in a Function for a constant
-        weights = variable(rows, terms.own), variable(rows, terms.cross)
-    arguments = rows, codes, valid, modalities, *weights, terms.mean, terms.rotation
-    *quantized, indices, loss = apply(*arguments)
+        weights = variable(rows, own), variable(rows, cross)
+    *quantized, indices, loss = apply(rows, codes, valid, modalities, *weights, mean, rotation)
     return quantized, indices, loss
 
 
@@ -84,6 +78,8 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *of_parts, _, of_loss = grads
+        if all(grad is None for grad in grads):
+            return (None,) * 8
         rows, chosen, valid, weights = ctx.saved_tensors
         of_codes = None
         if any(part is not None for part in of_parts):

@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmvq_kernels.backends import refuse_tracing, runs_triton, transformed
 
@@ -70,7 +71,7 @@ def register(
     schema = torch.library.infer_schema(torch_path, mutates_args=mutates_args)
     schemas = {name: schema}
     if inline and "float" in schema:
-        schemas[f"{name}_of_tensors"] = re.sub(r"\bfloat\b", "Tensor", schema)
+        schemas[f"{name.removesuffix('_')}_of_tensors"] = re.sub(r"\bfloat\b", "Tensor", schema)
     operators: list[Any] = [
         torch.library.custom_op(each, run, mutates_args=mutates_args, schema=text)
         for each, text in schemas.items()
@@ -102,12 +103,13 @@ def register(
 
 def variable(like: Tensor, number: float) -> Tensor:
     """A number that is no constant of a graph, as a tensor of no dimension on a device."""
-    return like.new_ones((), dtype=torch.float32) * number
+    return like.new_ones((), dtype=torch.promote_types(like.dtype, torch.float32)) * number
 
 
 def fused(*tensors: Tensor | None) -> bool:
-    """Whether kernels that fuse many torch calls take these tensors: not inside a transform."""
-    return runs_triton(*tensors) and not transformed()
+    """Whether kernels that fuse many torch calls take these tensors, outside of transforms."""
+    level: int = forward_ad._current_level
+    return runs_triton(*tensors) and not transformed() and level < 0
 
 
 def through_operator(x: Tensor, inline: bool = False) -> bool:

@@ -75,11 +75,12 @@ def step(
     flows: bool = False,
     masked: bool = False,
     number: int = 2,
+    size: int = B,
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> Phases:
     """A training step; with `flows`, the quantized vectors have gradients too, from a decoder."""
-    z = _features(device, number=number, dtype=dtype)
+    z = _features(device, number=number, size=size, dtype=dtype)
     masks = _masks(z) if masked else None
     quantizer = mmvq.MultiModalEMAQuantizer(D, L, tuple(z), init="uniform", **settings).to(device)
     gradients = [torch.randn_like(x) for x in z.values()]
@@ -178,6 +179,8 @@ CASES: dict[str, Case] = {
     "step, rotation": partial(step, gradient="rotation"),
     "step, rotation, loss and quantized": partial(step, gradient="rotation", flows=True),
     "step, bfloat16": partial(step, dtype=torch.bfloat16),
+    "step, update_from": partial(step, update_from=("audio",)),
+    "step, N 20,000": partial(step, size=1000),
     "search, bfloat16": partial(search, dtype=torch.bfloat16),
     "statistics, N 65,536": partial(statistics, rows=1 << 16),
     "eval, masks": partial(inference, masked=True),

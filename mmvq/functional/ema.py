@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,8 @@ def step_torch_(
         votes = votes.sum(0)
     reset: tuple[Tensor, Tensor] | tuple[None, None] = None, None
     if reset_after is not None:
-        dead = dead_codes(voting, reset_after, reset_rule) & (votes.sum() > 0)
+        rule: Any = reset_rule  # an operator's schema knows no Literal
+        dead = dead_codes(voting, reset_after, rule) & (votes.sum() > 0)
         if not is_cpu_readable(dead) or dead.numpy().any():  # a GPU would have to be waited for
             ages.masked_fill_(dead & (ages >= 0), 0)
             reset = dead, replacement_codes(codes, dead, s, votes, steps)

@@ -87,7 +87,7 @@ def code_matching(
     scores: Tensor = torch.stack(both).unflatten(0, (-1, 2))  # [pairs, 2, B, B of all ranks]
     if masks is None and batch.whole and all(x.shape[1] for x in features.values()):
         own = scores.log_softmax(-1).diagonal(0, -2, -1)
-        return own.sum() / -max(own.numel(), 1)
+        return own.neg().sum() / max(own.numel(), 1)
     if masks is None:
         masks = {name: x.new_ones(x.shape[:2], dtype=torch.bool) for name, x in features.items()}
     some = {name: mask.any(1) for name, mask in masks.items()}
@@ -96,8 +96,8 @@ def code_matching(
     scores = torch.where(keep, scores, torch.finfo(scores.dtype).min)
     own = scores.log_softmax(-1).diagonal(batch.offset, -2, -1)  # [pairs, 2, B]
     own = torch.where(paired[:, None], own, 0)
-    total, count = batch.sum(own.sum((1, 2)), paired.sum(1))
-    return (total / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1) / -2
+    total, count = batch.sum(own.neg().sum((1, 2)), paired.sum(1))
+    return (total / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1) / 2
 
 
 def _log_probabilities(

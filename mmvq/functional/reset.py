@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def advance_ages(ages: Tensor, counts: Tensor) -> Tensor:
     return torch.where(present, torch.where(counts > 0, 0, ages.clamp(min=0) + 1), ages)
 
 
-def dead_codes(ages: Tensor, reset_after: float, rule: str) -> Tensor:
+def dead_codes(ages: Tensor, reset_after: float, rule: Literal["all", "any"]) -> Tensor:
     """Which codes are dead, and are to be reset: bool `[L]`.
 
     `"all"` keeps a code only if every modality chose it within the last `reset_after` batches (the

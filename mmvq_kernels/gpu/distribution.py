@@ -26,14 +26,9 @@ from torch import Tensor
 from mmvq_kernels.distribution import cancellation_threshold
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
+from mmvq_kernels.gpu.nearest import median
 
 _MOST_PARTS = 8
-
-
-@triton.jit
-def _median(a, b, c):
-    """Element by element."""
-    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
 
 
 @triton.jit
@@ -55,7 +50,7 @@ def _centred(
         middle = tl.load(middle, mask=inside, other=0.0)
         last = codebook + tl.cast(L - 1, tl.int64) * D + columns
         last = tl.load(last, mask=inside, other=0.0)
-        centre = _median(first.to(tl.float32), middle.to(tl.float32), last.to(tl.float32))
+        centre = median(first.to(tl.float32), middle.to(tl.float32), last.to(tl.float32))
         row = i.to(tl.int64)[:, None]
         there = valid[:, None] & inside[None, :]
         v = tl.load(source + row * D + columns[None, :], mask=there, other=0.0).to(tl.float32)
@@ -339,7 +334,7 @@ def backward(
         dtype = of.dtype if parts == 1 else torch.float32
         out = of.new_empty(parts, NI, width, dtype=dtype)
         grid = (cdiv(NI, 64), columns, parts)
-        valid = None if of_codes else _bytes(mask)
+        valid = None if of_codes else launching.as_bytes(mask)
         lengths = pull_parts, width, NI, NJ, share
         args = still, moving, *norms, *known, valid, pulls, out, *sizes, *lengths
         blocks = {"BLOCK_J": 16, "BLOCK_OUT": block_out, "OF_CODES": of_codes}
@@ -366,7 +361,7 @@ def _prepare(
         (cdiv(N, 16) + cdiv(L, 16),),
         x.contiguous(),
         codebook.contiguous(),
-        _bytes(mask),
+        launching.as_bytes(mask),
         rows,
         codes,
         norms,
@@ -383,11 +378,6 @@ def _prepare(
         num_warps=4,
     )
     return rows, codes, norms, code_norms, weights
-
-
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    """The mask as triton can load it."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def _tiles(D: int) -> dict[str, Any]:

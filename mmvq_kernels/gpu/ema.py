@@ -294,7 +294,7 @@ def update_(
 ) -> None:
     """`mmvq_kernels.ema_update_` on a GPU, for float32 state."""
     batch = batch_counts.contiguous().view(1, -1), batch_sums.contiguous()
-    dead = dead.contiguous().view(torch.uint8) if dead is not None else None
+    dead = launching.as_bytes(dead)
     replacement = replacement.contiguous() if replacement is not None else None
     reset = "none" if dead is None else "given"
     _step_([codes, sums, counts], *batch, 1, decay, eps, 0.0, reset, dead, replacement)
@@ -314,7 +314,7 @@ def step_(
     reset_rule: str,
     update_from: list[int] | None,
 ) -> None:
-    """`mmvq.functional.update_state_` on a GPU, for float32 state."""
+    """`mmvq.functional.ema.step_` on a GPU, for float32 state."""
     (L, D), G = codes.shape, len(ages)
     voters = sum(1 << g for g in (range(G) if update_from is None else update_from))
     state = [codes, sums, counts, ages, usage, steps.view(1)]
@@ -376,7 +376,7 @@ def _step_(
         BLOCK_D=8,
         **options,
         num_warps=16,
-        maxnreg=128,  # else the compiler takes fewer, and spills
+        maxnreg=128,  # the compiler would take fewer, and spill
     )
     block_d = min(128, max(4, triton.next_power_of_2(D)))
     block_l = 2048 // block_d

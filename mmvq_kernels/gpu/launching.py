@@ -53,6 +53,11 @@ def fit(options: dict[str, Any], *, amd: str | None) -> dict[str, Any]:
     return fitted
 
 
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask as bytes, which triton can load."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
 def processors(like: Tensor) -> int:
     """Multiprocessors of the device that holds `like`."""
     if like.device.type != "cuda" or not torch.cuda.is_available():

@@ -159,7 +159,7 @@ def mix(
     weight: float,
     temperature: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """`mmvq.partners.mix` on a GPU, for dtypes up to float32."""
+    """`mmvq.partners.contributions` for equal T, on a GPU, for dtypes up to float32."""
     rows = rows.contiguous()
     (N, D), M = rows.shape, len(groups)
     values = torch.empty_like(rows, dtype=torch.float32)
@@ -176,7 +176,7 @@ def mix(
         mix_kernel,
         (clips * cdiv(T, block_t), M, cdiv(D, block_d)),
         rows,
-        None if valid is None else valid.contiguous().view(torch.uint8),
+        launching.as_bytes(valid),
         values,
         owners,
         M,

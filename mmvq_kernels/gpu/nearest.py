@@ -35,7 +35,7 @@ def _tf32(x):
 
 
 @triton.jit
-def _median(a, b, c):
+def median(a, b, c):
     """Element by element. One that is not finite never comes out while the others are."""
     return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
 
@@ -85,7 +85,7 @@ def prepare_kernel(
         middle = tl.load(middle, mask=inside, other=0.0).to(tl.float32)
         last = codebook + tl.cast(L - 1, tl.int64) * D + columns
         last = tl.load(last, mask=inside, other=0.0).to(tl.float32)
-        c = _median(first, middle, last)
+        c = median(first, middle, last)
         row = tl.cast(0, tl.int64)
         while (row < tl.minimum(L, 256)) & (tl.max((c - c != 0).to(tl.int32), axis=0) > 0):
             other = tl.load(codebook + row * D + columns, mask=inside, other=0.0)

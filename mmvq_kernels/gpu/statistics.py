@@ -23,7 +23,9 @@ from mmvq_kernels.gpu.launching import cdiv
 from mmvq_kernels.statistics import split
 
 _FEW = 8192  # rows; of more, a sort takes less time (measured on an H100 at L 400)
-_MOST_LOOKS = 1 << 24  # of a program at an index and a group of 16 bytes; short keys have 4
+# N times L times blocks of columns: beyond the first, keys of 4 bytes are read in place of an index
+# and a group of 16; beyond the second, a sort takes less time too (estimated).
+_MANY, _TOO_MANY = 1 << 24, 1 << 27
 _CHUNK = 128  # rows: enough to stream, and few enough that one frequent code fills the GPU
 
 
@@ -246,16 +248,17 @@ def accumulate(
         launching.launch(scatter_atomic_kernel, grid, *args, **sizes)
         return torch.cat([numbers.to(torch.float32), sums.flatten()])
     narrow = min(block_d, 64)  # columns of a program that looks for rows
-    at_once = N <= _FEW and N * L * cdiv(D, narrow) <= _MOST_LOOKS
-    if not at_once:  # a radix sort of 32 bits needs half the passes
+    looks = N * L * cdiv(D, narrow)
+    few, short = N <= _FEW and looks <= _TOO_MANY, looks > _MANY
+    if short or not few:  # a radix sort of 32 bits needs half the passes
         keys = torch.empty_like(indices, dtype=torch.int32 if L * G < 2**31 else torch.long)
         launching.launch(key_kernel, (cdiv(N, 1024),), indices, groups, keys, N, L, G, BLOCK=1024)
         indices, groups = keys, None
-    if N <= _FEW:
+    if few:
         args = values, indices, groups, counts, sums, N, L, G, D
         sizes = {"GROUPS": triton.next_power_of_2(G), "BLOCK_N": 128, "BLOCK_D": narrow}
         grid = (L, cdiv(D, narrow))
-        launching.launch(gather_kernel, grid, *args, KEYS=not at_once, **sizes, num_warps=4)
+        launching.launch(gather_kernel, grid, *args, KEYS=short, **sizes, num_warps=4)
         return flat
 
     ranked, order = indices.sort(stable=True)

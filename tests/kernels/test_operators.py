@@ -152,7 +152,7 @@ def test_a_step_exports_for_a_gpu_that_is_not_here() -> None:
     nodes = ours(exported.graph_module)
     assert [str(node.target) for node in nodes] == [
         *OPERATORS[:2],
-        "mmvq.ema_update__of_tensors.default",
+        "mmvq.ema_update_of_tensors.default",
     ]
     assert nodes[0].meta["val"].device.type == "cuda"
     assert nodes[0].meta["val"].shape == (N,)

@@ -93,7 +93,7 @@ def mix(
     masked: bool = False,
     dtype: Any = _F,
 ) -> None:
-    """`mmvq.partners.mix`."""
+    """What vectors of several modalities add."""
     from mmvq_kernels.gpu.mixing import mix
 
     N = M * B * T

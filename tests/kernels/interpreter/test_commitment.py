@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmvq import functional
 from mmvq_kernels import operators
-from mmvq_kernels.commitment import Terms, quantize
+from mmvq_kernels.commitment import quantize
 from mmvq_kernels.nearest import search
 
 SIZES = [(1, 1, 1), (30, 7, 8), (19, 45, 131), (40, 3, 16)]  # P, L, D
@@ -67,8 +67,8 @@ def test_loss_codes_and_gradient(
         valid[:P] = False  # a modality that is absent
         rows[~valid] = torch.nan
     mine = rows.clone().requires_grad_()
-    terms = Terms(0.25, 0.1, reduction == "mean", rotation)
-    parts, indices, loss = quantize(mine, codes, valid, M, terms)
+    terms = 0.25, 0.1, reduction == "mean", rotation
+    parts, indices, loss = quantize(mine, codes, valid, M, *terms)
     index = search(rows, codes, False)
     flow = uniform(M * P, D, dtype=torch.float32, seed=3).to(device)
     clean = rows if valid is None else torch.where(valid[:, None], rows, 0)
@@ -93,7 +93,7 @@ def test_loss_codes_and_gradient(
 def test_half_precision(dtype: torch.dtype, device: str) -> None:
     rows = uniform(40, 8, dtype=dtype).to(device).requires_grad_()
     codes = uniform(9, 8, dtype=torch.float32, seed=1).to(device)
-    parts, index, loss = quantize(rows, codes, None, 2, Terms(0.25, 0.1, True, False))
+    parts, index, loss = quantize(rows, codes, None, 2, 0.25, 0.1, True, False)
     assert parts[0].dtype == dtype
     assert torch.equal(torch.cat(parts), codes[index].to(dtype))
     arguments = codes.double(), index, None, 2, 0.4, "mean", False
@@ -109,7 +109,7 @@ def test_only_one_of_the_outputs_is_used(device: str) -> None:
     grads = []
     for used in ("first", "second", "loss", "all"):
         rows = uniform(12, 5, dtype=torch.float32).to(device).requires_grad_()
-        (a, b), _, loss = quantize(rows, codes, None, 2, Terms(0.25, 0.1, True, False))
+        (a, b), _, loss = quantize(rows, codes, None, 2, 0.25, 0.1, True, False)
         outputs = {"first": a.sum(), "second": 2 * b.sum(), "loss": loss}
         (sum(outputs.values()) if used == "all" else outputs[used]).backward()
         grads.append(rows.grad.cpu())
@@ -122,7 +122,7 @@ def test_vectors_that_are_not_finite_show(device: str) -> None:
     rows = uniform(12, 5, dtype=torch.float32).to(device)
     rows[1, 2], rows[7, 0] = torch.nan, torch.inf
     codes = uniform(9, 5, dtype=torch.float32, seed=1).to(device)
-    (a, b), index, loss = quantize(rows, codes, None, 2, Terms(0.25, 0.1, True, False))
+    (a, b), index, loss = quantize(rows, codes, None, 2, 0.25, 0.1, True, False)
     assert index[1] == index[7] == 0
     assert a[1, 2].isnan()
     assert b[1, 0].isnan()
@@ -133,7 +133,7 @@ def test_vectors_that_are_not_finite_show(device: str) -> None:
 def test_quantized_may_be_changed_in_place(device: str) -> None:
     rows = uniform(12, 5, dtype=torch.float32).to(device).requires_grad_()
     codes = uniform(9, 5, dtype=torch.float32, seed=1).to(device)
-    (a, b), index, loss = quantize(rows, codes, None, 2, Terms(0.25, 0.1, True, False))
+    (a, b), index, loss = quantize(rows, codes, None, 2, 0.25, 0.1, True, False)
     a += 1
     b.mul_(2)
     assert torch.equal(a.detach(), codes[index[:6]] + 1)
@@ -145,7 +145,7 @@ def test_quantized_may_be_changed_in_place(device: str) -> None:
 def test_a_gradient_of_the_gradient(rotation: bool, device: str) -> None:
     codes = uniform(9, 5, dtype=torch.float32, seed=1).to(device)
     rows = uniform(12, 5, dtype=torch.float32).to(device).requires_grad_()
-    parts, index, loss = quantize(rows, codes, None, 2, Terms(0.25, 0.1, True, rotation))
+    parts, index, loss = quantize(rows, codes, None, 2, 0.25, 0.1, True, rotation)
     (grad,) = torch.autograd.grad(loss + torch.cat(parts).square().sum(), rows, create_graph=True)
     grad.square().sum().backward()
     wide = rows.detach().double().requires_grad_()
@@ -161,7 +161,7 @@ def test_a_gradient_of_the_gradient(rotation: bool, device: str) -> None:
 def test_an_empty_batch(device: str) -> None:
     rows = torch.zeros(0, 5, device=device, requires_grad=True)
     codes = uniform(9, 5, dtype=torch.float32).to(device)
-    parts, index, loss = quantize(rows, codes, None, 2, Terms(0.25, 0.1, True, False))
+    parts, index, loss = quantize(rows, codes, None, 2, 0.25, 0.1, True, False)
     assert [len(part) for part in parts] == [0, 0]
     assert len(index) == 0
     loss.backward()

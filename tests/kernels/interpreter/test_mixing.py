@@ -43,11 +43,10 @@ def check(
     M, D = len(groups), rows.shape[1]
     shape = torch.Size((B, len(rows) // max(1, M * B), D))
     names = [str(group) for group in groups]
-    masks = None if valid is None else dict(zip(names, valid.view(M, *shape[:2]), strict=True))
     padded = rows if valid is None else torch.where(valid[:, None], rows, 0)
     settings = partner, weight, temperature
     shapes = dict.fromkeys(names, shape)
-    wanted, owners = contributions(padded, shapes, masks, groups, torch.float64, *settings)
+    wanted, owners = contributions(padded, shapes, valid, groups, torch.float64, *settings)
     there = None if valid is None else valid.to(device)
     found, mine = mix(rows.to(device), there, B, groups, *settings)
     assert found.dtype == torch.float32

@@ -24,7 +24,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(statistics, "_CHUNK", 32)  # a frequent code has several, the last one short
     if request.param == "keys":
-        monkeypatch.setattr(statistics, "_MOST_LOOKS", 0)
+        monkeypatch.setattr(statistics, "_MANY", 0)
     if request.param == "sort":
         monkeypatch.setattr(statistics, "_FEW", 0)
     return str(request.param)
