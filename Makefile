@@ -18,7 +18,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 GPU_PYTHON ?= python3
-OUTPUT ?= docs/benchmarks/gpu
+GPU_OUTPUT ?= docs/benchmarks/gpu
 TORCH ?= $(shell grep '^torch==' .ci/oldest.txt)
 LIBRARY := mmvq mmvq_kernels $(addprefix tests/,functional golden kernels modules properties)
 
@@ -52,7 +52,7 @@ package: $(READY)
 	@$(BIN)/python .ci/package.py
 
 gpu:
-	@PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m examples.benchmarks.gpu --output $(OUTPUT) $(STAGES)
+	@PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m examples.benchmarks.gpu --output $(GPU_OUTPUT) $(STAGES)
 
 oldest: BIN := .venv-oldest/bin
 oldest: PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
