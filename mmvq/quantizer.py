@@ -289,7 +289,7 @@ class MultiModalEMAQuantizer(Pretrained):
         mask = None if valid is None else pack([*valid.values()], "*")[0]
         z = z if fuses else without_padding(z, valid)
         with torch.autocast(device.type, enabled=False):  # its `cat` rejects some dtypes
-            rows, _ = pack([*z.values()], "* d")  # [N, D], of all modalities
+            rows, _ = pack([x.detach() for x in z.values()], "* d")  # [N, D], of all modalities
         weight, first = book.weight, None
         if updating:
             values, owners = self._contributions(rows, z, mask)  # Sec. 4.3
@@ -351,10 +351,11 @@ class MultiModalEMAQuantizer(Pretrained):
         if loss is not None:
             terms = loss.beta, loss.beta * loss.cross_ratio, loss.reduction == "mean"
         rotates = self.gradient == "rotation"
-        quantized, index, total = quantize(rows, weight, mask, len(z), *terms, rotates)
+        features = [*z.values()]
+        quantized, index, total = quantize(features, rows, weight, mask, *terms, rotates)
         if loss is None:
             total = weight.new_zeros(())
-        parts = zip(quantized, z.values(), strict=True)
+        parts = zip(quantized, features, strict=True)
         return index, total, [q.to(x.dtype) for q, x in parts]
 
     def _fuses(self, z: Tensors) -> bool:

@@ -6,7 +6,7 @@ For a GPU, where many small launches take longer than their work. The Triton ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +17,22 @@ from mmvq_kernels.operators import register, variable
 
 
 def quantize(
+    features: Sequence[Tensor],
     rows: Tensor,
     codes: Tensor,
     valid: Tensor | None,
-    modalities: int,
     own: float,
     cross: float,
     mean: bool,
     rotation: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Quantize `[M P, D]`, the vectors of M modalities with P positions each.
+    """Quantize the vectors of M modalities with P positions each.
 
     Args:
-        rows: the vectors; masked ones may hold anything.
+        features: features of each modality, `[B, T, D]`, which get the gradient.
+        rows: the same as `[M P, D]`; masked ones may hold anything.
         codes: codes `[L, D]`, which get no gradient.
         valid: bool `[M P]`, or None.
-        modalities: number M of modalities.
         own: weight of the own codes of a modality in the loss (beta of Eq. 8).
         cross: weight of the mean over the codes of the others (beta rho).
         mean: whether a squared norm is averaged over D.
@@ -40,15 +40,18 @@ def quantize(
             it is.
 
     Returns:
-        The codes of each modality, M times `[P, D]`, in the dtype of the rows, 0 where masked, NaN
-        where the vector is not finite; indices, int64 `[M P]`, -1 where masked; the loss.
+        The codes of each modality, shaped as its features, in the dtype of the rows, 0 where
+        masked, NaN where the vector is not finite; indices, int64 `[M P]`, -1 where masked; the
+        loss.
     """
     apply: Any = _Quantize.apply  # untyped in torch
     weights: tuple[Any, Any] = own, cross
     if torch.compiler.is_compiling():  # dynamo takes a float in a Function for a constant
         weights = variable(rows, own), variable(rows, cross)
-    *quantized, indices, loss = apply(rows, codes, valid, modalities, *weights, mean, rotation)
-    return quantized, indices, loss
+    arguments = rows.detach(), codes, valid, *weights, mean, rotation
+    *quantized, indices, loss = apply(*arguments, *features)
+    parts = zip(quantized, features, strict=True)
+    return [q if x.requires_grad else q.detach() for q, x in parts], indices, loss
 
 
 class _Quantize(torch.autograd.Function):
@@ -60,35 +63,41 @@ class _Quantize(torch.autograd.Function):
         rows: Tensor,
         codes: Tensor,
         valid: Tensor | None,
-        modalities: int,
         own: float,
         cross: float,
         mean: bool,
         rotation: bool,
+        *features: Tensor,
     ) -> tuple[Tensor, ...]:
-        arguments = rows, codes, valid, modalities, own, cross, mean
+        arguments = rows, codes, valid, len(features), own, cross, mean
         flat, chosen, indices, loss, weights = forward(*arguments)
-        ctx.save_for_backward(rows, chosen, valid, weights)
+        ctx.save_for_backward(rows, chosen, valid, weights, *features)
         ctx.rotation = rotation
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         # Tensors of their own on one memory: a view of several may not be changed in place.
-        return *(part.data for part in flat.chunk(modalities)), indices, loss
+        parts = zip(flat.chunk(len(features)), features, strict=True)
+        return *(part.view(x.shape).data for part, x in parts), indices, loss.data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *of_parts, _, of_loss = grads
-        if all(grad is None for grad in grads):
-            return (None,) * 8
-        rows, chosen, valid, weights = ctx.saved_tensors
+        rows, chosen, valid, weights, *features = ctx.saved_tensors
+        used = [of_loss is not None or part is not None for part in of_parts]
         of_codes = None
         if any(part is not None for part in of_parts):
-            like = rows.view(len(of_parts), -1, rows.shape[1])
-            parts = zip(of_parts, like, strict=True)
-            of_codes = torch.cat([torch.zeros_like(x) if g is None else g for g, x in parts])
-        run = backward_torch if torch.is_grad_enabled() else backward
-        grad = run(rows, chosen, valid, weights, of_codes, of_loss, ctx.rotation)
-        return grad, None, None, None, None, None, None, None
+            pairs = zip(of_parts, features, strict=True)
+            whole = [torch.zeros_like(x) if g is None else g for g, x in pairs]
+            of_codes = torch.cat([g.flatten(0, 1) for g in whole])
+        run = backward
+        if torch.is_grad_enabled():
+            run, rows = backward_torch, torch.cat([x.flatten(0, 1) for x in features])
+        found: Sequence[Tensor | None] = [None] * len(features)
+        if any(used):
+            grad = run(rows, chosen, valid, weights, of_codes, of_loss, ctx.rotation)
+            parts = zip(used, grad.chunk(len(features)), features, strict=True)
+            found = [g.view(x.shape).to(x.dtype) if of else None for of, g, x in parts]
+        return *(None,) * 7, *found
 
 
 def forward_torch(
@@ -117,6 +126,7 @@ def forward_torch(
     weights = torch.where(diagonal, own, cross / others).to(z.dtype)
     weights = weights / (counts * (D if mean else 1)).clamp(min=1)
     squares = torch.where(both[..., None], z[:, None] - e, 0).square().sum((-1, -2))
+    squares = torch.where((weights == 0) & ~diagonal, 0, squares)
     quantized = torch.where(fit[:, None], quantized, 0)
     return quantized, chosen, torch.where(fit, index, -1), (weights * squares).sum(), weights
 
@@ -140,7 +150,9 @@ def backward_torch(
             grad = _rotate_back(rows.detach().float(), chosen, grad)
     if of_loss is not None:
         z, e, some = (x.view(M, -1, *x.shape[1:]) for x in (rows.to(chosen.dtype), chosen, fit))
-        off = torch.where((some[:, None] & some)[..., None], z[:, None] - e, 0)  # [M, M, P, D]
+        adds = (weights != 0) | torch.eye(M, dtype=torch.bool, device=rows.device)
+        both = adds[..., None] & some[:, None] & some  # [M, M, P]
+        off = torch.where(both[..., None], z[:, None] - e, 0)
         grad = grad + 2 * of_loss * (weights[..., None, None] * off).sum(1).view_as(grad)
     return grad.to(rows.dtype)
 

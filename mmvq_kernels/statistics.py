@@ -131,13 +131,12 @@ def accumulate_torch(
     A row is left out if its index is below 0, or its group.
     """
     (_, D), L, G = values.shape, num_codes, num_groups
-    values, left_out = _wide(values), indices < 0
-    if groups is not None:
-        left_out, groups = left_out | (groups < 0), groups.clamp(min=0)
-    rows = torch.where(left_out, L, indices)  # the last bin is dropped
+    values = _wide(values)
+    known = indices if groups is None else torch.minimum(indices, groups)
+    rows = torch.where(known < 0, L, indices)  # the last bin is dropped
     flat = values.new_zeros(G * L + (L + 1) * D)
     _add_rows_(flat[G * L :].view(L + 1, D), values, rows)
-    bins = rows if groups is None else groups * (L + 1) + rows
+    bins = rows if groups is None else rows.add(groups.clamp(min=0), alpha=L + 1)
     counts = bins.new_zeros(G * (L + 1))
     counts = counts.index_add_(0, bins, torch.ones_like(bins)).view(G, L + 1)
     flat[: G * L].view(G, L).copy_(counts[:, :L])

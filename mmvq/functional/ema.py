@@ -88,18 +88,18 @@ def step_torch_(
     usage.add_(n.long())
     ages.copy_(advance_ages(ages, n))
     if update_from is None:
-        voting, votes = ages, n.sum(0)
+        own_ages, joint = ages, n.sum(0)
     else:
-        voting, votes = (torch.stack([x[g] for g in update_from]) for x in (ages, n))
-        votes = votes.sum(0)
+        own_ages, joint = (torch.stack([x[g] for g in update_from]) for x in (ages, n))
+        joint = joint.sum(0)
     reset: tuple[Tensor, Tensor] | tuple[None, None] = None, None
     if reset_after is not None:
         rule: Any = reset_rule  # an operator's schema knows no Literal
-        dead = dead_codes(voting, reset_after, rule) & (votes.sum() > 0)
+        dead = dead_codes(own_ages, reset_after, rule) & (joint.sum() > 0)
         if not is_cpu_readable(dead) or dead.numpy().any():  # a GPU would have to be waited for
             ages.masked_fill_(dead & (ages >= 0), 0)
-            reset = dead, replacement_codes(codes, dead, s, votes, steps)
-    ema.update_(codes, sums, counts, s, votes, decay, eps, *reset)
+            reset = dead, replacement_codes(codes, dead, s, joint, steps)
+    ema.update_(codes, sums, counts, s, joint, decay, eps, *reset)
     steps.add_(1)
 
 

@@ -107,7 +107,7 @@ def commit_kernel(
                 weight = weight / tl.maximum(n * width, 1.0)
                 tl.store(weights + a * M + b, weight)
                 distance = _total(squares + (a * M + b) * programs, programs, BLOCK)
-                sum_ += weight * distance
+                sum_ += tl.where((a != b) & (weight == 0), 0.0, weight * distance)
         tl.store(loss, sum_)
 
 
@@ -191,7 +191,8 @@ def commit_backward_kernel(
                 source = rows_b[:, None] * D + columns[None, :]
                 e = tl.load(chosen + source, mask=inside, other=0.0)
                 weight = tl.load(weights + a * M + b) * times
-                grad += tl.where(both[:, None], weight * (x - e), 0.0)
+                adds = both & ((a == b) | (weight != 0))
+                grad += tl.where(adds[:, None], weight * (x - e), 0.0)
         tl.store(out + cells, grad.to(out.dtype.element_ty), mask=inside)
 
 
@@ -235,7 +236,7 @@ def forward(
         BLOCK_P=block_p,
         BLOCK_D=min(128, max(16, triton.next_power_of_2(D))),
         BLOCK=min(1024, triton.next_power_of_2(programs)),
-        num_warps=4,
+        num_warps=4 if block_p == 8 else 8,
     )
     return quantized, chosen, indices, loss.view(()), weights
 

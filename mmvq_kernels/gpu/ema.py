@@ -34,19 +34,19 @@ def _mix(z):
 
 
 @triton.jit
-def _voting(voters, GROUPS: tl.constexpr):
-    """Whether each group votes: its vectors enter N and o."""
-    return (tl.cast(voters, tl.int64) >> tl.arange(0, GROUPS)) & 1 != 0
+def _updates(updating, GROUPS: tl.constexpr):
+    """Whether the vectors of each group enter N and o."""
+    return (tl.cast(updating, tl.int64) >> tl.arange(0, GROUPS)) & 1 != 0
 
 
 @triton.jit
-def _votes(numbers, voters, at, L, G, GROUPS: tl.constexpr):
-    """Of codes `at`: `numbers` fp32 `[G, L]`, and their sums over the groups that vote."""
+def _batch(counts, updating, at, L, G, GROUPS: tl.constexpr):
+    """Of codes `at`: counts `[G, L]` of the batch, and their sums over the updating groups."""
     g = tl.arange(0, GROUPS)
     cells = g.to(tl.int64)[:, None] * L + at[None, :]
-    n = tl.load(numbers + cells, mask=(g < G)[:, None] & (at < L)[None, :], other=0.0)
+    n = tl.load(counts + cells, mask=(g < G)[:, None] & (at < L)[None, :], other=0.0)
     n = n.to(tl.float32)
-    return n, tl.sum(tl.where(_voting(voters, GROUPS)[:, None], n, 0.0), axis=0)
+    return n, tl.sum(tl.where(_updates(updating, GROUPS)[:, None], n, 0.0), axis=0)
 
 
 @triton.jit
@@ -60,15 +60,15 @@ def _aged(ages, n, present, at, L, G, GROUPS: tl.constexpr):
 
 @triton.jit
 def _dead(
-    dead, ages, n, present, voters, at, L, G, patience, RESET: tl.constexpr, GROUPS: tl.constexpr
+    dead, ages, n, present, updating, at, L, G, patience, RESET: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
-    """Which of codes `at` are dead: as given, or by their ages in the groups that vote."""
+    """Which of codes `at` are dead: as given, or by their ages in the updating groups."""
     died = at < 0
     if RESET == "given":
         died = tl.load(dead + at, mask=at < L, other=0) != 0
     if RESET == "all" or RESET == "any":
         age = _aged(ages, n, present, at, L, G, GROUPS)
-        seen = _voting(voters, GROUPS)[:, None] & (age > -1)
+        seen = _updates(updating, GROUPS)[:, None] & (age > -1)
         expired = seen & (age.to(tl.float32) >= patience)
         died = tl.max(expired.to(tl.int32), axis=0) > 0
         if RESET == "any":
@@ -93,7 +93,7 @@ def survey_kernel(
     L,
     D,
     G,
-    voters,  # a bit for each group whose vectors enter N and o
+    updating,  # a bit for each group whose vectors enter N and o
     decay,
     eps,
     patience,
@@ -118,12 +118,12 @@ def survey_kernel(
     first = tl.program_id(0) * share
     tile = tl.zeros([GROUPS, BLOCK], tl.float32)
     for start in tl.range(0, L, BLOCK):
-        n, _ = _votes(batch_counts, voters, start + tl.arange(0, BLOCK), L, G, GROUPS)
+        n, _ = _batch(batch_counts, updating, start + tl.arange(0, BLOCK), L, G, GROUPS)
         tile += n
     of_group = tl.sum(tile, axis=1)
     present = of_group > 0
-    voted = tl.sum(tl.where(_voting(voters, GROUPS), of_group, 0.0), axis=0)
-    end = tl.where(voted > 0, L, 0)  # a batch without a vector moves nothing
+    entering = tl.sum(tl.where(_updates(updating, GROUPS), of_group, 0.0), axis=0)
+    end = tl.where(entering > 0, L, 0)  # a batch without a vector moves nothing
 
     moved = tl.zeros([BLOCK], tl.float32)
     moved_dead = tl.zeros([BLOCK], tl.float32)
@@ -132,13 +132,13 @@ def survey_kernel(
     earlier = tl.zeros([BLOCK], tl.int32)  # dead codes before those of this program
     for start in tl.range(0, L, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        n, votes = _votes(batch_counts, voters, at, L, G, GROUPS)
-        is_dead = _dead(dead, ages, n, present, voters, at, L, G, patience, RESET, GROUPS)
+        n, joint = _batch(batch_counts, updating, at, L, G, GROUPS)
+        is_dead = _dead(dead, ages, n, present, updating, at, L, G, patience, RESET, GROUPS)
         is_dead = is_dead & (at < end)
-        mass = decay * tl.load(counts + at, mask=at < L, other=0.0) + gain * votes
+        mass = decay * tl.load(counts + at, mask=at < L, other=0.0) + gain * joint
         moved += mass
         moved_dead += tl.where(is_dead, mass, 0.0)
-        chosen += (votes > 0).to(tl.int32)
+        chosen += (joint > 0).to(tl.int32)
         died += is_dead.to(tl.int32)
         earlier += (is_dead & (at < first)).to(tl.int32)
     deaths = tl.sum(died, axis=0)
@@ -149,27 +149,27 @@ def survey_kernel(
 
     for start in tl.range(first, tl.minimum(first + share, L), BLOCK_L):
         at = start + tl.arange(0, BLOCK_L)
-        n, votes = _votes(batch_counts, voters, at, L, G, GROUPS)
-        is_dead = _dead(dead, ages, n, present, voters, at, L, G, patience, RESET, GROUPS)
+        n, joint = _batch(batch_counts, updating, at, L, G, GROUPS)
+        is_dead = _dead(dead, ages, n, present, updating, at, L, G, patience, RESET, GROUPS)
         is_dead = is_dead & (at < end)
-        mass = decay * tl.load(counts + at, mask=at < L, other=0.0) + gain * votes
+        mass = decay * tl.load(counts + at, mask=at < L, other=0.0) + gain * joint
         tl.store(masses + at, tl.where(is_dead, mass_of_dead, mass), mask=at < L)
         place = rank + tl.cumsum(is_dead.to(tl.int32), axis=0) - 1
-        place = tl.where(is_dead, place, tl.where(votes > 0, -2, -1))
+        place = tl.where(is_dead, place, tl.where(joint > 0, -2, -1))
         tl.store(places + at, place, mask=at < L)
         rank += tl.sum(is_dead.to(tl.int32), axis=0)
         if RESET == "all" or RESET == "any":
             if not RANKED:
-                if (deaths > 0) & (tl.max(votes, axis=0) > 0):
+                if (deaths > 0) & (tl.max(joint, axis=0) > 0):
                     before = tl.zeros([BLOCK_L], tl.int32)
                     for other in tl.range(0, L, BLOCK_J):
                         j = other + tl.arange(0, BLOCK_J)
-                        _, theirs = _votes(batch_counts, voters, j, L, G, GROUPS)
-                        ahead = theirs[None, :] > votes[:, None]
-                        equal = theirs[None, :] == votes[:, None]
+                        _, theirs = _batch(batch_counts, updating, j, L, G, GROUPS)
+                        ahead = theirs[None, :] > joint[:, None]
+                        equal = theirs[None, :] == joint[:, None]
                         ahead = ahead | (equal & (j[None, :] < at[:, None]))
                         before += tl.sum(ahead.to(tl.int32), axis=1)
-                    tl.store(order + before, at.to(tl.int64), mask=votes > 0)
+                    tl.store(order + before, at.to(tl.int64), mask=joint > 0)
 
     if RESET == "all" or RESET == "any":
         if deaths > 0:
@@ -220,20 +220,20 @@ def average_kernel(
     L,
     D,
     G,
-    voters,
+    updating,
     decay,
     eps,
     POINTERS: tl.constexpr,
     RESET: tl.constexpr,
     GROUPS: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Per program, BLOCK_L codes by BLOCK_D columns; of the first columns, their integers too."""
+    """Per program, BLOCK codes by BLOCK_D columns; of the first columns, their integers too."""
     decay, eps = scalar(decay, POINTERS), scalar(eps, POINTERS)
     gain = 1 - decay
     g = tl.arange(0, GROUPS)
-    at = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     moves = at < tl.load(facts)
     mass = tl.load(masses + at, mask=at < L, other=0.0)
@@ -251,7 +251,7 @@ def average_kernel(
     if RESET == "all" or RESET == "any":
         if tl.max(place, axis=0) >= 0:
             donor = tl.load(order + place % tl.load(facts + 1), mask=is_dead, other=0)
-            _, given = _votes(batch_counts, voters, donor, L, G, GROUPS)
+            _, given = _batch(batch_counts, updating, donor, L, G, GROUPS)
             source = donor[:, None] * D + columns[None, :]
             means = tl.load(batch_sums + source, mask=there, other=0.0).to(tl.float32)
             means = means / tl.maximum(given, 1.0)[:, None]
@@ -269,7 +269,7 @@ def average_kernel(
         tl.store(counts + at, mass, mask=moves)
         if ages is not None:
             present = tl.load(facts + 3 + g) != 0
-            n, _ = _votes(batch_counts, voters, at, L, G, GROUPS)
+            n, _ = _batch(batch_counts, updating, at, L, G, GROUPS)
             age = _aged(ages, n, present, at, L, G, GROUPS)
             age = tl.where(is_dead[None, :] & (age >= 0), 0, age)
             numbers = g.to(tl.int64)[:, None] * L + at[None, :]
@@ -316,17 +316,17 @@ def step_(
 ) -> None:
     """`mmvq.functional.ema.step_` on a GPU, for float32 state."""
     (L, D), G = codes.shape, len(ages)
-    voters = sum(1 << g for g in (range(G) if update_from is None else update_from))
+    updating = sum(1 << g for g in (range(G) if update_from is None else update_from))
     state = [codes, sums, counts, ages, usage, steps.view(1)]
     reset, patience = (reset_rule, reset_after) if reset_after is not None else ("none", 0.0)
-    _step_(state, *split(batch, G, L, D), voters, decay, eps, patience, reset)
+    _step_(state, *split(batch, G, L, D), updating, decay, eps, patience, reset)
 
 
 def _step_(
     written: list[Tensor],
     batch_counts: Tensor,
     batch_sums: Tensor,
-    voters: int,
+    updating: int,
     decay: float,
     eps: float,
     patience: float,
@@ -343,13 +343,13 @@ def _step_(
     ranked = reset in ("all", "any") and L > _MANY
     order = codes.new_empty(L, dtype=torch.long)
     if ranked:
-        votes = torch.stack([batch_counts[g] for g in range(G) if voters >> g & 1]).sum(0)
-        order = votes.argsort(descending=True, stable=True)
+        joint = torch.stack([batch_counts[g] for g in range(G) if updating >> g & 1]).sum(0)
+        order = joint.argsort(descending=True, stable=True)
     groups = triton.next_power_of_2(G)
     masses, spread = codes.new_empty(L), codes.new_empty(D + 1)
     places, facts = order.new_empty(L, dtype=torch.int32), order.new_empty(3 + groups)
     found = order, masses, places, spread, facts
-    numbers = L, D, G, voters, decay, eps
+    numbers = L, D, G, updating, decay, eps
     options = {"POINTERS": isinstance(decay, Tensor), "RESET": reset, "GROUPS": groups}
     block = max(16, min(2048, triton.next_power_of_2(L)) // groups)
     programs = min(cdiv(L, 32), launching.processors(codes))
@@ -379,14 +379,14 @@ def _step_(
         maxnreg=128,  # the compiler would take fewer, and spill
     )
     block_d = min(128, max(4, triton.next_power_of_2(D)))
-    block_l = 2048 // block_d
+    block = min(2048 // block_d, max(16, 1024 // groups))
     launching.launch(
         average_kernel,
-        (cdiv(L, block_l), cdiv(D, block_d)),
+        (cdiv(L, block), cdiv(D, block_d)),
         *(codes, sums, counts, ages, usage, steps, batch_counts, batch_sums, replacement),
         *found,
         *numbers,
-        BLOCK_L=block_l,
+        BLOCK=block,
         BLOCK_D=block_d,
         **options,
         num_warps=8,

@@ -128,8 +128,9 @@ def mix_kernel(
                     top = higher
                     seen += tl.sum(keys.to(tl.int32), axis=0)
                 some = seen > 0
-                r += tl.where(some[:, None], mean / total[:, None], 0.0)
-                sound += tl.where(some, total - total, 0.0)
+                share = 1 / total  # NaN or infinite where the scores are
+                r += tl.where(some[:, None], mean * share[:, None], 0.0)
+                sound += tl.where(some, share - share, 0.0)
                 partners += some.to(tl.float32)
     inside = there[:, None] & (own < D)[None, :]
     cells = at[:, None] * D + own[None, :]

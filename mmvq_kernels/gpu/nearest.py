@@ -128,7 +128,7 @@ def search_kernel(
     low,  # [L, D] or None
     half_norm,  # fp32 [L], inf for a code that is never to win
     packed,  # int64 [N]: (score, index), to be made smaller; None if the codes are not split
-    tickets,  # int32 [blocks of vectors]: zeros; None if the codes are not split
+    tickets,  # int32 [blocks of vectors]: zeros; None: nobody unpacks
     out,  # int64 [N]: the index
     N,
     L,
@@ -193,9 +193,10 @@ def search_kernel(
         bits = tl.where(best == 0, 0.0, best).to(tl.int32, bitcast=True)  # one zero
         ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the floats are
         tl.atomic_min(packed + rows, (ordered.to(tl.int64) << 32) | index, rows < N, sem="relaxed")
-        if arrives_last(tickets + tl.program_id(0), tl.num_programs(1)):
-            found = tl.load(packed + rows, mask=rows < N, other=0, cache_modifier=".cg")
-            tl.store(out + rows, found & 0xFFFFFFFF, mask=rows < N)
+        if tickets is not None:
+            if arrives_last(tickets + tl.program_id(0), tl.num_programs(1)):
+                found = tl.load(packed + rows, mask=rows < N, other=0, cache_modifier=".cg")
+                tl.store(out + rows, found & 0xFFFFFFFF, mask=rows < N)
 
 
 def search(x: Tensor, codebook: Tensor, fast: bool = False) -> Tensor:
@@ -222,7 +223,8 @@ def search_with_ticket(
     blocks, split = cdiv(N, _ROWS), share < L
     out = x.new_empty(N, dtype=torch.long)
     packed = torch.empty_like(out) if split else None
-    own = blocks if split else 0
+    unpacks = split and launching.amd(x) is None  # whose barriers wait for no atomic of other waves
+    own = blocks if unpacks else 0
     tickets = x.new_empty(own + spare, dtype=torch.int32)
     prepared = prepare(codebook, precision, packed, tickets if len(tickets) else None)
     launching.launch(
@@ -231,7 +233,7 @@ def search_with_ticket(
         x,
         *prepared,
         packed,
-        tickets if split else None,
+        tickets if unpacks else None,
         out,
         N,
         L,
@@ -245,6 +247,8 @@ def search_with_ticket(
         num_warps=8,
         num_stages=3,
     )
+    if packed is not None and not unpacks:
+        out = packed.bitwise_and_(0xFFFFFFFF)
     return out, tickets.narrow(0, own, spare)
 
 

@@ -249,7 +249,7 @@ def accumulate(
         return torch.cat([numbers.to(torch.float32), sums.flatten()])
     narrow = min(block_d, 64)  # columns of a program that looks for rows
     looks = N * L * cdiv(D, narrow)
-    few, short = N <= _FEW and looks <= _TOO_MANY, looks > _MANY
+    few, short = N <= _FEW and looks <= _TOO_MANY and G <= 32, looks > _MANY
     if short or not few:  # a radix sort of 32 bits needs half the passes
         keys = torch.empty_like(indices, dtype=torch.int32 if L * G < 2**31 else torch.long)
         launching.launch(key_kernel, (cdiv(N, 1024),), indices, groups, keys, N, L, G, BLOCK=1024)

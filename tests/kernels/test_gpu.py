@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import draws
 from support import bools, rounding, uniform
 from torch import Tensor, nn
 
@@ -63,6 +64,8 @@ def test_the_distribution_and_its_gradient_go_to_the_kernels() -> None:
     assert torch.equal(codes.grad, wanted[1])
 
 
+# The warning is about copies that opcheck makes.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_the_operators_are_sound_there() -> None:
     x, codes = rows(), rows(L, seed=1)
     index = kernels.nearest_code(x, codes)
@@ -75,6 +78,8 @@ def test_the_operators_are_sound_there() -> None:
     clips = rows().view(7, 43, D).requires_grad_()
     used = torch.ones(7, 43, dtype=torch.bool, device="cuda")
     torch.library.opcheck(ops.code_log_probabilities.default, (clips, codes, used))
+    for name, args in draws.operator_calls("cuda").values():
+        torch.library.opcheck(getattr(ops, name).default, args)
 
 
 def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels import draws
 from support import uniform
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -57,6 +58,14 @@ def test_code_log_probabilities_is_a_sound_operator(dtype: torch.dtype) -> None:
     used = torch.ones(3, 4, dtype=torch.bool)
     used[1, 2:] = False
     torch.library.opcheck(torch.ops.mmvq.code_log_probabilities.default, (x, codebook, used))
+
+
+# The warning is about copies that opcheck makes.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("call", draws.operator_calls())
+def test_the_operators_of_a_training_step_are_sound(call: str) -> None:
+    name, args = draws.operator_calls()[call]
+    torch.library.opcheck(getattr(torch.ops.mmvq, name).default, args)
 
 
 def test_the_gradient_of_the_distribution_is_its_own() -> None:

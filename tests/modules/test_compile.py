@@ -184,15 +184,36 @@ def as_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "through_operator", whether)
 
 
+@pytest.mark.usefixtures("as_for_a_gpu")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+def test_batches_of_any_size_take_two_graphs_for_a_gpu() -> None:
+    """And a third one in eval mode, which holds torch calls."""
+    module = Step()
+    eager = deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    follow(compiled, eager, sizes(12), ATOL)
+    assert graphs() == 2
+    module.eval(), eager.eval()
+    follow(compiled, eager, sizes(3), ATOL)
+    assert graphs() == 3
+    agree(state(module), state(eager), ATOL)
+
+
 def distance(z: Tensors, codes: Tensors, masks: Tensors | None) -> Tensor:
     """A commitment that no kernel knows."""
     return sum(((z[m] - codes[m]) ** 2).mean() for m in z)  # type: ignore[return-value]
 
 
-OPERATIONS = {  # for the library's loss and for another, what a step consists of
-    "default": ["mix", "quantize", "code_statistics", "update_codebook"],
-    "other": ["mix", "nearest_code", "take", "code_statistics", "update_codebook"],
+OPERATIONS = {  # for the library's loss and for another, what a step consists of, and its backward
+    "default": (["mix", "quantize", "code_statistics", "update_codebook"], ["quantize_backward"]),
+    "other": (["mix", "nearest_code", "take", "code_statistics", "update_codebook"], []),
 }
+
+
+def called(code: str) -> list[str]:
+    """The operators that compiled code calls, in order."""
+    names = re.findall(r"torch\.ops\.mmvq\.(\w+)\.default\(", code)
+    return [name.removesuffix("_of_tensors") for name in names]
 
 
 @pytest.mark.usefixtures("as_for_a_gpu")
@@ -221,11 +242,11 @@ def test_a_graph_for_a_gpu_holds_few_operators_and_no_copy_of_the_state(loss: An
         close(found, expected, ATOL)
         agree({m: x.grad for m, x in z.items()}, {m: x.grad for m, x in twin.items()}, ATOL)
 
-    _, (forward, _) = run_and_get_code(both, 0)
-    called = re.findall(r"torch\.ops\.mmvq\.(\w+)\.default\(", forward)
-    called = [name.removesuffix("_of_tensors") for name in called]
-    assert sorted(called) == sorted(OPERATIONS[loss])
-    assert called[-1] == "update_codebook"
+    _, (forward, backward) = run_and_get_code(both, 0)
+    of_forward, of_backward = OPERATIONS[loss]
+    assert sorted(called(forward)) == sorted(of_forward)
+    assert called(forward)[-1] == "update_codebook"
+    assert called(backward) == of_backward
     assert re.search(r"empty_strided_cpu\(\(1000, 4\)", forward) is None
     for seed in (1, 2, 3):
         both(seed)

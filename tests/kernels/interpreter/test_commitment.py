@@ -1,12 +1,13 @@
 """The commitment kernels against the modules' own loss and gradients, in float64.
 
 ATOL: distances below 2 D in a mean or a sum, whose terms are all positive; the gradient has one
-term for each modality and each of them a handful of roundings.
+term for each modality and each of them a handful of roundings. It is compared row by row, as the
+rotation of one is as long as the ratio of its two lengths.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,8 +15,7 @@ from support import bools, close, rounding, uniform
 from torch import Tensor
 
 from mmvq import functional
-from mmvq_kernels import operators
-from mmvq_kernels.commitment import quantize
+from mmvq_kernels import commitment, operators
 from mmvq_kernels.nearest import search
 
 SIZES = [(1, 1, 1), (30, 7, 8), (19, 45, 131), (40, 3, 16)]  # P, L, D
@@ -28,6 +28,15 @@ def on_the_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cpu":  # the operators take the CPU for a GPU
         monkeypatch.setattr(operators, "through_operator", lambda *_: True)
         monkeypatch.setattr(operators, "runs_triton", lambda *_: True)
+
+
+def quantize(
+    rows: Tensor, codes: Tensor, valid: Tensor | None, M: int, *terms: Any
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Of `[M P, D]` as features of one clip."""
+    features = rows.view(M, 1, len(rows) // M, rows.shape[1]).unbind()
+    parts, indices, loss = commitment.quantize(features, rows, codes, valid, *terms)
+    return [part[0] for part in parts], indices, loss
 
 
 def expected(
@@ -81,12 +90,17 @@ def test_loss_codes_and_gradient(
     close(loss.cpu(), wanted.cpu(), rounding(torch.float32, D + P, 8 * width))
     (3 * loss + (torch.cat(parts) * flow).sum()).backward()
     (3 * wanted + (quantized * flow).sum()).backward()
-    # a rotation divides by norms: the largest ratio of lengths here, and sums over D
-    scale = 1.0
+    if valid is not None:
+        assert not mine.grad[~valid].any()
+    # a rotation has three terms of at most sqrt(D), times its row's own ratio of lengths; its unit
+    # vectors are divided by |x + e|, which is at least 1 here, or 0, and then it is none
+    share = torch.ones(M * P, 1, dtype=torch.float64, device=device)
     if rotation:
-        e = codes[index]
-        scale = float((e.norm(dim=1) / clean.norm(dim=1).clamp(min=1e-3)).max()) * D
-    close(mine.grad.cpu(), wide.grad.cpu(), rounding(torch.float32, 20 + D, 4 * (1 + scale)))
+        lengths = clean.double().norm(dim=1, keepdim=True)
+        ratio = codes[index].double().norm(dim=1, keepdim=True) / lengths
+        share = torch.where(lengths > 0, 1 + ratio, share)
+    found, gradient = mine.grad.double() / share, wide.grad / share
+    close(found.cpu(), gradient.cpu(), rounding(torch.float32, 20 + D, 4 * D**0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -179,3 +193,25 @@ def test_numbers_may_be_tensors(device: str) -> None:
     plain = forward(rows, codes, None, 2, 0.25, 0.125, True)
     for a, b in zip(forward(rows, codes, None, 2, own, cross, True), plain, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_gradient_reaches_what_was_used(device: str) -> None:
+    """Features that need none, and outputs that nobody used, get none."""
+    codes = uniform(9, 5, dtype=torch.float32, seed=1).to(device)
+
+    def run(*needed: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        z = [uniform(2, 3, 5, dtype=torch.float32, seed=i).to(device) for i in range(2)]
+        z = [x.requires_grad_(need) for x, need in zip(z, needed, strict=True)]
+        rows = torch.cat([x.detach().flatten(0, 1) for x in z])
+        parts, _, loss = commitment.quantize(z, rows, codes, None, 0.25, 0.1, True, False)
+        return z, parts, loss
+
+    z, parts, _ = run(True, True)
+    parts[1].sum().backward()
+    assert z[0].grad is None
+    assert torch.equal(z[1].grad.cpu(), torch.ones(2, 3, 5))
+    z, parts, loss = run(True, False)
+    assert [part.requires_grad for part in parts] == [True, False]
+    loss.mul_(2).backward()  # in place, as a sum of losses may be
+    assert z[0].grad is not None
+    assert z[1].grad is None

@@ -232,3 +232,15 @@ def test_numbers_of_a_step_may_be_tensors(patience: float | None, device: str) -
     step_(*other, batch, *tensors, "all", None)
     for a, b in zip(plain, other, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("D", [4, 16, 20])
+def test_a_step_with_the_tiles_of_amd(D: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid that was made for tiles of another size would leave codes as they are."""
+    monkeypatch.setattr(launching, "amd", lambda like: "gfx942")
+    check_step(2, 300, D, device, 1.0, "all", None)
+
+
+@pytest.mark.parametrize("G", [33, 62])
+def test_many_groups(G: int, device: str) -> None:
+    check_step(G, 45, 4, device, 1.0, "all", [0, G - 2])

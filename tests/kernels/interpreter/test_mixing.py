@@ -116,3 +116,9 @@ def test_numbers_may_be_tensors(temperature: float | None, device: str) -> None:
     plain = mix(rows, None, 3, [0, 1], "attention", 0.25, temperature)
     for a, b in zip(mix(rows, None, 3, [0, 1], "attention", weight, divisor), plain, strict=True):
         assert torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_scores_that_all_overflow_leave_the_vector_out(device: str) -> None:
+    rows = torch.cat([torch.full((1, 512), 1e15), torch.full((1, 512), -1e15)]).to(device)
+    _, owners = mix(rows, None, 1, [0, 1], "attention", 0.5, 1e-6)
+    assert owners.tolist() == [-1, -1]

@@ -304,3 +304,12 @@ def test_the_grid_fills_the_processors(N: int, L: int, width: int, split: bool) 
         blocks = launching.cdiv(N, 128)
         waves = launching.cdiv(blocks * launching.cdiv(L, share), 132)
         assert blocks * launching.cdiv(L, width) / (132 * waves * share // width) > 7 / 8
+
+
+def test_split_codes_with_the_barriers_of_amd(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody unpacks in the kernel, and the indices are the same."""
+    x, codebook = (uniform(n, 20, seed=n, dtype=torch.float32).to(device) for n in (90, 400))
+    wanted = search(x, codebook)
+    assert plan(90, 400, launching.processors(x))[1] < 400
+    monkeypatch.setattr(launching, "amd", lambda like: "gfx942")
+    assert torch.equal(search(x, codebook), wanted)
