@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,7 @@ def contributions(
     rows: Tensor,
     shapes: Mapping[str, torch.Size],
     valid: Tensor | None,
-    groups: list[int],
+    groups: Sequence[int],
     dtype: torch.dtype,
     partner: str | Partner,
     weight: float,
@@ -94,7 +95,7 @@ def _mix_torch(
     rows: Tensor,
     valid: Tensor | None,
     clips: int,
-    groups: list[int],
+    groups: typing.Sequence[int],
     partner: str,
     weight: float,
     temperature: float | None,

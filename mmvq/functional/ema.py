@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,7 @@ def step_torch_(
     eps: float,
     reset_after: float | None,
     reset_rule: str,
-    update_from: list[int] | None,
+    update_from: typing.Sequence[int] | None,
 ) -> None:
     """One step of the whole state of an `EMACodebook`, in place: Eq. 7 and the reset of Sec. 4.3.
 

@@ -364,3 +364,19 @@ def test_the_second_derivative(gradient: str, masked: bool, request: pytest.Fixt
     torch.testing.assert_close(found, wanted, rtol=0, atol=32 * ATOL)
     assert "commit_kernel" in launches
     assert launches.count("commit_backward_kernel") == 1
+
+
+def test_a_vectorised_jacobian(request: pytest.FixtureRequest) -> None:
+    """Its backward pass gets a batch of gradients, by another vmap than that of torch.func."""
+
+    def jacobian(module: MultiModalEMAQuantizer) -> Tensor:
+        z, _ = Case().batch(8, str(module.codebook.device))
+        out = module(z)
+        flow = uniform(4, B, T, D, seed=9).to(out.quantized["audio"])
+        grads = partial(torch.autograd.grad, is_grads_batched=True, retain_graph=True)
+        (of_codes,) = grads(out.quantized["audio"], z["audio"], flow)
+        (of_loss,) = grads(100 * out.loss, z["audio"], flow[:, 0, 0, 0])
+        return torch.cat([of_codes, of_loss])
+
+    found, wanted, _ = both(jacobian, request, gradient="rotation")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=4 * ATOL)
