@@ -6,7 +6,8 @@
 #   make docs      the site, into site/
 #   make package   wheel and sdist, into dist/, and a trial of the wheel alone
 #   make gpu       tests, times and sanitizer on a GPU, in 8 minutes, into docs/benchmarks/gpu/;
-#                  STAGES="tests figures" picks some, GPU_PYTHON=python takes another than python3
+#                  STAGES="tests figures" picks some, GPU_PYTHON=python takes another than python3,
+#                  GPU_OUTPUT=results another folder
 #   make oldest    tests of the library on the oldest releases of what it needs, in .venv-oldest;
 #                  TORCH=torch==2.13.0 takes another torch: the oldest is a download of 3 GB
 

@@ -13,7 +13,8 @@ import mmvq_kernels
 
 NEEDS = {  # packages of the extras without which these cannot be imported
     "tests/examples": ("matplotlib", "safetensors", "sklearn", "tqdm"),
-    "tests/examples/test_released.py": ("h5py",),
+    "tests/examples/test_fuzz.py": ("hypothesis",),
+    "tests/examples/test_released.py": ("h5py", "hypothesis"),
     "tests/examples/test_story.py": ("nbclient", "nbformat"),
     "tests/golden/make_state.py": ("safetensors",),
     "tests/golden/test_state.py": ("safetensors",),
@@ -22,6 +23,7 @@ NEEDS = {  # packages of the extras without which these cannot be imported
     "tests/modules/test_figures.py": ("matplotlib",),
     "tests/modules/test_pretrained.py": ("huggingface_hub",),
     "tests/modules/test_vector_quantize_pytorch.py": ("vector_quantize_pytorch",),
+    "tests/properties": ("hypothesis",),
     "tests/released_files.py": ("h5py",),
 }
 MISSING = {path: [n for n in names if find_spec(n) is None] for path, names in NEEDS.items()}

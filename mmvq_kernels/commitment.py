@@ -88,7 +88,7 @@ class _Quantize(torch.autograd.Function):
         if any(part is not None for part in of_parts):
             pairs = zip(of_parts, features, strict=True)
             whole = [torch.zeros_like(x) if g is None else g for g, x in pairs]
-            of_codes = torch.cat([g.flatten(0, 1) for g in whole])
+            of_codes = torch.cat([g.reshape(-1, g.shape[-1]) for g in whole])
         run = backward
         if torch.is_grad_enabled():
             run, rows = backward_torch, torch.cat([x.flatten(0, 1) for x in features])

@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot.draw(json.loads(plot.FIGURES.read_text()), plot.IMAGE)
         return print(f"wrote {plot.IMAGE}")
     if parts == ["launches"]:
-        return _print_launches()
+        return _print_launches(options.output)
+    if alone := {"plot", "launches"} & {*parts}:
+        parser.error(f"{alone.pop()} runs alone")
     if unknown := set(parts) - {*PARTS, "gpu"}:
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
     if min(*options.threads, options.repeats) < 1:
@@ -84,14 +86,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"no times are shown, because the results disagree: {error}")
 
 
-def _print_launches() -> None:
+def _print_launches(output: Path | None) -> None:
     if importlib.util.find_spec("triton") is None:
         sys.exit("launches: triton is not installed (pip install 'mmvq[triton]')")
     from . import launches
 
     with contextlib.redirect_stdout(sys.stderr):
         found = launches.as_json(launches.report())
-    print(json.dumps(found, indent=1))
+    text = json.dumps(found, indent=1)
+    print(text)
+    if output:
+        output.write_text(text + "\n")
 
 
 def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:

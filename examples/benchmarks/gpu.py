@@ -603,13 +603,20 @@ def run_stages(stages: Sequence[str], output: Path, budget: float, quick: bool) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages."""
-    parser = argparse.ArgumentParser(prog="python -m examples.benchmarks.gpu")
+    summary = (__doc__ or "").split("\n\n", 2)[2]
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.benchmarks.gpu",
+        description=summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     known = [*SECONDS, "figures"]
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(known)}; all by default")
     parser.add_argument(
         "--output", type=Path, help=f"folder, {OUTPUT.relative_to(ROOT)} by default"
     )
-    parser.add_argument("--budget", type=float, default=sum(SECONDS.values()), help="in seconds")
+    parser.add_argument(
+        "--budget", type=float, default=sum(SECONDS.values()), help="seconds, 460 by default"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes; a GPU is not needed")
     parser.add_argument("--one", choices=(*FIGURES, "every-operation"), help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=math.inf, help=argparse.SUPPRESS)
@@ -621,8 +628,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.one == "every-operation":
         return run_every_operation("cuda" if torch.cuda.is_available() else "cpu")
     output = options.output or (Path(tempfile.mkdtemp()) if options.quick else OUTPUT)
-    if not output.is_dir():
+    if output.exists() and not output.is_dir():
         parser.error(f"--output {output}: must be a folder")
+    output.mkdir(parents=True, exist_ok=True)
     output = output.resolve()
     os.environ.pop("TRITON_INTERPRET", None)
     if options.one:

@@ -465,7 +465,10 @@ def as_json(found: Report) -> dict[str, Any]:
         assert calls is not None
         waits = sum(c["aten::_local_scalar_dense"] for c in calls.values())
         top[THEIRS] = {**top[THEIRS], "waits": waits}
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = {
+        "counted": "by the profiler" if found.profiled else "by the table",
+        "versions": {"torch": torch.__version__, "mmvq": mmvq.__version__},
+    }
     for name, phases in found.counted.items():
         details[name] = None
         if phases is not None:
