@@ -91,6 +91,7 @@ def mix(
     D: int,
     partner: str = "attention",
     masked: bool = False,
+    temperature: float | None = None,
     dtype: Any = _F,
 ) -> None:
     """What vectors of several modalities add."""
@@ -98,7 +99,7 @@ def mix(
 
     N = M * B * T
     valid = fake(N, dtype=torch.bool) if masked else None
-    mix(fake(N, D, dtype=dtype), valid, B, [*range(M)], partner, 0.5, None)
+    mix(fake(N, D, dtype=dtype), valid, B, [*range(M)], partner, 0.5, temperature)
 
 
 def quantize(
@@ -173,6 +174,7 @@ WORKLOADS: dict[str, Callable[[], object]] = {
     "mix, T 32": lambda: mix(2, 80, 32, 256, masked=True),
     "mix, T 100": lambda: mix(3, 80, 100, 256),
     "mix, T 40, D 8": lambda: mix(2, 80, 40, 8),
+    "mix, temperature": lambda: mix(2, 80, 10, 256, temperature=16.0),
     "mix, odd sizes": lambda: mix(3, 7, 11, 257, masked=True),
     "mix, D 8": lambda: mix(2, 80, 10, 8),
     "mix, bf16": lambda: mix(2, 80, 10, 256, dtype=_B),
