@@ -103,11 +103,14 @@ def commit_kernel(
                     others += tl.where(n > 0, 1.0, 0.0)
             for b in tl.range(0, M):
                 n = _total(counts + (a * M + b) * programs, programs, BLOCK)
-                weight = tl.where(a == b, own, cross / tl.maximum(others, 1.0))
-                weight = weight / tl.maximum(n * width, 1.0)
-                tl.store(weights + a * M + b, weight)
                 distance = _total(squares + (a * M + b) * programs, programs, BLOCK)
-                sum_ += tl.where((a != b) & (weight == 0), 0.0, weight * distance)
+                weight = own / tl.maximum(n * width, 1.0)
+                term = weight * distance
+                if a != b:
+                    weight = cross / tl.maximum(others, 1.0) / tl.maximum(n * width, 1.0)
+                    term = tl.where(weight == 0, 0.0, weight * distance)  # not even a NaN
+                tl.store(weights + a * M + b, weight)
+                sum_ += term
         tl.store(loss, sum_)
 
 
@@ -191,8 +194,8 @@ def commit_backward_kernel(
                 source = rows_b[:, None] * D + columns[None, :]
                 e = tl.load(chosen + source, mask=inside, other=0.0)
                 weight = tl.load(weights + a * M + b) * times
-                adds = both & ((a == b) | (weight != 0))
-                grad += tl.where(adds[:, None], weight * (x - e), 0.0)
+                pull = tl.where(both[:, None], weight * (x - e), 0.0)
+                grad += tl.where(weight == 0, 0.0, pull)  # no NaN of a pair without weight
         tl.store(out + cells, grad.to(out.dtype.element_ty), mask=inside)
 
 

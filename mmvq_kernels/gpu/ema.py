@@ -69,11 +69,11 @@ def _dead(
     if RESET == "all" or RESET == "any":
         age = _aged(ages, n, present, at, L, G, GROUPS)
         seen = _updates(updating, GROUPS)[:, None] & (age > -1)
-        expired = seen & (age.to(tl.float32) >= patience)
-        died = tl.max(expired.to(tl.int32), axis=0) > 0
+        age = age.to(tl.float32)
+        died = tl.max((seen & (age >= patience)).to(tl.int32), axis=0) > 0
         if RESET == "any":
-            alive = tl.max((seen & ~expired).to(tl.int32), axis=0) > 0
-            died = died & ~alive
+            alive = tl.max((seen & (age < patience)).to(tl.int32), axis=0)
+            died = died & (alive == 0)
     return died
 
 

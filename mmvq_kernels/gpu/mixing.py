@@ -29,7 +29,7 @@ def _look(rows, valid, at, there, D, limit, BLOCK_T: tl.constexpr, BLOCK_K: tl.c
         x = tl.load(rows + at[:, None] * D + columns[None, :], mask=inside, other=0.0)
         x = x.to(tl.float32)
         squares += x * x
-        unfit += (~(tl.abs(x) <= limit)).to(tl.int32)  # of a NaN too
+        unfit += tl.where(tl.abs(x) <= limit, 0, 1)  # of a NaN too
     fit = there & (tl.sum(unfit, axis=1) == 0)
     if valid is not None:
         fit = fit & (tl.load(valid + at, mask=there, other=0) != 0)
