@@ -219,7 +219,7 @@ def forward(
         return quantized, chosen, nobody, loss.zero_().view(()), weights.zero_()
     index, ticket = search_with_ticket(rows, codes)
     indices = torch.empty_like(index)
-    block_p = 8 if P <= 1 << 14 else 32
+    block_p, block_d = (8, 128) if P <= 1 << 14 else (32, 64)
     programs = cdiv(P, block_p)
     squares, counts = chosen.new_empty(2, M * M, programs).unbind()
     launching.launch(
@@ -237,7 +237,7 @@ def forward(
         float(D if mean else 1),
         POINTERS=isinstance(own, Tensor),
         BLOCK_P=block_p,
-        BLOCK_D=min(128, max(16, triton.next_power_of_2(D))),
+        BLOCK_D=min(block_d, max(16, triton.next_power_of_2(D))),
         BLOCK=min(1024, triton.next_power_of_2(programs)),
         num_warps=4 if block_p == 8 else 8,
     )

@@ -258,7 +258,8 @@ def accumulate(
         args = values, indices, groups, counts, sums, N, L, G, D
         sizes = {"GROUPS": triton.next_power_of_2(G), "BLOCK_N": 128, "BLOCK_D": narrow}
         grid = (L, cdiv(D, narrow))
-        launching.launch(gather_kernel, grid, *args, KEYS=short, **sizes, num_warps=4)
+        sizes |= {"num_warps": 4, "maxnreg": 255}  # the compiler would take fewer, and spill
+        launching.launch(gather_kernel, grid, *args, KEYS=short, **sizes)
         return flat
 
     ranked, order = indices.sort(stable=True)
