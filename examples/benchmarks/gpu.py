@@ -8,8 +8,9 @@ Each runs in a process of its own and writes one JSON file as it goes. What ther
 listed as left out. Times are those of the GPU alone, by replay of a CUDA graph with an empty L2
 cache ("us"), and of calls in a row, which includes the host ("eager us").
 
-The status is 1 if a test fails, a stage breaks off, or the sanitizer finds an error. `--quick`
-tries all of it on tiny sizes, without a GPU by the clock of the CPU, into another folder.
+The status is 1 if a test or a row of ours fails, a stage breaks off, or the sanitizer finds an
+error. `--quick` tries all of it on tiny sizes, without a GPU by the clock of the CPU, into another
+folder.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from itertools import product as grid
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 from xml.etree import ElementTree
 
 import torch
@@ -169,6 +171,7 @@ class File:
     def __init__(self, path: Path, until: float = math.inf) -> None:
         self.path, self.until = path, until
         self.content: dict[str, Any] = {**about(), "left out": [], "rows": []}
+        self.failed: list[str] = []  # rows of our own with an error
         self.write()
 
     def write(self) -> None:
@@ -185,15 +188,21 @@ class File:
         self.write()
         return True
 
-    def row(self, measure: Callable[[], dict[str, Any]], **what: Any) -> None:
-        """Measure one row, unless it is late. An error is written in its place."""
+    def row(
+        self, measure: Callable[[], dict[str, Any]], *, peer: bool = False, **what: Any
+    ) -> None:
+        """Measure one row, unless it is late. An error is written in its place.
+
+        An error of ours fails the stage in the end; a peer may not know a dtype or a size.
+        """
         name = ", ".join(str(value) for value in what.values())
         if self.late(name):
             return
         try:
             found = {k: round(x, 4) if type(x) is float else x for k, x in measure().items()}
-        except Exception as error:  # a peer's, or memory that ran out: the next row may do
+        except Exception as error:  # of any kind: the other rows are worth having all the same
             found = {"error": f"{type(error).__name__}: {error}"[:300]}
+            self.failed += [] if peer else [name]
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         self.content["rows"].append({**what, **found})
@@ -248,7 +257,7 @@ def figure_step(file: File, device: str, quick: bool) -> None:
     also_as_graph("step", cases["step, loss and quantized"])
     if peers.find(launches.THEIRS):
         run = whole(launches.theirs)  # it waits for the device, so that no graph can hold it
-        file.row(lambda: {"us": eager(run)}, what="step", way=launches.THEIRS)
+        file.row(lambda: {"us": eager(run)}, peer=True, what="step", way=launches.THEIRS)
     else:
         file.content["left out"].append(f"{launches.THEIRS}: not installed")
     summary: dict[str, float] = {}
@@ -307,7 +316,8 @@ def _search(file: File, N: int, L: int, D: int, dtype: torch.dtype, device: str)
         return {**found, "Tflop/s": 2e-6 * N * L * D / found["us"], "farther": share}
 
     for name, way in ways.items():
-        file.row(partial(measure, way), N=N, L=L, D=D, dtype=_name(dtype), way=name)
+        what = {"N": N, "L": L, "D": D, "dtype": _name(dtype), "way": name}
+        file.row(partial(measure, way), peer=not name.startswith("mmvq"), **what)
 
 
 def least_distance(x: Tensor, codebook: Tensor) -> Tensor:
@@ -372,8 +382,8 @@ def _statistics(file: File, N: int, L: int, D: int, dtype: torch.dtype, device: 
         "index_add_": theirs,
     }
     for name, way in ways.items():
-        measure = partial(times, way, moved)
-        file.row(measure, N=N, L=L, D=D, dtype=_name(dtype), way=name)
+        what = {"N": N, "L": L, "D": D, "dtype": _name(dtype), "way": name}
+        file.row(partial(times, way, moved), peer=not name.startswith("mmvq"), **what)
 
 
 def figure_update(file: File, device: str, quick: bool) -> None:
@@ -416,6 +426,8 @@ def run_figure(name: str, output: Path, until: float, quick: bool) -> None:
     file.write()
     if left := file.content["left out"]:
         print(f"left out: {'; '.join(left)}")
+    if file.failed:
+        sys.exit(f"failed: {'; '.join(file.failed)}")
 
 
 # ---- the sanitizer
@@ -429,12 +441,10 @@ def run_every_operation(device: str) -> None:
     from mmvq_kernels.gpu import launching
 
     torch.manual_seed(0)
-    original = launching.processors
     for processors in (132, 1):  # work in parts, and whole
-        launching.processors = lambda like, p=processors: p  # type: ignore[misc]
-        for N, L, D in ((257, 131, 24), (130, 65, 16)):
-            run_operations(N, L, D, device)
-    launching.processors = original
+        with patch.object(launching, "processors", return_value=processors):
+            for N, L, D in ((257, 131, 24), (130, 65, 16)):
+                run_operations(N, L, D, device)
     run_modules(device)
     _synchronize()
     print(RAN)

@@ -110,6 +110,23 @@ def test_a_row_is_written_at_once_and_an_error_in_its_place(tmp_path: Path) -> N
     assert len(read(file.path)["rows"]) == 2
 
 
+def test_an_error_of_ours_fails_the_stage_and_one_of_a_peer_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(file: gpu.File, device: str, quick: bool) -> None:
+        file.row(lambda: {"us": 1 / 0}, peer=True, way="theirs")
+        if ours:
+            file.row(lambda: {"us": 1 / 0}, way="mmvq", L=7)
+
+    monkeypatch.setitem(gpu.FUNCTIONS, "step", rows)
+    ours = False
+    gpu.run_figure("step", tmp_path, time.time() + 300, quick=True)
+    ours = True
+    with pytest.raises(SystemExit, match=r"^failed: mmvq, 7$"):
+        gpu.run_figure("step", tmp_path, time.time() + 300, quick=True)
+    assert len(read(tmp_path / "step.json")["rows"]) == 2
+
+
 @pytest.mark.filterwarnings("ignore")  # the peers' own
 @pytest.mark.parametrize("name", gpu.FIGURES)
 def test_every_figure_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
