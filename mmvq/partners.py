@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from mmvq import functional
 from mmvq.checks import check_choice, check_positive, message
+from mmvq.functional.attention import attend, direction, without_masked
 from mmvq_kernels.operators import MOST_GROUPS, fused, register
 
 Tensors = Mapping[str, Tensor]
@@ -131,18 +131,21 @@ def mix_partners(
         return z
     if callable(partner):  # `PARTNERS` read no masked vectors of the others
         z = {name: torch.where(masks[name][..., None], x, 0) for name, x in z.items()}
-        find = partner
-    elif partner == "attention":
-        find = partial(functional.cross_attend, temperature=temperature)
-    else:
-        find = PARTNERS[partner]
+    values, find = dict(z), partner if callable(partner) else PARTNERS[partner]
+    if partner == "attention":
+        values = {name: without_masked(x, masks[name]) for name, x in z.items()}
+        keys = {name: direction(x, temperature) for name, x in values.items()}
     mixed = dict(z)
     for name, x in z.items():
-        others = {other: z[other] for other in z if other != name}
+        others, of_others = ({b: y[b] for b in y if b != name} for y in (values, masks))
         if not others:
             continue
         with torch.autocast(x.device.type, enabled=False):
-            r = find(x, others, {other: masks[other] for other in others})
+            if partner == "attention":
+                queries = keys[name] if values[name] is x else direction(x, temperature)
+                r = attend(x, queries, keys, others, of_others, temperature)
+            else:
+                r = find(x, others, of_others)
         if not isinstance(r, Tensor) or r.shape != x.shape:
             rule = "the partner callable must return a tensor shaped as z_a"
             hint = "return [B, T, D], and z_a itself where there is no partner"

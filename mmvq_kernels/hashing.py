@@ -23,8 +23,8 @@ def mix(keys: Tensor) -> Tensor:
     return keys
 
 
-def repeats_an_earlier_row(rows: Tensor) -> Tensor:
-    """Bool `[L]`: whether a row of `[L, D]` (float32 or float64) has the values of one above it.
+def first_equal_row(rows: Tensor) -> Tensor:
+    """Of each row of `[L, D]` (float32 or float64) the lowest index of an equal row: int64 `[L]`.
 
     A row is the sum of its 32-bit words, each times its own odd number, modulo 2^64: rows that
     differ in one word never collide, others as rarely as random keys.
@@ -39,5 +39,6 @@ def repeats_an_earlier_row(rows: Tensor) -> Tensor:
         bits = (bits >> 16).bitwise_and_(0xFFFF).bitwise_xor_(bits)
         out.copy_((bits * factors).sum(1))
     keys, order = keys.sort(stable=True)
-    repeated = torch.zeros_like(order, dtype=torch.bool)
-    return repeated.scatter_(0, order.narrow(0, 1, len(order) - 1), keys.diff() == 0)
+    place = torch.arange(len(order), device=rows.device)
+    place[1:].mul_(keys.diff() != 0)  # 0 where a key comes again
+    return torch.empty_like(order).scatter_(0, order, order[place.cummax(0).values])

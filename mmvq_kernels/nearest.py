@@ -9,21 +9,22 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import pad
 
+from mmvq_kernels import narrow
 from mmvq_kernels.backends import Backend, require
 from mmvq_kernels.checks import is_cpu_readable
-from mmvq_kernels.hashing import repeats_an_earlier_row
+from mmvq_kernels.hashing import first_equal_row
 from mmvq_kernels.messages import message
 from mmvq_kernels.operators import register
-from mmvq_kernels.products import matmul_t
+from mmvq_kernels.products import by_onednn, matmul_t
 
 _FEW = 8  # vectors on a CPU for which to prepare the codes would be most of the work
-_TILE = 1024  # codes in a block of scores
-_WINDOW = 128  # codes that one thread looks through at a time
-_ROWS = 48  # vectors in a block are a multiple: a product rounds at its edges in another way
+_TILE = 2000  # codes in a block of scores: no power of two, whose rows would meet in a cache
+_ROWS = 48  # vectors in a block, at least
 _BLOCK_BYTES = 1 << 22  # of scores at a time: large for a matrix product, small for a cache
 
 Precision = Literal["exact", "fast"]
@@ -53,9 +54,10 @@ def nearest_code(
 ) -> Tensor:
     """Index of the code nearest to each row: `argmin_l |x - e_l|^2` (Eq. 2).
 
-    The torch path maximises `x . e'_l - h_l` over the centred codes `e' = e - mean(e)`, where
-    `h = |e'|^2 / 2 + mean(e) . e'`; Triton takes a median of codes as centre. This order is that of
-    the distances, and rounding stays small where the codes lie close together far from the origin.
+    The torch path maximises `x . e'_l - h_l` over the codes about a centre, `e' = e - c`, where
+    `h = |e'|^2 / 2 + c . e'` and c is the median of three codes, element by element. This order is
+    that of the distances, and rounding stays small where the codes lie close together far from the
+    origin.
     Scores are computed in blocks; no `[N, L]` tensor is allocated. On a CPU, up to 8 rows are
     searched by differences instead. If the scores of two codes differ by rounding only, the result
     of a row may depend on the batch size.
@@ -150,41 +152,48 @@ def _search_few(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _search_many(x: Tensor, codebook: Tensor) -> Tensor:
-    """Blocks of rows against tiles of codes; one block of scores exists at a time."""
-    mean, substitutes = rounded_mean(codebook), None
-    if not (is_cpu_readable(mean) and mean.isfinite().numpy().all()):
-        substitutes = _substitutes(codebook)
-        codebook = codebook[substitutes]
-        mean = rounded_mean(codebook)
-    (N, D), L = x.shape, codebook.shape[0]
-    room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32) // codebook.element_size()
-    length = max(_ROWS, min(N + -N % _ROWS, room // min(L, _TILE) // _ROWS * _ROWS))
-    block = codebook.new_ones(length, D + 1)
-    greatest = codebook.new_full((N + -N % _ROWS,), -torch.inf)
-    indices = torch.zeros_like(greatest, dtype=torch.long)
-    tiles = _scorers(codebook, mean).split(_TILE)
-    for start in range(0, N, length):
-        rows, best, index = (t[start : start + length] for t in (x, greatest, indices))
-        block[: len(rows), :D] = rows
-        for i, codes in enumerate(tiles):
-            score, code = _best(matmul_t(codes, block[: len(best)]))
-            torch.where(score > best, code + i * _TILE, index, out=index)
-            torch.maximum(score, best, out=best)  # keeps a NaN
-    if substitutes is not None:
-        indices = substitutes[indices]
-    return torch.where(greatest.isfinite(), indices, 0)[:N]
+    index = _search_tiles(x, codebook, None) if is_cpu_readable(codebook) else None
+    if index is None:
+        index = _search_tiles(x, codebook, _substitutes(codebook))
+        assert index is not None
+    return index
 
 
-def rounded_mean(codebook: Tensor) -> Tensor:
-    """The mean of the codes, rounded to a sixteenth of their spread: `[D]`.
+def _search_tiles(x: Tensor, codebook: Tensor, substitutes: Tensor | None) -> Tensor | None:
+    """Tiles of codes against blocks of rows; one block of scores exists at a time.
 
-    The step is a power of two. So codes on a lattice stay on one, and equal scores stay equal. All
-    NaN if a code is not finite.
+    Without `substitutes`, None at the first tile with a code that is not finite.
     """
-    mean = codebook.mean(0)
-    spread = (codebook - mean).abs_().amax()
-    step = torch.exp2(torch.floor(torch.log2(spread)) - 3)
-    return torch.where(step == 0, mean, (mean / step).round() * step)
+    if substitutes is not None:
+        codebook = codebook[substitutes]
+    N, (L, D) = x.shape[0], codebook.shape
+    room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32)
+    number = math.ceil(N * min(L, _TILE) * codebook.element_size() / room)
+    blocks, search = x.tensor_split(max(1, min(number, N // _ROWS))), _best
+    if narrow.takes(x, codebook):
+        blocks, search = (x,), narrow.best
+    centre, scorers = _centre(codebook), codebook.new_empty(min(L, _TILE), D)
+    best, index, biases = x, x, []
+    for start in range(0, L, _TILE):
+        codes = codebook.narrow(0, start, min(_TILE, L - start))
+        centred = torch.sub(codes, centre, out=scorers.narrow(0, 0, len(codes)))
+        bias = (codes + centre).mul_(centred).sum(1).mul_(-0.5)  # -(|e'|^2 / 2 + centre . e')
+        if substitutes is not None:
+            bias = bias.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        elif not np.isfinite(bias.numpy()).all():
+            return None
+        biases.append(bias)
+        found = [search(rows, centred, bias) for rows in blocks]
+        score, code = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        if start:
+            code = torch.where(score > best, code + start, index)
+            score = torch.maximum(score, best)  # keeps a NaN
+        best, index = score, code
+    first = _first_of_equals(codebook, biases[0] if L <= _TILE else torch.cat(biases))
+    for replace in (first, substitutes):
+        if replace is not None:
+            index = replace[index]
+    return torch.where(best.isfinite(), index, 0)
 
 
 def _substitutes(codebook: Tensor) -> Tensor:
@@ -194,34 +203,48 @@ def _substitutes(codebook: Tensor) -> Tensor:
     return torch.where(finite, own, finite.int().argmax())
 
 
-def _scorers(codebook: Tensor, mean: Tensor) -> Tensor:
-    """Rows `(e', -h)`, whose product with `(x, 1)` is the score: `[L, D + 1]`."""
-    scorers = codebook.new_empty(codebook.shape[0], codebook.shape[1] + 1)
-    half_norm = scorers[:, -1]
-    for codes, rows in zip(codebook.split(_TILE), scorers.split(_TILE), strict=True):
-        rows[:, :-1] = centred = codes - mean
-        rows[:, -1] = (codes + mean).mul_(centred).sum(1)  # |e'|^2 + 2 mean . e'
-    half_norm.mul_(-0.5).masked_fill_(repeats_an_earlier_row(codebook), -torch.inf)
-    return scorers  # of equal rows the lowest index wins
+def _centre(codebook: Tensor) -> Tensor:
+    """The median of the first, middle and last code, element by element: `[D]`.
 
-
-def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The greatest of each column of `[C, R]` and its lowest index: in windows, then of these."""
-    if scores.device.type != "cpu":
-        return scores.max(0)
-    scores, codes = _pool(scores, _WINDOW)  # [W, R]
-    score, window = _pool(scores, len(scores))  # [1, R]
-    return score[0], codes.gather(0, window)[0]
-
-
-def _pool(scores: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Max pooling with the rows as channels in the last place: `[C, R]` -> two of `[W, R]`.
-
-    The only arg-reduction that torch vectorises on a CPU, six times as fast as `max`.
+    It lies among the codes wherever one of them is, and on the lattice of codes on a lattice, whose
+    scores are exact.
     """
-    image = scores[None, :, None].permute(0, 3, 1, 2)  # [1, R, C, 1]
-    best, codes = max_pool2d(image, (window, 1), ceil_mode=True, return_indices=True)
-    return best[0, :, :, 0].T, codes[0, :, :, 0].T
+    a, b, c = codebook[0], codebook[len(codebook) // 2], codebook[-1]
+    return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+
+
+def _best(x: Tensor, codes: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The greatest score `x . e' - h` of each row, or its NaN, and the lowest index of it.
+
+    On a CPU, they do not depend on the other rows.
+    """
+    N, x = len(x), x.to(codes.dtype)
+    if x.device.type == "cpu" and not by_onednn(x):  # BLAS rounds edges in another way
+        odd = codes.shape[1] % 2
+        x, codes = pad(x, (0, odd, 0, -N % _ROWS)), pad(codes, (0, odd))
+    scores = matmul_t(x, codes, bias)[:N]
+    if not is_cpu_readable(scores):
+        return scores.max(1)
+    code = torch.from_numpy(scores.numpy().argmax(1))  # vectorised; that of torch is not
+    return scores.gather(1, code[:, None])[:, 0], code
+
+
+def _first_of_equals(codebook: Tensor, biases: Tensor) -> Tensor | None:
+    """Of each code the lowest index of an equal one, `[L]`; None if all are known to differ.
+
+    The scores of equal codes may differ by rounding. Their biases do not.
+    """
+    if not is_cpu_readable(biases):
+        return first_equal_row(codebook)
+    values = biases.numpy()
+    order = values.argsort()
+    again = values[order[1:]] == values[order[:-1]]
+    if not again.any():
+        return None
+    twins = torch.from_numpy(np.union1d(order[1:][again], order[:-1][again]))
+    first = torch.arange(len(codebook))
+    first[twins] = twins[first_equal_row(codebook[twins])]
+    return first
 
 
 def _check(x: Tensor, codebook: Tensor, precision: str) -> None:

@@ -8,10 +8,18 @@ from torch import Tensor
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
-def matmul_t(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b.T` of `[..., K]` and `[N, K]`, to be called without autocast and without gradients."""
+def by_onednn(a: Tensor) -> bool:
+    """Whether `matmul_t` takes oneDNN."""
     traced = torch.compiler.is_compiling()  # inductor supports it for a constant `b` only
-    if ONEDNN and not traced and a.device.type == "cpu" and a.dtype == torch.float32:
-        by_onednn: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        return by_onednn
-    return a @ b.T
+    return ONEDNN and not traced and a.device.type == "cpu" and a.dtype == torch.float32
+
+
+def matmul_t(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a @ b.T + bias` of `[..., K]` and `[N, K]`; a is `[M, K]` where there is a bias.
+
+    To be called without autocast and without gradients.
+    """
+    if by_onednn(a):
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        return product
+    return a @ b.T if bias is None else torch.addmm(bias, a, b.T)

@@ -54,23 +54,52 @@ def cross_attend(
         >>> cross_attend(z, {"video": video}, {"video": valid}).shape
         torch.Size([2, 5, 8])
     """
-    if not others:
+    values = {name: without_masked(x, masks[name]) for name, x in others.items()}
+    keys = {name: direction(x, temperature) for name, x in values.items()}
+    return attend(z, direction(z, temperature), keys, values, masks, temperature)
+
+
+def direction(x: Tensor, temperature: float | None) -> Tensor:
+    """The factor of a score that belongs to x."""
+    return unit_length(x) if temperature is None else x
+
+
+def without_masked(x: Tensor, mask: Tensor) -> Tensor:
+    """`x`, 0 where the mask is False."""
+    return x if _is_all(mask) else x.masked_fill(~mask[..., None], 0)
+
+
+def _is_all(mask: Tensor) -> bool:
+    """Whether a mask is known to be True throughout: on a CPU, as a GPU would synchronise."""
+    return is_cpu_readable(mask) and mask.numel() > 0 and bool(mask.numpy().all())
+
+
+def attend(
+    z: Tensor,
+    queries: Tensor,
+    keys: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    temperature: float | None,
+) -> Tensor:
+    """`cross_attend` with values `without_masked`, and their and the queries' `direction`."""
+    if not values:
         return z.clone()
     scale = z.shape[-1] ** 0.5 if temperature is None else 1.0
     # not the `scale` argument, which would compile a graph for each temperature
-    queries = unit_length(z) if temperature is None else z / temperature
-    seen = torch.stack([masks[name].any(1) for name in others])  # [|O|, B]
+    queries = queries if temperature is None else queries / temperature
+    complete = [_is_all(masks[b]) for b in values]
+    if all(complete):
+        found = [_attend(queries, keys[b], x, None, scale) for b, x in values.items()]
+        return found[0] if len(found) == 1 else torch.stack(found).mean(0)
+    seen = torch.stack([masks[name].any(1) for name in values])  # [|O|, B]
     present = seen.sum(0)  # [B]
     shares = (seen / present.clamp(min=1)).to(z.dtype)[..., None, None]  # [|O|, B, 1, 1]
     r = z * (present == 0)[:, None, None]
-    for (name, other), some, share in zip(others.items(), seen, shares, strict=True):
-        mask, values, valid = masks[name], other, None
-        if not (is_cpu_readable(mask) and mask.numpy().all()):  # a GPU would synchronise
-            values = other.masked_fill(~mask[..., None], 0)
-            # a softmax over no keys may be NaN: such a clip attends to all keys, with share 0
-            valid = mask | ~some[:, None]  # [B, S]
-        keys = unit_length(values) if temperature is None else values
-        r = torch.addcmul(r, share, _attend(queries, keys, values, valid, scale))
+    for b, whole, some, share in zip(values, complete, seen, shares, strict=True):
+        # a softmax over no keys may be NaN: such a clip attends to all keys, with share 0
+        valid = None if whole else masks[b] | ~some[:, None]  # [B, S]
+        r = torch.addcmul(r, share, _attend(queries, keys[b], values[b], valid, scale))
     return r
 
 

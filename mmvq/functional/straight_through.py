@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from mmvq_kernels.checks import is_cpu_readable
 
 
 def straight_through(z: Tensor, codes: Tensor) -> Tensor:
@@ -19,7 +25,25 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
         >>> q.detach(), torch.autograd.grad(q.sum(), z)
         (tensor([1., 2.]), (tensor([1., 1.]),))
     """
+    alike = z.shape == codes.shape and z.dtype == codes.dtype
+    if alike and is_cpu_readable(z) and forward_ad._current_level < 0:
+        if math.isfinite(z.detach().sum(dtype=torch.float32).numpy()):
+            apply: Any = _Pass.apply  # untyped in torch
+            passed: Tensor = apply(z, codes)  # half of the passes over memory
+            return passed
     return codes.detach() + (z - z.detach())
+
+
+class _Pass(torch.autograd.Function):
+    """The codes; their gradient is that of z."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, codes: Tensor) -> Tensor:
+        return codes.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def rotate(z: Tensor, codes: Tensor) -> Tensor:

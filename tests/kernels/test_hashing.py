@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmvq_kernels.hashing import mix, repeats_an_earlier_row
+from mmvq_kernels.hashing import first_equal_row, mix
 
 MASK = (1 << 64) - 1
 
@@ -61,21 +61,21 @@ def test_mix_is_one_to_one_and_every_bit_is_even() -> None:
 @pytest.mark.parametrize(
     "kind", ["normal", "bfloat16", "grid", "signs", "complements", "one hot", "permutations"]
 )
-def test_repeated_rows_are_those_seen_before(dtype: torch.dtype, kind: str) -> None:
+def test_equal_rows_are_those_seen_before(dtype: torch.dtype, kind: str) -> None:
     distinct = rows(kind).to(dtype)
-    assert not repeats_an_earlier_row(distinct.unique(dim=0)).any()
+    distinct = distinct.unique(dim=0)
+    assert torch.equal(first_equal_row(distinct), torch.arange(len(distinct)))
     generator = torch.Generator().manual_seed(1)
     codes = distinct[torch.randint(len(distinct), (2 * len(distinct),), generator=generator)]
-    seen: set[tuple[float, ...]] = set()
+    seen: dict[tuple[float, ...], int] = {}
     expected = []
-    for row in map(tuple, codes.tolist()):
-        expected.append(row in seen)  # 0.0 == -0.0 for a set, too
-        seen.add(row)
-    assert repeats_an_earlier_row(codes).tolist() == expected
-    assert repeats_an_earlier_row(codes.T.contiguous().T).tolist() == expected
+    for i, row in enumerate(map(tuple, codes.tolist())):
+        expected.append(seen.setdefault(row, i))  # 0.0 == -0.0 for a dictionary, too
+    assert first_equal_row(codes).tolist() == expected
+    assert first_equal_row(codes.T.contiguous().T).tolist() == expected
 
 
 def test_signed_zeros_and_a_single_row() -> None:
     zeros = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [1.0, 0.0]])
-    assert repeats_an_earlier_row(zeros).tolist() == [False, True, False]
-    assert repeats_an_earlier_row(zeros[:1]).tolist() == [False]
+    assert first_equal_row(zeros).tolist() == [0, 0, 2]
+    assert first_equal_row(zeros[:1]).tolist() == [0]

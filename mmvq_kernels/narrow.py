@@ -1,0 +1,99 @@
+"""Nearest codes of narrow vectors on a CPU, compiled by numba where it is installed.
+
+A product of so few columns writes more scores than it computes with. Here they stay in registers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mmvq_kernels.checks import is_cpu_readable
+
+_WIDTH = 8  # columns at most; fewer are padded
+_LANES = 256  # vectors at a time, in the first cache
+_LEAST = 1 << 22  # vectors times codes from which on it is worth to compile, which takes a second
+_FEW = 1 << 23  # vectors times codes of a thread, at least
+
+
+def takes(x: Tensor, codebook: Tensor) -> bool:
+    """Whether `best` takes these."""
+    small = x.shape[1] > _WIDTH or x.shape[0] * codebook.shape[0] < _LEAST
+    if small or codebook.dtype != torch.float32 or not is_cpu_readable(codebook):
+        return False
+    return _compiled() is not None
+
+
+def best(x: Tensor, codes: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The greatest `x . e + bias` of each row, fp32 `[N]`, and its lowest index, int64 `[N]`.
+
+    A NaN counts as the least.
+    """
+    (N, D), L = x.shape, codes.shape[0]
+    run = _compiled()
+    assert run is not None
+    padded = pad(codes, (0, _WIDTH - D, 0, -L % 4)).numpy()
+    biases = pad(bias, (0, -L % 4), value=-torch.inf).numpy()
+    greatest, index = x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.long)
+    threads = max(1, min(torch.get_num_threads(), N * L // _FEW))
+    parts = zip(*(t.tensor_split(threads) for t in (x, greatest, index)), strict=True)
+    arrays = [(a.float().contiguous().numpy(), b.numpy(), c.numpy()) for a, b, c in parts]
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(run, rows, padded, biases, *out) for rows, *out in arrays]:
+            done.result()
+    return greatest, index
+
+
+@functools.cache
+def _compiled() -> Callable[..., None] | None:
+    """`_search` by numba; None without it."""
+    try:
+        numba = importlib.import_module("numba")
+    except ImportError:  # also of a numba that does not know this numpy
+        return None
+    if numba.config.DISABLE_JIT:
+        return None
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    compiled: Callable[..., None] = numba.njit(**options)(_search)
+    return compiled
+
+
+def _search(
+    x: NDArray[Any], codes: NDArray[Any], biases: NDArray[Any], greatest: Any, index: Any
+) -> None:
+    """Four codes at a time past `_LANES` vectors, which the compiler takes to be lanes."""
+    N, D = x.shape
+    rows = np.zeros((_WIDTH, _LANES), np.float32)
+    best, place = np.empty(_LANES, np.float32), np.empty(_LANES, np.int32)
+    for start in range(0, N, _LANES):
+        length = min(_LANES, N - start)
+        for i in range(length):
+            for d in range(D):
+                rows[d, i] = x[start + i, d]
+        best[:], place[:] = -np.inf, 0
+        for code in range(0, len(codes), 4):
+            for i in range(_LANES):
+                a, b, c, e = biases[code], biases[code + 1], biases[code + 2], biases[code + 3]
+                for d in range(_WIDTH):
+                    v = rows[d, i]
+                    a += v * codes[code, d]
+                    b += v * codes[code + 1, d]
+                    c += v * codes[code + 2, d]
+                    e += v * codes[code + 3, d]
+                top, at = best[i], place[i]
+                at, top = (np.int32(code), a) if a > top else (at, top)
+                at, top = (np.int32(code + 1), b) if b > top else (at, top)
+                at, top = (np.int32(code + 2), c) if c > top else (at, top)
+                at, top = (np.int32(code + 3), e) if e > top else (at, top)
+                best[i], place[i] = top, at
+        for i in range(length):
+            greatest[start + i], index[start + i] = best[i], place[i]
