@@ -11,7 +11,7 @@ import torch
 import mmvq
 from mmvq_kernels import reason_unavailable
 
-_PACKAGES = ("triton", "einops", "numpy", "safetensors", "huggingface_hub", "onnx")
+_PACKAGES = ("triton", "einops", "numpy", "numba", "safetensors", "huggingface_hub", "onnx")
 
 
 def report() -> Iterator[tuple[str, str]]:

@@ -233,7 +233,10 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
 def test_the_oldest_releases_are_those_that_the_project_admits() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    names = [*project["dependencies"], *(x for e in ("triton", "hub", "onnx") for x in extras[e])]
+    names = [
+        *project["dependencies"],
+        *(x for e in ("triton", "hub", "onnx", "cpu") for x in extras[e]),
+    ]
     floors = {Requirement(x).name: Version(str(Requirement(x).specifier)[2:]) for x in names}
     pins = (ROOT / ".ci/oldest.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in pins if not line.startswith("#"))

@@ -132,10 +132,13 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]
 
 
 def table(rows: list[dict[str, Any]], clock: str) -> str:
-    """A Markdown table: milliseconds of mmvq, and its time relative to each alternative."""
+    """A Markdown table: milliseconds of mmvq, and its time relative to each alternative.
+
+    In brackets the error of the one or the other, where it was measured.
+    """
     lines: list[list[str]] = []
     peers_seen = dict.fromkeys(n for row in rows for n in row.get("ms", {}) if n != "mmvq")
-    keys = dict.fromkeys(k for row in rows for k in row if k not in ("ms", "repeats"))
+    keys = dict.fromkeys(k for row in rows for k in row if k not in ("ms", "repeats", "ulp"))
     timed = any("ms" in row for row in rows)
     lines.append([*keys, *(["mmvq, ms"] * timed), *(f"over {name}" for name in peers_seen)])
     words = [isinstance(rows[0].get(key), str) for key in keys]
@@ -144,10 +147,13 @@ def table(rows: list[dict[str, Any]], clock: str) -> str:
         cells = [_cell(row.get(key, "")) for key in keys]
         if timed:
             ms = row["ms"]
-            cells.append(f"{ms['mmvq'][clock]:,.2f}")
+            errors = {name: f" ({ulp:.3g})" for name, ulp in row.get("ulp", {}).items()}
+            cells.append(f"{ms['mmvq'][clock]:,.2f}{errors.get('mmvq', '')}")
             for name in peers_seen:
-                measured = clock in ms.get(name, {})
-                cells.append(f"{ms['mmvq'][clock] / ms[name][clock]:.2f}" if measured else "")
+                ratio = ""
+                if clock in ms.get(name, {}):
+                    ratio = f"{ms['mmvq'][clock] / ms[name][clock]:.2f}{errors.get(name, '')}"
+                cells.append(ratio)
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

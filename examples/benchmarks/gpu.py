@@ -307,7 +307,7 @@ def _search(file: File, N: int, L: int, D: int, dtype: torch.dtype, device: str)
         **peers.approximate_searches(x, codebook),
     }
     some = torch.arange(0, N, max(1, N // 2_000), device=device)
-    least = least_distance(x[some], codebook)
+    least = search.least_distance(x[some], codebook)
 
     def measure(way: peers.Search) -> dict[str, Any]:
         index = torch.as_tensor(way(x, codebook)).to(device).long()[some]
@@ -318,14 +318,6 @@ def _search(file: File, N: int, L: int, D: int, dtype: torch.dtype, device: str)
     for name, way in ways.items():
         what = {"N": N, "L": L, "D": D, "dtype": _name(dtype), "way": name}
         file.row(partial(measure, way), peer=not name.startswith("mmvq"), **what)
-
-
-def least_distance(x: Tensor, codebook: Tensor) -> Tensor:
-    """The squared distance to the nearest code, in float64."""
-    parts = x.double().split(max(1, (1 << 26) // len(codebook)))
-    norms = codebook.double().square().sum(1)
-    found = [torch.addmm(norms, p, codebook.double().T, alpha=-2).amin(1) for p in parts]
-    return torch.cat(found) + x.double().square().sum(1)
 
 
 def farther(x: Tensor, codebook: Tensor, index: Tensor, least: Tensor) -> float:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+import mmvq_kernels
+from mmvq_kernels import narrow
+
 Search = Callable[[Tensor, Tensor], object]
+_THRESHOLD = "distance_compute_blas_threshold"  # N D below which faiss makes no matrix product
 _FULL_BYTES = 1 << 30  # maximum bytes of the [N, L] distances of cdist
 _BLOCK = {  # rows and codes in a block of the product: 2 MiB of scores, on a GPU 512
     "cpu": (512, 1024),
@@ -94,18 +100,34 @@ def quantizer(dim: int, codes: int) -> Any:
     )
 
 
+def _by_faiss(faiss: Any, threshold: int | None, x: Tensor, codebook: Tensor) -> Tensor:
+    """faiss, whose way with few vectors is slow from 1.13 on unless its `threshold` is 0."""
+    before = getattr(faiss.cvar, _THRESHOLD)
+    setattr(faiss.cvar, _THRESHOLD, before if threshold is None else threshold)
+    try:
+        index = faiss.IndexFlatL2(codebook.shape[1])
+        index.add(codebook.numpy())
+        return torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0])
+    finally:
+        setattr(faiss.cvar, _THRESHOLD, before)
+
+
+def _without_numba(x: Tensor, codebook: Tensor) -> Tensor:
+    with patch.object(narrow, "takes", lambda *_: False):
+        return mmvq_kernels.nearest_code(x, codebook)
+
+
 def searches(x: Tensor, codebook: Tensor) -> dict[str, Search]:
     """The alternatives that can search these tensors, by name."""
     found: dict[str, Search] = {}
     on_cpu = x.device.type == "cpu"
     if on_cpu and x.dtype == torch.float32 and (faiss := find("faiss")):
-
-        def by_faiss(x: Tensor, codebook: Tensor) -> Tensor:
-            index = faiss.IndexFlatL2(codebook.shape[1])
-            index.add(codebook.numpy())
-            return torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0])
-
-        found["faiss"] = by_faiss
+        found["faiss"] = functools.partial(_by_faiss, faiss, None)
+        few = x.numel() < getattr(faiss.cvar, _THRESHOLD, 0) and len(x) >= 20  # as older ones do
+        if few:
+            found["faiss, threshold 0"] = functools.partial(_by_faiss, faiss, 0)
+    if on_cpu and narrow.takes(x, codebook):
+        found["mmvq without numba"] = _without_numba
     if on_cpu and (sklearn := find("sklearn.metrics")):
         found["scikit-learn"] = lambda x, codebook: torch.from_numpy(
             sklearn.pairwise_distances_argmin(x.numpy(), codebook.numpy())

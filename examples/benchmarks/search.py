@@ -15,6 +15,8 @@ from .timing import Call, exponents, geometric_mean, in_turns
 
 SIZES = (1_600, 16_384, 65_536), (400, 1_024, 8_192, 65_536), (8, 64, 256)  # N, L, D
 QUICK = (1_600, 4_096), (400, 1_024), (8, 64)
+OFFSET = 10.0  # of the vectors and codes whose error is measured: none errs about the origin
+MOST_CHECKED = 2_000  # vectors whose error is measured
 FLOAT64 = {(1_600, 400, 256), (16_384, 1_024, 64), (16_384, 1_024, 8)}
 
 
@@ -43,6 +45,25 @@ def _distances(x: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
     return torch.cat([(a.double() - codebook[i].double()).square().sum(1) for a, i in parts])
 
 
+def least_distance(x: Tensor, codebook: Tensor) -> Tensor:
+    """The squared distance to the nearest code, in float64."""
+    parts = x.double().split(max(1, (1 << 26) // len(codebook)))
+    norms = codebook.double().square().sum(1)
+    found = [torch.addmm(norms, p, codebook.double().T, alpha=-2).amin(1) for p in parts]
+    return torch.cat(found) + x.double().square().sum(1)
+
+
+def excess(x: Tensor, codebook: Tensor, index: Tensor, least: Tensor) -> float:
+    """By how much a chosen squared distance exceeds the least at most.
+
+    In units in the last place of the least, as a float32: of the code nearest in float64 it is 0.
+    """
+    single = least.float()
+    ulp = torch.nextafter(single, torch.full_like(single, torch.inf)).double() - single
+    more = (_distances(x, codebook, index) - least) / ulp
+    return round(float(more.max()), 1) if more.max() > 0.1 else 0.0  # float64 rounds too
+
+
 def run(
     *, quick: bool = False, repeats: int = 5, largest: int = 1 << 35, device: str = "cpu"
 ) -> list[dict[str, Any]]:
@@ -57,9 +78,8 @@ def run(
         x = torch.randn(N, D, generator=generator, dtype=dtype).to(device)
         codebook = torch.randn(L, D, generator=generator, dtype=dtype).to(device)
         searches = {"mmvq": mmvq_kernels.nearest_code, **peers.searches(x, codebook)}
-        compare(
-            x, codebook, {name: torch.as_tensor(f(x, codebook)) for name, f in searches.items()}
-        )
+        chosen = {name: torch.as_tensor(f(x, codebook)) for name, f in searches.items()}
+        compare(x, codebook, chosen)
         calls: dict[str, Call] = {
             name: lambda f=f, x=x, e=codebook: f(x, e)  # type: ignore[misc]  # mypy infers none
             for name, f in {**searches, "product": peers.product}.items()
@@ -68,10 +88,22 @@ def run(
         times = in_turns(calls, few, device=device)
         name = str(dtype).removeprefix("torch.")
         row = {"N": N, "L": L, "D": D, "dtype": name, "repeats": few, "ms": times}
+        if dtype == torch.float32:
+            row["ulp"] = _errors(x + OFFSET, codebook + OFFSET, searches)
         if device == "cuda":
             row["MB"] = _gpu_memory(x, codebook)
         rows.append(row)
     return rows
+
+
+def _errors(x: Tensor, codebook: Tensor, searches: dict[str, peers.Search]) -> dict[str, float]:
+    some = torch.arange(0, len(x), max(1, len(x) // MOST_CHECKED), device=x.device)
+    least = least_distance(x[some], codebook)
+    chosen = {name: torch.as_tensor(f(x, codebook)) for name, f in searches.items()}
+    return {
+        name: excess(x[some], codebook, index.to(x.device)[some], least)
+        for name, index in chosen.items()
+    }
 
 
 def _gpu_memory(x: Tensor, codebook: Tensor) -> int:

@@ -51,6 +51,26 @@ def test_no_speed_when_results_disagree(
     assert "|" not in capsys.readouterr().out
 
 
+def test_error_in_units_of_the_last_place() -> None:
+    x, codebook = torch.tensor([[0.0], [9.0]]), torch.tensor([[1.0], [-1.0 - 2**-20], [8.0]])
+    least = search.least_distance(x, codebook)
+    assert least.tolist() == [1, 1]
+    assert search.excess(x, codebook, torch.tensor([0, 2]), least) == 0
+    # (1 + 2^-20)^2 = 1 + 2^-19 + 2^-40, and the last place of 1 is 2^-23
+    assert search.excess(x, codebook, torch.tensor([1, 2]), least) == 16
+
+
+def test_faiss_is_left_as_it_was() -> None:
+    faiss = pytest.importorskip("faiss")
+    before = faiss.cvar.distance_compute_blas_threshold
+    x, codebook = torch.randn(30, 4), torch.randn(7, 4)
+    ways = peers.searches(x, codebook)
+    assert {"faiss", "faiss, threshold 0"} <= set(ways)
+    chosen = {name: torch.as_tensor(way(x, codebook)) for name, way in ways.items()}
+    search.compare(x, codebook, chosen)
+    assert faiss.cvar.distance_compute_blas_threshold == before
+
+
 def test_without_a_gpu_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,7 +117,7 @@ def test_the_gpu_part_shows_the_time_of_the_gpu(
     printed = capsys.readouterr().out
     assert "gpu: a GPU, mmvq by triton\n" in printed
     assert "medians in ms (gpu clock)" in printed
-    assert "| 64 | 40 | 8 | float32 | 3 | 250.00 | 1.00 |" in printed
+    assert "| 64 | 40 | 8 | float32 | 3 | 250.00 (0) | 1.00 (0) |" in printed
 
 
 def test_the_plot_shows_every_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, peers
+from benchmarks import gpu, peers, search
 
 WITHOUT = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 REPORT = """<testsuites><testsuite>
@@ -181,7 +181,7 @@ def test_the_step_is_compared_with_its_peer(tmp_path: Path) -> None:
 
 def test_a_farther_code_is_found() -> None:
     x, codebook = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([[0.0], [3.0], [3.0]])
-    least = gpu.least_distance(x, codebook)
+    least = search.least_distance(x, codebook)
     assert torch.equal(least, torch.tensor([0.0, 1, 1, 0]).double())
     assert gpu.farther(x, codebook, torch.tensor([0, 0, 2, 1]), least) == 0
     assert gpu.farther(x, codebook, torch.tensor([0, 0, 0, 1]), least) == 0.25

@@ -58,6 +58,29 @@ def test_codes_get_no_gradient_and_nan_shows(gradient: Gradient) -> None:
     assert torch.equal(out[[0, 2]], codes[[0, 2]])
 
 
+@BOTH
+def test_the_output_is_memory_of_its_own(gradient: Gradient) -> None:
+    z, codes = uniform(3, 4).requires_grad_(), uniform(3, 4, seed=1)
+    before = codes.clone()
+    gradient(z, codes).mul_(2).sum().backward()
+    assert torch.equal(codes, before)
+    assert z.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_straight_through_in_forward_mode_and_twice() -> None:
+    z, codes, v = (uniform(3, 4, seed=i) for i in range(3))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, v)
+        out = torch.autograd.forward_ad.unpack_dual(straight_through(dual, codes))
+    assert torch.equal(out.tangent, v)
+    z.requires_grad_()
+    (grad,) = torch.autograd.grad(straight_through(z, codes).square().sum(), z, create_graph=True)
+    assert torch.equal(grad, 2 * codes)
+    (again,) = torch.autograd.grad(grad.sum(), z)
+    assert torch.equal(again, torch.full_like(z, 2))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_straight_through_gradient_is_the_identity(dtype: torch.dtype) -> None:
     z, codes, seed = (uniform(3, 4, dtype=dtype, seed=i) for i in range(3))
