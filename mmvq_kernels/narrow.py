@@ -27,10 +27,10 @@ _FEW = 1 << 23  # vectors times codes of a thread, at least
 
 def takes(x: Tensor, codebook: Tensor) -> bool:
     """Whether `best` takes these."""
-    small = x.shape[1] > _WIDTH or x.shape[0] * codebook.shape[0] < _LEAST
-    if small or codebook.dtype != torch.float32 or not is_cpu_readable(codebook):
+    if not is_cpu_readable(codebook) or codebook.dtype != torch.float32:
         return False
-    return _compiled() is not None
+    (N, D), L = x.shape, codebook.shape[0]
+    return D <= _WIDTH and N * L >= _LEAST and _compiled() is not None
 
 
 def best(x: Tensor, codes: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
