@@ -16,6 +16,8 @@ over programs. Whatever reads the parts adds them, always in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -28,7 +30,9 @@ from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
 from mmvq_kernels.gpu.nearest import median
 
-_MOST_PARTS = 8
+_ROWS = 128  # vectors of a program that computes distances
+_MOST_PARTS = 64
+_DISTANCES = 1 << 24  # that are in memory at a time, 64 MB, but those of one clip at least
 
 
 @triton.jit
@@ -98,37 +102,39 @@ def prepare_kernel(
 
 @triton.jit
 def _distances(
-    still, moving, still_norms, moving_norms, i, j, NI, NJ, D, lost,
+    x, codes, x_norms, code_norms, out, i, j, N, L, D, lost,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Distances `[BLOCK_I, BLOCK_J]` of rows i of `still` and j of `moving`, 0 where they are lost.
+    """Distances `[BLOCK_I, BLOCK_J]` of vectors i and codes j, 0 where lost; written to `out` too.
 
-    A distance is lost if its square is below `lost` times the squared norm of the row of `still`.
-    The norm of the other row is then the same within 1%.
+    A distance is lost if its square is below `lost` times the squared norm of the vector.
     """
     products = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for column in tl.range(0, D, BLOCK_D):
         columns = column + tl.arange(0, BLOCK_D)
         a = tl.load(
-            still + i.to(tl.int64)[:, None] * D + columns[None, :],
-            mask=(i < NI)[:, None] & (columns < D)[None, :],
+            x + i.to(tl.int64)[:, None] * D + columns[None, :],
+            mask=(i < N)[:, None] & (columns < D)[None, :],
             other=0.0,
         )
         b = tl.load(
-            moving + j.to(tl.int64)[None, :] * D + columns[:, None],
-            mask=(j < NJ)[None, :] & (columns < D)[:, None],
+            codes + j.to(tl.int64)[None, :] * D + columns[:, None],
+            mask=(j < L)[None, :] & (columns < D)[:, None],
             other=0.0,
         )
         products = tl.dot(a, b, products, input_precision=PRECISION)
-    a_norms = tl.load(still_norms + i, mask=i < NI, other=0.0)[:, None]
-    b_norms = tl.load(moving_norms + j, mask=j < NJ, other=0.0)[None, :]
-    squares = a_norms + b_norms - 2 * products
-    return tl.sqrt(tl.where(squares < lost * a_norms, 0.0, squares))
+    own = tl.load(x_norms + i, mask=i < N, other=0.0)[:, None]
+    squares = own + tl.load(code_norms + j, mask=j < L, other=0.0)[None, :] - 2 * products
+    d = tl.sqrt(tl.where(squares < lost * own, 0.0, squares))
+    cells = i.to(tl.int64)[:, None] * L + j[None, :]
+    tl.store(out + cells, d, mask=(i < N)[:, None] & (j < L)[None, :])
+    return d
 
 
 @triton.jit
 def normalizer_kernel(
     x, codes, x_norms, code_norms,
+    distances,  # fp32 [N, L], out
     out,  # fp32 [parts, N]: ln sum_l exp(-d) over a part of the codes
     N, L, D,
     lost,  # share of a squared norm below which a squared distance is rounding error
@@ -143,8 +149,9 @@ def normalizer_kernel(
     for start in tl.range(first, tl.minimum(first + share, L), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         d = _distances(
-            x, codes, x_norms, code_norms, i, j, N, L, D, lost, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
-        )
+            x, codes, x_norms, code_norms, distances, i, j, N, L, D, lost,
+            BLOCK_I, BLOCK_J, BLOCK_D, PRECISION,
+        )  # fmt: skip
         logits = tl.where((j < L)[None, :], -d, -float("inf"))
         higher = tl.maximum(top, tl.max(logits, axis=1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
@@ -154,36 +161,37 @@ def normalizer_kernel(
 
 @triton.jit
 def clip_kernel(
-    codes, x, code_norms, x_norms,
-    partial,  # fp32 [parts, N], from normalizer_kernel
+    distances,  # fp32 [N, L], from normalizer_kernel
+    partial,  # fp32 [parts, N], likewise
     weights,  # fp32 [N]
     normalizers,  # fp32 [N], out
     out,  # fp32 [B, L]: ln P
-    parts, T, N, L, D, lost,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    parts, T, N, L,
+    BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Per program, BLOCK_I codes and one clip."""
+    """Per program, BLOCK_L codes and one clip."""
     clip = tl.program_id(0)
-    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    top = tl.full([BLOCK_I], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_I], tl.float32)
-    for start in tl.range(0, T, BLOCK_J):
-        t = start + tl.arange(0, BLOCK_J)
-        j = tl.where(t < T, clip * T + t, N)
-        z = tl.load(partial + j, mask=j < N, other=0.0)
-        for part in tl.range(1, parts):
-            other = tl.load(partial + tl.cast(part, tl.int64) * N + j, mask=j < N, other=0.0)
-            z = tl.maximum(z, other) + tl.log(1 + tl.exp(-tl.abs(z - other)))
-        tl.store(normalizers + j, z, mask=(j < N) & (tl.program_id(1) == 0))
-        d = _distances(
-            codes, x, code_norms, x_norms, i, j, L, N, D, lost, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
-        )
-        v = tl.load(weights + j, mask=j < N, other=-float("inf"))[None, :] - z[None, :] - d
-        higher = tl.maximum(top, tl.max(v, axis=1))
+    code = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    part = tl.arange(0, PARTS)[None, :]
+    top = tl.full([BLOCK_L], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_L], tl.float32)
+    for start in tl.range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        row = clip * T + t
+        there = (t < T)[:, None]
+        of_parts = partial + part.to(tl.int64) * N + row[:, None]
+        z = tl.load(of_parts, mask=there & (part < parts), other=-float("inf"))
+        highest = tl.max(z, axis=1)
+        z = highest + tl.log(tl.sum(tl.exp(z - highest[:, None]), axis=1))
+        tl.store(normalizers + row, z, mask=(t < T) & (tl.program_id(1) == 0))
+        shift = tl.load(weights + row, mask=t < T, other=-float("inf")) - tl.where(t < T, z, 0.0)
+        cells = distances + row.to(tl.int64)[:, None] * L + code[None, :]
+        v = shift[:, None] - tl.load(cells, mask=there & (code < L)[None, :], other=0.0)
+        higher = tl.maximum(top, tl.max(v, axis=0))
         base = tl.where(higher == -float("inf"), 0.0, higher)  # no valid segment so far
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(v - base[:, None]), axis=1)
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(v - base[None, :]), axis=0)
         top = higher
-    tl.store(out + clip.to(tl.int64) * L + i, top + tl.log(total), mask=i < L)
+    tl.store(out + clip.to(tl.int64) * L + code, top + tl.log(total), mask=code < L)
 
 
 @triton.jit
@@ -201,17 +209,10 @@ def _pulls(row, code, d, normalizers, weights, log_p, grad, T, N, L):
 
 
 @triton.jit
-def _added(pulls, i, N, parts):
-    """The sum of the parts of a, of vectors i."""
-    a = tl.load(pulls + i, mask=i < N, other=0.0)
-    for part in tl.range(1, parts):
-        a += tl.load(pulls + tl.cast(part, tl.int64) * N + i, mask=i < N, other=0.0)
-    return a
-
-
-@triton.jit
 def pull_kernel(
-    x, codes, x_norms, code_norms, normalizers, weights, log_p,
+    x, codes, x_norms, code_norms,
+    distances,  # fp32 [N, L], out
+    normalizers, weights, log_p,
     grad,  # fp32 [B, L]
     out,  # fp32 [parts, N]: sum_l g w over a part of the codes
     T, N, L, D, lost, share,
@@ -224,8 +225,9 @@ def pull_kernel(
     for start in tl.range(first, tl.minimum(first + share, L), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         d = _distances(
-            x, codes, x_norms, code_norms, i, j, N, L, D, lost, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
-        )
+            x, codes, x_norms, code_norms, distances, i, j, N, L, D, lost,
+            BLOCK_I, BLOCK_J, BLOCK_D, PRECISION,
+        )  # fmt: skip
         _, gw = _pulls(i[:, None], j[None, :], d, normalizers, weights, log_p, grad, T, N, L)
         total += tl.sum(gw, axis=1)
     tl.store(out + tl.program_id(1).to(tl.int64) * N + i, total, mask=i < N)
@@ -235,13 +237,14 @@ def pull_kernel(
 def gradient_kernel(
     still,  # [NI, D]: what the gradient is of
     moving,  # [NJ, D]
-    still_norms, moving_norms, normalizers, weights, log_p, grad,
-    mask,  # as for `prepare_kernel`; None for the gradient of the codes too
-    pulls,  # fp32 [pull_parts, N], from pull_kernel
     out,  # [parts, NI, width]: the columns of D that are no padding
-    T, N, L, D, lost, pull_parts, width, NI, NJ, share, OF_CODES: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    distances, normalizers, weights, log_p, grad,
+    pulls,  # fp32 [pull_parts, N], from pull_kernel
+    a,  # fp32 [N], their sum: out, and in for the gradient of the codes
+    mask,  # as for `prepare_kernel`; None for the gradient of the codes too
+    T, N, L, D, pull_parts, width, NI, NJ, share, OF_CODES: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per program, BLOCK_OUT columns of the gradient of BLOCK_I rows, over `share` others."""
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -250,19 +253,24 @@ def gradient_kernel(
     sums = tl.zeros([BLOCK_I], tl.float32)
     total = tl.zeros([BLOCK_I, BLOCK_OUT], tl.float32)
     if not OF_CODES:
-        a = _added(pulls, i, N, pull_parts)[:, None]
+        part = tl.arange(0, PARTS)[None, :]
+        of_parts = pulls + part.to(tl.int64) * N + i[:, None]
+        there = (i < NI)[:, None] & (part < pull_parts)
+        own_a = tl.sum(tl.load(of_parts, mask=there, other=0.0), axis=1)
+        alone = (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
+        tl.store(a + i, own_a, mask=(i < NI) & alone)
     for start in tl.range(first, tl.minimum(first + share, NJ), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        d = _distances(
-            still, moving, still_norms, moving_norms, i, j, NI, NJ, D, lost,
-            BLOCK_I, BLOCK_J, BLOCK_D, PRECISION,
-        )  # fmt: skip
         row = j[None, :] if OF_CODES else i[:, None]
         code = i[:, None] if OF_CODES else j[None, :]
+        cells = distances + row.to(tl.int64) * L + code
+        d = tl.load(cells, mask=(i < NI)[:, None] & (j < NJ)[None, :], other=0.0)
         p, gw = _pulls(row, code, d, normalizers, weights, log_p, grad, T, N, L)
         if OF_CODES:
-            a = _added(pulls, j, N, pull_parts)[None, :]
-        q = tl.where(d == 0, 0.0, (p * a - gw) / d)  # twice dL / d(d^2)
+            p *= tl.load(a + j, mask=j < NJ, other=0.0)[None, :]
+        else:
+            p *= own_a[:, None]
+        q = tl.where(d == 0, 0.0, (p - gw) / d)  # twice dL / d(d^2)
         others = tl.load(
             moving + j.to(tl.int64)[:, None] * D + columns[None, :],
             mask=(j < NJ)[:, None] & (columns < D)[None, :],
@@ -291,15 +299,20 @@ def forward(x: Tensor, codebook: Tensor, mask: Tensor | None) -> tuple[Tensor, T
     """
     (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms, weights = _prepare(x, codebook, mask)
-    (N, D), tiles = rows.shape, _tiles(rows.shape[1])
-    sizes = N, L, D, cancellation_threshold(torch.float32, width)
-    parts, share = _split(rows, cdiv(N, 64), L)
-    partial, normalizers = norms.new_empty(parts, N), norms.new_empty(B, T)
-    args: tuple[Any, ...] = rows, codes, norms, code_norms, partial, *sizes, share
-    launching.launch(normalizer_kernel, (cdiv(N, 64), parts), *args, BLOCK_J=64, **tiles)
-    log_p = norms.new_empty(B, L)
-    args = codes, rows, code_norms, norms, partial, weights, normalizers, log_p, parts, T, *sizes
-    launching.launch(clip_kernel, (B, cdiv(L, 64)), *args, BLOCK_J=16, **tiles)
+    log_p, normalizers = norms.new_empty(B, L), norms.new_empty(B, T)
+    D, lost = rows.shape[1], cancellation_threshold(torch.float32, width)
+    clips = _clips(B, T, L)
+    distances = norms.new_empty(clips * T, L)
+    inputs, results = (rows, norms, weights), (normalizers, log_p)
+    for r, x_norms, w, z, ln_p in _blocks(clips, T, inputs, results):
+        N, parts, share = len(r), *_split(r, cdiv(len(r), _ROWS), L)
+        partial = norms.new_empty(parts, N)
+        args: tuple[Any, ...] = r, codes, x_norms, code_norms, distances, partial
+        args = *args, N, L, D, lost, share
+        launching.launch(normalizer_kernel, (cdiv(N, _ROWS), parts), *args, **_tiles(D))
+        args = distances, partial, w, z, ln_p, parts, T, N, L
+        options = {"BLOCK_T": 16, "BLOCK_L": 128, "PARTS": _MOST_PARTS, "num_warps": 4}
+        launching.launch(clip_kernel, (N // T, cdiv(L, 128)), *args, **options)
     return log_p, normalizers
 
 
@@ -315,36 +328,41 @@ def backward(
     """The gradients of x `[B, T, D]` and, if `of_codes`, of the codebook `[L, D]`."""
     (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms, weights = _prepare(x, codebook, mask)
-    (N, D), tiles = rows.shape, _tiles(rows.shape[1])
-    sizes = T, N, L, D, cancellation_threshold(torch.float32, width)
-    known = normalizers.contiguous(), weights, log_p.contiguous(), grad.contiguous()
-    pull_parts, share = _split(rows, cdiv(N, 64), L)
-    pulls = norms.new_empty(pull_parts, N)
-    args: tuple[Any, ...] = rows, codes, norms, code_norms, *known, pulls, *sizes, share
-    launching.launch(pull_kernel, (cdiv(N, 64), pull_parts), *args, BLOCK_J=32, **tiles)
-
-    block_out = min(64, triton.next_power_of_2(D))
+    D, lost = rows.shape[1], cancellation_threshold(torch.float32, width)
+    clips = _clips(B, T, L)
+    distances = norms.new_empty(clips * T, L)
+    block_out = min(256, triton.next_power_of_2(D))
     columns = cdiv(width, block_out)
 
-    def gradient(
-        still: Tensor, moving: Tensor, norms: tuple[Tensor, Tensor], of: Tensor, of_codes: bool
-    ) -> Tensor:
+    def gradient(still: Tensor, moving: Tensor, dtype: torch.dtype, *args: Any) -> Tensor:
         NI, NJ = still.shape[0], moving.shape[0]
         parts, share = _split(rows, cdiv(NI, 64) * columns, NJ)
-        dtype = of.dtype if parts == 1 else torch.float32
-        out = of.new_empty(parts, NI, width, dtype=dtype)
-        grid = (cdiv(NI, 64), columns, parts)
-        valid = None if of_codes else launching.as_bytes(mask)
-        lengths = pull_parts, width, NI, NJ, share
-        args = still, moving, *norms, *known, valid, pulls, out, *sizes, *lengths
-        blocks = {"BLOCK_J": 16, "BLOCK_OUT": block_out, "OF_CODES": of_codes}
-        launching.launch(gradient_kernel, grid, *args, **tiles, **blocks)
-        return out.squeeze(0) if parts == 1 else out.sum(0).to(of.dtype)
+        out = still.new_empty(parts, NI, width, dtype=dtype if parts == 1 else torch.float32)
+        args = still, moving, out, *args, width, NI, NJ, share
+        options: dict[str, Any] = {"BLOCK_I": 64, "BLOCK_J": 16, "BLOCK_OUT": block_out}
+        options |= {"OF_CODES": still is codes, "PARTS": _MOST_PARTS, "PRECISION": "tf32x3"}
+        grid = cdiv(NI, 64), columns, parts
+        launching.launch(gradient_kernel, grid, *args, **options, num_warps=8, num_stages=3)
+        return out.squeeze(0) if parts == 1 else out.sum(0).to(dtype)
 
-    of_x = gradient(rows, codes, (norms, code_norms), x, False).unflatten(0, (B, T))
-    if not of_codes:
-        return of_x, codebook.new_empty(0)
-    return of_x, gradient(codes, rows, (code_norms, norms), codebook, True)
+    of_x: list[Tensor] = []
+    of_codebook = codebook.new_empty(0)
+    inputs, known = (rows, norms, weights), (normalizers, log_p, grad, mask)
+    for r, x_norms, w, z, ln_p, g, valid in _blocks(clips, T, inputs, known):
+        N, parts, share = len(r), *_split(r, cdiv(len(r), _ROWS), L)
+        pulls, a = norms.new_empty(parts, N), norms.new_empty(N)
+        args: tuple[Any, ...] = r, codes, x_norms, code_norms, distances, z, w, ln_p, g
+        args = *args, pulls, T, N, L, D, lost, share
+        launching.launch(pull_kernel, (cdiv(N, _ROWS), parts), *args, **_tiles(D))
+        args = distances, z, w, ln_p, g, pulls, a
+        flags = launching.as_bytes(valid)
+        of_x.append(gradient(r, codes, x.dtype, *args, flags, T, N, L, D, parts))
+        if of_codes:
+            dtype = codebook.dtype if N == B * T else torch.float32
+            more = gradient(codes, r, dtype, *args, None, T, N, L, D, parts)
+            of_codebook = more if of_codebook.numel() == 0 else of_codebook + more
+    all_of_x = of_x[0] if len(of_x) == 1 else torch.cat(of_x)
+    return all_of_x.unflatten(0, (B, T)), of_codebook.to(codebook.dtype)
 
 
 def _prepare(
@@ -380,15 +398,26 @@ def _prepare(
     return rows, codes, norms, code_norms, weights
 
 
+def _clips(B: int, T: int, L: int) -> int:
+    """How many clips may have their distances in memory at a time, at least one."""
+    clips = max(1, _DISTANCES // (T * L))
+    clips -= clips % 16 if clips > 16 else 0  # so that loads of 16 bytes stay possible
+    return min(clips, max(B, 1))
+
+
+def _blocks(
+    clips: int, T: int, of_segments: tuple[Tensor, ...], of_clips: tuple[Tensor | None, ...]
+) -> Iterator[Any]:
+    """The tensors of some clips after the other, those with a row for each segment first."""
+    parts = [t.split(clips * T) for t in of_segments]
+    parts += [repeat(t) if t is None else t.contiguous().split(clips) for t in of_clips]
+    return zip(*parts)  # noqa: B905 - None goes with any number
+
+
 def _tiles(D: int) -> dict[str, Any]:
-    """The options of every launch."""
-    return {
-        "BLOCK_I": 64,
-        "BLOCK_D": 16 if D == 16 else 32,
-        "PRECISION": "tf32x3",
-        "num_warps": 8,
-        "num_stages": 3,
-    }
+    """The options of what computes distances."""
+    options = {"BLOCK_I": _ROWS, "BLOCK_J": 64, "BLOCK_D": 16 if D == 16 else 32}
+    return options | {"PRECISION": "tf32x3", "num_warps": 8, "num_stages": 3}
 
 
 def _split(like: Tensor, programs: int, others: int) -> tuple[int, int]:
