@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmvq_kernels.distribution import cancellation_threshold
 from mmvq_kernels.gpu import launching
@@ -101,13 +102,13 @@ def prepare_kernel(
 
 
 @triton.jit
-def _distances(
-    x, codes, x_norms, code_norms, out, i, j, N, L, D, lost,
+def _squares(
+    x, codes, x_norms, code_norms, i, j, N, L, D, lost,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Distances `[BLOCK_I, BLOCK_J]` of vectors i and codes j, 0 where lost; written to `out` too.
+    """Squared distances `[BLOCK_I, BLOCK_J]` of vectors i and codes j, 0 where they are lost.
 
-    A distance is lost if its square is below `lost` times the squared norm of the vector.
+    One is lost if it is below `lost` times the squared norm of the vector.
     """
     products = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for column in tl.range(0, D, BLOCK_D):
@@ -125,18 +126,15 @@ def _distances(
         products = tl.dot(a, b, products, input_precision=PRECISION)
     own = tl.load(x_norms + i, mask=i < N, other=0.0)[:, None]
     squares = own + tl.load(code_norms + j, mask=j < L, other=0.0)[None, :] - 2 * products
-    d = tl.sqrt(tl.where(squares < lost * own, 0.0, squares))
-    cells = i.to(tl.int64)[:, None] * L + j[None, :]
-    tl.store(out + cells, d, mask=(i < N)[:, None] & (j < L)[None, :])
-    return d
+    return tl.where(squares < lost * own, 0.0, squares)
 
 
 @triton.jit
 def normalizer_kernel(
     x, codes, x_norms, code_norms,
-    distances,  # fp32 [N, L], out
+    distances,  # fp32 [N, S], out: those of L codes, and padding to a multiple of 16
     out,  # fp32 [parts, N]: ln sum_l exp(-d) over a part of the codes
-    N, L, D,
+    N, L, S, D,
     lost,  # share of a squared norm below which a squared distance is rounding error
     share,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -148,10 +146,12 @@ def normalizer_kernel(
     total = tl.zeros([BLOCK_I], tl.float32)
     for start in tl.range(first, tl.minimum(first + share, L), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        d = _distances(
-            x, codes, x_norms, code_norms, distances, i, j, N, L, D, lost,
-            BLOCK_I, BLOCK_J, BLOCK_D, PRECISION,
-        )  # fmt: skip
+        squares = _squares(
+            x, codes, x_norms, code_norms, i, j, N, L, D, lost, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
+        )
+        d = tl.sqrt(squares)
+        cells = i.to(tl.int64)[:, None] * S + j[None, :]
+        tl.store(distances + cells, d, mask=(i < N)[:, None] & (j < S)[None, :])
         logits = tl.where((j < L)[None, :], -d, -float("inf"))
         higher = tl.maximum(top, tl.max(logits, axis=1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
@@ -161,12 +161,12 @@ def normalizer_kernel(
 
 @triton.jit
 def clip_kernel(
-    distances,  # fp32 [N, L], from normalizer_kernel
+    distances,  # fp32 [N, S], from normalizer_kernel
     partial,  # fp32 [parts, N], likewise
     weights,  # fp32 [N]
     normalizers,  # fp32 [N], out
     out,  # fp32 [B, L]: ln P
-    parts, T, N, L,
+    parts, T, N, L, S,
     BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Per program, BLOCK_L codes and one clip."""
@@ -185,8 +185,8 @@ def clip_kernel(
         z = highest + tl.log(tl.sum(tl.exp(z - highest[:, None]), axis=1))
         tl.store(normalizers + row, z, mask=(t < T) & (tl.program_id(1) == 0))
         shift = tl.load(weights + row, mask=t < T, other=-float("inf")) - tl.where(t < T, z, 0.0)
-        cells = distances + row.to(tl.int64)[:, None] * L + code[None, :]
-        v = shift[:, None] - tl.load(cells, mask=there & (code < L)[None, :], other=0.0)
+        cells = distances + row.to(tl.int64)[:, None] * S + code[None, :]
+        v = shift[:, None] - tl.load(cells, mask=there & (code < S)[None, :], other=0.0)
         higher = tl.maximum(top, tl.max(v, axis=0))
         base = tl.where(higher == -float("inf"), 0.0, higher)  # no valid segment so far
         total = total * tl.exp(top - base) + tl.sum(tl.exp(v - base[None, :]), axis=0)
@@ -195,41 +195,39 @@ def clip_kernel(
 
 
 @triton.jit
-def _pulls(row, code, d, normalizers, weights, log_p, grad, T, N, L):
-    """`p` and `g w` of vectors `row` and codes `code`, two index arrays that broadcast."""
-    inside = (row < N) & (code < L)
-    cells = (row // T).to(tl.int64) * L + code
-    log_p_t = -d - tl.load(normalizers + row, mask=row < N, other=0.0)
-    log_w = log_p_t + tl.load(weights + row, mask=row < N, other=-float("inf"))
-    log_w -= tl.load(log_p + cells, mask=inside, other=0.0)
-    g = tl.load(grad + cells, mask=inside, other=0.0)
-    # Large distances are off by several nats, and by others than when z and log_p were computed.
-    p, w = tl.exp(tl.minimum(log_p_t, 0.0)), tl.exp(tl.minimum(log_w, 0.0))
-    return tl.where(inside, p, 0.0), g * w
-
-
-@triton.jit
 def pull_kernel(
-    x, codes, x_norms, code_norms,
-    distances,  # fp32 [N, L], out
-    normalizers, weights, log_p,
+    x, codes, x_norms, code_norms, normalizers, weights, log_p,
     grad,  # fp32 [B, L]
+    p_d, gw_d,  # fp32 [N, S], out: p / d and g w / d, 0 where d is 0 and in the padding
     out,  # fp32 [parts, N]: sum_l g w over a part of the codes
-    T, N, L, D, lost, share,
+    T, N, L, S, D, lost, share,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per program, BLOCK_I vectors against `share` codes."""
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     first = tl.program_id(1) * share
     total = tl.zeros([BLOCK_I], tl.float32)
+    z = tl.load(normalizers + i, mask=i < N, other=0.0)[:, None]
+    weight = tl.load(weights + i, mask=i < N, other=-float("inf"))[:, None]
+    row, clip = i.to(tl.int64)[:, None] * S, (i // T).to(tl.int64)[:, None] * L
     for start in tl.range(first, tl.minimum(first + share, L), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        d = _distances(
-            x, codes, x_norms, code_norms, distances, i, j, N, L, D, lost,
-            BLOCK_I, BLOCK_J, BLOCK_D, PRECISION,
-        )  # fmt: skip
-        _, gw = _pulls(i[:, None], j[None, :], d, normalizers, weights, log_p, grad, T, N, L)
+        squares = _squares(
+            x, codes, x_norms, code_norms, i, j, N, L, D, lost, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION
+        )
+        d = tl.sqrt(squares)
+        inside = (i < N)[:, None] & (j < L)[None, :]
+        there = (i < N)[:, None] & (j < S)[None, :]
+        inverse = tl.where((squares == 0) | (j >= L)[None, :], 0.0, tl.rsqrt(squares))
+        # Large distances are off by several nats, and by others than when z and ln P were computed.
+        p = tl.exp(tl.minimum(-d - z, 0.0))
+        tl.store(p_d + row + j[None, :], p * inverse, mask=there)
+        tl.debug_barrier()  # or registers for both halves at a time would be too many
+        log_w = weight - z - d - tl.load(log_p + clip + j[None, :], mask=inside, other=0.0)
+        g = tl.load(grad + clip + j[None, :], mask=inside, other=0.0)
+        gw = g * tl.exp(tl.minimum(log_w, 0.0))
         total += tl.sum(gw, axis=1)
+        tl.store(gw_d + row + j[None, :], gw * inverse, mask=there)
     tl.store(out + tl.program_id(1).to(tl.int64) * N + i, total, mask=i < N)
 
 
@@ -237,12 +235,12 @@ def pull_kernel(
 def gradient_kernel(
     still,  # [NI, D]: what the gradient is of
     moving,  # [NJ, D]
-    out,  # [parts, NI, width]: the columns of D that are no padding
-    distances, normalizers, weights, log_p, grad,
-    pulls,  # fp32 [pull_parts, N], from pull_kernel
+    p_d, gw_d,  # fp32 [N, S], from pull_kernel
+    pulls,  # fp32 [pull_parts, N], likewise
     a,  # fp32 [N], their sum: out, and in for the gradient of the codes
     mask,  # as for `prepare_kernel`; None for the gradient of the codes too
-    T, N, L, D, pull_parts, width, NI, NJ, share, OF_CODES: tl.constexpr,
+    out,  # [parts, NI, D]
+    N, S, D, pull_parts, NI, NJ, share, OF_CODES: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_OUT: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -256,21 +254,19 @@ def gradient_kernel(
         part = tl.arange(0, PARTS)[None, :]
         of_parts = pulls + part.to(tl.int64) * N + i[:, None]
         there = (i < NI)[:, None] & (part < pull_parts)
-        own_a = tl.sum(tl.load(of_parts, mask=there, other=0.0), axis=1)
+        pull = tl.sum(tl.load(of_parts, mask=there, other=0.0), axis=1)
         alone = (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
-        tl.store(a + i, own_a, mask=(i < NI) & alone)
+        tl.store(a + i, pull, mask=(i < NI) & alone)
+        pull = pull[:, None]
     for start in tl.range(first, tl.minimum(first + share, NJ), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        row = j[None, :] if OF_CODES else i[:, None]
-        code = i[:, None] if OF_CODES else j[None, :]
-        cells = distances + row.to(tl.int64) * L + code
-        d = tl.load(cells, mask=(i < NI)[:, None] & (j < NJ)[None, :], other=0.0)
-        p, gw = _pulls(row, code, d, normalizers, weights, log_p, grad, T, N, L)
         if OF_CODES:
-            p *= tl.load(a + j, mask=j < NJ, other=0.0)[None, :]
+            row, code, pull = j[None, :], i[:, None], tl.load(a + j, mask=j < N, other=0.0)[None, :]
         else:
-            p *= own_a[:, None]
-        q = tl.where(d == 0, 0.0, (p - gw) / d)  # twice dL / d(d^2)
+            row, code = i[:, None], j[None, :]
+        inside, cells = (row < N) & (code < S), row.to(tl.int64) * S + code
+        q = tl.load(p_d + cells, mask=inside, other=0.0) * pull  # twice dL / d(d^2)
+        q -= tl.load(gw_d + cells, mask=inside, other=0.0)
         others = tl.load(
             moving + j.to(tl.int64)[:, None] * D + columns[None, :],
             mask=(j < NJ)[:, None] & (columns < D)[None, :],
@@ -278,15 +274,14 @@ def gradient_kernel(
         )
         sums += tl.sum(q, axis=1)
         total = tl.dot(q, others, total, input_precision=PRECISION)
-    row = i.to(tl.int64)[:, None]
-    inside = (i < NI)[:, None] & (columns < width)[None, :]
-    own = tl.load(still + row * D + columns[None, :], mask=inside, other=0.0)
+    cells = i.to(tl.int64)[:, None] * D + columns[None, :]
+    inside = (i < NI)[:, None] & (columns < D)[None, :]
+    own = tl.load(still + cells, mask=inside, other=0.0)
     total = own * sums[:, None] - total
     if mask is not None:
         valid = tl.load(mask + i, mask=i < NI, other=0) != 0
         total = tl.where(valid[:, None], total, 0.0)
-    out += (tl.program_id(2).to(tl.int64) * NI + row) * width + columns[None, :]
-    tl.store(out, total, mask=inside)
+    tl.store(out + tl.program_id(2).to(tl.int64) * NI * D + cells, total, mask=inside)
 
 
 def forward(x: Tensor, codebook: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -300,17 +295,17 @@ def forward(x: Tensor, codebook: Tensor, mask: Tensor | None) -> tuple[Tensor, T
     (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms, weights = _prepare(x, codebook, mask)
     log_p, normalizers = norms.new_empty(B, L), norms.new_empty(B, T)
-    D, lost = rows.shape[1], cancellation_threshold(torch.float32, width)
-    clips = _clips(B, T, L)
-    distances = norms.new_empty(clips * T, L)
+    D, S, lost = rows.shape[1], L + -L % 16, cancellation_threshold(torch.float32, width)
+    clips = _clips(B, T, S)
+    distances = norms.new_empty(clips * T, S)
     inputs, results = (rows, norms, weights), (normalizers, log_p)
     for r, x_norms, w, z, ln_p in _blocks(clips, T, inputs, results):
         N, parts, share = len(r), *_split(r, cdiv(len(r), _ROWS), L)
         partial = norms.new_empty(parts, N)
         args: tuple[Any, ...] = r, codes, x_norms, code_norms, distances, partial
-        args = *args, N, L, D, lost, share
-        launching.launch(normalizer_kernel, (cdiv(N, _ROWS), parts), *args, **_tiles(D))
-        args = distances, partial, w, z, ln_p, parts, T, N, L
+        args = *args, N, L, S, D, lost, share
+        launching.launch(normalizer_kernel, (cdiv(N, _ROWS), parts), *args, BLOCK_J=64, **_tiles(D))
+        args = distances, partial, w, z, ln_p, parts, T, N, L, S
         options = {"BLOCK_T": 16, "BLOCK_L": 128, "PARTS": _MOST_PARTS, "num_warps": 4}
         launching.launch(clip_kernel, (N // T, cdiv(L, 128)), *args, **options)
     return log_p, normalizers
@@ -328,22 +323,23 @@ def backward(
     """The gradients of x `[B, T, D]` and, if `of_codes`, of the codebook `[L, D]`."""
     (B, T, width), L = x.shape, codebook.shape[0]
     rows, codes, norms, code_norms, weights = _prepare(x, codebook, mask)
-    D, lost = rows.shape[1], cancellation_threshold(torch.float32, width)
-    clips = _clips(B, T, L)
-    distances = norms.new_empty(clips * T, L)
-    block_out = min(256, triton.next_power_of_2(D))
-    columns = cdiv(width, block_out)
+    D, S, lost = rows.shape[1], L + -L % 16, cancellation_threshold(torch.float32, width)
+    clips = _clips(B, T, 2 * S)
+    p_d, gw_d = (norms.new_empty(clips * T, S) for _ in range(2))
+    block_out = min(128, triton.next_power_of_2(D))
+    columns = cdiv(D, block_out)
 
     def gradient(still: Tensor, moving: Tensor, dtype: torch.dtype, *args: Any) -> Tensor:
-        NI, NJ = still.shape[0], moving.shape[0]
-        parts, share = _split(rows, cdiv(NI, 64) * columns, NJ)
-        out = still.new_empty(parts, NI, width, dtype=dtype if parts == 1 else torch.float32)
-        args = still, moving, out, *args, width, NI, NJ, share
-        options: dict[str, Any] = {"BLOCK_I": 64, "BLOCK_J": 16, "BLOCK_OUT": block_out}
-        options |= {"OF_CODES": still is codes, "PARTS": _MOST_PARTS, "PRECISION": "tf32x3"}
-        grid = cdiv(NI, 64), columns, parts
+        NI, NJ, of = still.shape[0], moving.shape[0], still is codes
+        parts, share = _split(rows, cdiv(NI, 128) * columns, NJ)
+        out = still.new_empty(parts, NI, D, dtype=dtype if parts == 1 else torch.float32)
+        args = still, moving, p_d, gw_d, *args, out, len(a), S, D, len(pulls), NI, NJ, share
+        options: dict[str, Any] = {"BLOCK_I": 128, "BLOCK_J": 16, "BLOCK_OUT": block_out}
+        options |= {"OF_CODES": of, "PARTS": _MOST_PARTS, "PRECISION": "tf32x3"}
+        grid = cdiv(NI, 128), columns, parts
         launching.launch(gradient_kernel, grid, *args, **options, num_warps=8, num_stages=3)
-        return out.squeeze(0) if parts == 1 else out.sum(0).to(dtype)
+        out = out.squeeze(0) if parts == 1 else out.sum(0).to(dtype)
+        return out if width == D else pad(out, (0, width - D))
 
     of_x: list[Tensor] = []
     of_codebook = codebook.new_empty(0)
@@ -351,15 +347,13 @@ def backward(
     for r, x_norms, w, z, ln_p, g, valid in _blocks(clips, T, inputs, known):
         N, parts, share = len(r), *_split(r, cdiv(len(r), _ROWS), L)
         pulls, a = norms.new_empty(parts, N), norms.new_empty(N)
-        args: tuple[Any, ...] = r, codes, x_norms, code_norms, distances, z, w, ln_p, g
-        args = *args, pulls, T, N, L, D, lost, share
-        launching.launch(pull_kernel, (cdiv(N, _ROWS), parts), *args, **_tiles(D))
-        args = distances, z, w, ln_p, g, pulls, a
-        flags = launching.as_bytes(valid)
-        of_x.append(gradient(r, codes, x.dtype, *args, flags, T, N, L, D, parts))
+        args: tuple[Any, ...] = r, codes, x_norms, code_norms, z, w, ln_p, g, p_d, gw_d, pulls
+        args = *args, T, N, L, S, D, lost, share
+        launching.launch(pull_kernel, (cdiv(N, _ROWS), parts), *args, BLOCK_J=32, **_tiles(D))
+        of_x.append(gradient(r, codes, x.dtype, pulls, a, launching.as_bytes(valid)))
         if of_codes:
             dtype = codebook.dtype if N == B * T else torch.float32
-            more = gradient(codes, r, dtype, *args, None, T, N, L, D, parts)
+            more = gradient(codes, r, dtype, pulls, a, None)
             of_codebook = more if of_codebook.numel() == 0 else of_codebook + more
     all_of_x = of_x[0] if len(of_x) == 1 else torch.cat(of_x)
     return all_of_x.unflatten(0, (B, T)), of_codebook.to(codebook.dtype)
@@ -416,7 +410,7 @@ def _blocks(
 
 def _tiles(D: int) -> dict[str, Any]:
     """The options of what computes distances."""
-    options = {"BLOCK_I": _ROWS, "BLOCK_J": 64, "BLOCK_D": 16 if D == 16 else 32}
+    options = {"BLOCK_I": _ROWS, "BLOCK_D": 16 if D == 16 else 32}
     return options | {"PRECISION": "tf32x3", "num_warps": 8, "num_stages": 3}
 
 
