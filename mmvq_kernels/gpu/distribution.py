@@ -1,17 +1,18 @@
-r"""The distribution of a clip over the codes, forward and backward, without a `[B T, L]` tensor.
+r"""The distribution of a clip over the codes, forward and backward, a block of clips at a time.
 
 With $d_{tl} = \lVert x_t - e_l \rVert$, $z_t = \ln \sum_l e^{-d_{tl}}$ and a clip of n segments,
 $\ln P_l = \ln \sum_t e^{-d_{tl} - z_t - \ln n}$. Forward: `prepare_kernel` moves vectors and codes
-to a centre and weighs the segments, `normalizer_kernel` computes z, `clip_kernel` averages over the
-segments of a clip. Backward, with $g = \partial L / \partial \ln P$ and
+to a centre and weighs the segments, `normalizer_kernel` computes d and z, `clip_kernel` averages
+over the segments of a clip. Backward, with $g = \partial L / \partial \ln P$ and
 $w_{tl} = e^{-d_{tl} - z_t - \ln n - \ln P_l}$, all but z and P is computed again:
 
 $$\frac{\partial L}{\partial d_{tl}} = e^{-d_{tl} - z_t} a_t - g_l w_{tl}, \qquad
   a_t = \sum_l g_l w_{tl}$$
 
-`pull_kernel` computes a, `gradient_kernel` the gradient of the vectors or, with the roles
-exchanged, that of the codes. Few vectors would leave a GPU idle, so the sums over codes are split
-over programs. Whatever reads the parts adds them, always in the same order.
+`pull_kernel` computes a and both terms over d, `gradient_kernel` the gradient of the vectors or,
+with the roles exchanged, that of the codes. So distances are computed once in each pass. Few
+vectors would leave a GPU idle, so sums are split over programs. Whatever reads the parts adds them,
+always in the same order.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from mmvq_kernels.gpu.launching import cdiv
 from mmvq_kernels.gpu.nearest import median
 
 _ROWS = 128  # vectors of a program that computes distances
-_MOST_PARTS = 64
+_MOST_PARTS = 64  # of a sum
 _DISTANCES = 1 << 24  # that are in memory at a time, 64 MB, but those of one clip at least
 
 
@@ -222,7 +223,6 @@ def pull_kernel(
         # Large distances are off by several nats, and by others than when z and ln P were computed.
         p = tl.exp(tl.minimum(-d - z, 0.0))
         tl.store(p_d + row + j[None, :], p * inverse, mask=there)
-        tl.debug_barrier()  # or registers for both halves at a time would be too many
         log_w = weight - z - d - tl.load(log_p + clip + j[None, :], mask=inside, other=0.0)
         g = tl.load(grad + clip + j[None, :], mask=inside, other=0.0)
         gw = g * tl.exp(tl.minimum(log_w, 0.0))
@@ -241,15 +241,15 @@ def gradient_kernel(
     mask,  # as for `prepare_kernel`; None for the gradient of the codes too
     out,  # [parts, NI, D]
     N, S, D, pull_parts, NI, NJ, share, OF_CODES: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Per program, BLOCK_OUT columns of the gradient of BLOCK_I rows, over `share` others."""
+    """Per program, BLOCK_D columns of the gradient of BLOCK_I rows, over `share` others."""
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    columns = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first = tl.program_id(2) * share
     sums = tl.zeros([BLOCK_I], tl.float32)
-    total = tl.zeros([BLOCK_I, BLOCK_OUT], tl.float32)
+    total = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
     if not OF_CODES:
         part = tl.arange(0, PARTS)[None, :]
         of_parts = pulls + part.to(tl.int64) * N + i[:, None]
@@ -326,18 +326,16 @@ def backward(
     D, S, lost = rows.shape[1], L + -L % 16, cancellation_threshold(torch.float32, width)
     clips = _clips(B, T, 2 * S)
     p_d, gw_d = (norms.new_empty(clips * T, S) for _ in range(2))
-    block_out = min(128, triton.next_power_of_2(D))
-    columns = cdiv(D, block_out)
 
     def gradient(still: Tensor, moving: Tensor, dtype: torch.dtype, *args: Any) -> Tensor:
-        NI, NJ, of = still.shape[0], moving.shape[0], still is codes
-        parts, share = _split(rows, cdiv(NI, 128) * columns, NJ)
+        NI, NJ = still.shape[0], moving.shape[0]
+        grid = cdiv(NI, _ROWS), cdiv(D, 128)
+        parts, share = _split(rows, grid[0] * grid[1], NJ)
         out = still.new_empty(parts, NI, D, dtype=dtype if parts == 1 else torch.float32)
         args = still, moving, p_d, gw_d, *args, out, len(a), S, D, len(pulls), NI, NJ, share
-        options: dict[str, Any] = {"BLOCK_I": 128, "BLOCK_J": 16, "BLOCK_OUT": block_out}
-        options |= {"OF_CODES": of, "PARTS": _MOST_PARTS, "PRECISION": "tf32x3"}
-        grid = cdiv(NI, 128), columns, parts
-        launching.launch(gradient_kernel, grid, *args, **options, num_warps=8, num_stages=3)
+        options = {"OF_CODES": still is codes, "PARTS": _MOST_PARTS, **_tiles(D), "BLOCK_J": 16}
+        options["BLOCK_D"] = min(128, triton.next_power_of_2(D))
+        launching.launch(gradient_kernel, (*grid, parts), *args, **options)
         out = out.squeeze(0) if parts == 1 else out.sum(0).to(dtype)
         return out if width == D else pad(out, (0, width - D))
 
