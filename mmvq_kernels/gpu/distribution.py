@@ -220,10 +220,11 @@ def pull_kernel(
         inside = (i < N)[:, None] & (j < L)[None, :]
         there = (i < N)[:, None] & (j < S)[None, :]
         inverse = tl.where((squares == 0) | (j >= L)[None, :], 0.0, tl.rsqrt(squares))
-        # Large distances are off by several nats, maybe by others than when z and ln P were computed.
+        # Large distances are off by several nats, perhaps by others than those of z and ln P.
         p = tl.exp(tl.minimum(-d - z, 0.0))
         tl.store(p_d + row + j[None, :], p * inverse, mask=there)
-        log_w = weight - z - d - tl.load(log_p + clip + j[None, :], mask=inside, other=0.0)
+        log_w = weight - z - d  # in this order, as in `clip_kernel`: so it is rounded alike
+        log_w -= tl.load(log_p + clip + j[None, :], mask=inside, other=0.0)
         g = tl.load(grad + clip + j[None, :], mask=inside, other=0.0)
         gw = g * tl.exp(tl.minimum(log_w, 0.0))
         total += tl.sum(gw, axis=1)

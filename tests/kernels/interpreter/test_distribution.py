@@ -101,7 +101,7 @@ def test_forward(
 
 @pytest.mark.parametrize(
     ("B", "T", "L", "D", "scale"),
-    [(*size, 1.0) for size in SIZES[2:]] + [(*SIZES[1], scale) for scale in (*SCALES, 1e4, 1e8)],
+    [(*size, 1.0) for size in SIZES[2:]] + [(*SIZES[1], scale) for scale in SCALES],
 )
 @PROCESSORS
 def test_backward(
@@ -114,8 +114,6 @@ def test_backward(
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if device != "cpu" and scale > 1:
-        pytest.skip("its two kernels may round distances of many nats differently")
     monkeypatch.setattr(launching, "processors", lambda like: processors)
     grad, x, codebook, mask = gradients(B, T, L, D, device, scale)
     args = grad, padded(x, mask), codebook, mask
