@@ -101,6 +101,11 @@ def test_the_documents_show_the_roofline() -> None:
     inner, outer = roofline.examine(launches[-1], "sm_90").loops
     assert whole.work == found["Gflop"] * 1e9
     assert whole.issued == 512 * 8 * 8 * (8 * inner.instructions + outer.instructions)
+    # no product is made by two groups of warps, as where eight of them have a tile of 64 rows
+    for launch in workloads.record(workloads.WORKLOADS["distribution, backward"])[1:]:
+        of = launch.options
+        tile = 3 * of["BLOCK_I"] * of["BLOCK_J"] * of["BLOCK_D"]
+        assert roofline.examine(launch, "sm_90").loops[0].multiply_adds * of["num_warps"] == tile
     assert found["us"] >= max(found["matrix us"], found["issue us"])
     assert found["measured us"] == pytest.approx(427.9, abs=0.1)
 

@@ -101,8 +101,8 @@ class Outcome:
     narrow: bool  # a tile's address is multiplied in 32 bits
     trap: bool
     atomics: tuple[str, ...]
-    loops: tuple[Loop, ...] = ()  # that multiply, an inner one first; of `_COUNTED` alone
-    busy: float = 1.0  # share of the places for blocks that are taken, until the last block ends
+    loops: tuple[Loop, ...] = ()  # that multiply, the innermost first; of `_COUNTED` alone
+    busy: float | None = None  # share of an H100's places for blocks that is taken, of all waves
 
 
 def compile_launch(launch: Launch, target: Target) -> Any:
@@ -154,7 +154,7 @@ def examine(launch: Launch, target_name: str) -> Outcome:
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     tensor = getattr(compiled.metadata, "tmem_size", None) or 0
     resident = _resident(target, warps, registers, shared, tensor)
-    programs, places = math.prod(launch.grid), _PROCESSORS * resident
+    waves = math.prod(launch.grid) / max(_PROCESSORS * resident, 1)
     return Outcome(
         kernel=kernel.__name__,
         target=target_name,
@@ -173,7 +173,7 @@ def examine(launch: Launch, target_name: str) -> Outcome:
         trap=re.search(r"^\s*(s_)?trap\b", text, re.MULTILINE) is not None,
         atomics=tuple(sorted(set(re.findall(_ATOMIC[target.backend], text)))),
         loops=tuple(loops(code)) if precision and target_name in _COUNTED else (),
-        busy=programs / (-(-programs // max(places, 1)) * max(places, 1)),
+        busy=waves / math.ceil(waves) if target_name == "sm_90" else None,
     )
 
 
@@ -291,11 +291,11 @@ def speeds(outcomes: dict[str, Outcome]) -> str:
     """
     rows: dict[str, list[str]] = {}
     for key, o in outcomes.items():
-        workload, kernel, target = key.split("/")
+        workload, kernel, _ = key.split("/")
         for loop in o.loops[:1]:
             cells = rows.setdefault(f"`{kernel}` | {workload}", [])
             cells.append(f"{loop.per_thousand:.1f}, {loop.waits}")
-            cells += [f"{o.busy:.0%}"] if target == "sm_90" else []
+            cells += [f"{o.busy:.0%}"] if o.busy else []
     lines = [f"| kernel | workload | {' | '.join(_COUNTED)} | busy |", "|---|---|---|---|---|"]
     return "\n".join(lines + [f"| {row} | {' | '.join(cells)} |" for row, cells in rows.items()])
 
