@@ -38,7 +38,7 @@ def code_log_probabilities(
 
     Differentiable (once) in x and the codebook. A distance that is smaller than its rounding error
     counts as 0 and has gradient 0 (in float32 with D 256: one below 0.4% of the distance of x from
-    the middle of the codes). No `[B, T, L]` tensor is made, neither forward nor backward.
+    the middle of the codes). At most the distances of some clips are in memory at a time.
 
     Args:
         x: features of B clips, `[B, T, D]`, any float dtype.

@@ -2,6 +2,7 @@
 
 REGISTERS may differ from the committed table by 16, two of the steps in which they are handed out:
 a patch of ptxas moves them that much; shared memory follows from the tiles and may not differ.
+Instructions for a multiply-add may not be more than INSTRUCTIONS times those of the table.
 After a change of the kernels, paste what --report prints into docs/kernels.md, and
 PYTHONPATH=.:tests python -m kernels.audit.aot --table > tests/kernels/aot_resources.json
 """
@@ -20,12 +21,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels.audit import workloads
 from kernels.audit.aot import TARGETS, Outcome, markdown, violations
+from kernels.audit.loops import Loop, loops
 from kernels.audit.workloads import WORKLOADS
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = json.loads((ROOT / "tests/kernels/aot_resources.json").read_text())
-REGISTERS = 16
+REGISTERS, INSTRUCTIONS = 16, 1.1
 
 
 def has_triton() -> bool:
@@ -52,9 +55,11 @@ def test_every_kernel_compiles_to_what_it_should(tmp_path: Path) -> None:
         pytest.skip(f"{wrong}; no table of resources for triton {release} to compare with")
     assert wrong == []
     assert found.keys() == COMMITTED[release].keys()
-    for key, (registers, shared, _) in COMMITTED[release].items():
+    for key, (registers, shared, _, *counts) in COMMITTED[release].items():
         assert abs(found[key][0] - registers) <= REGISTERS, key
         assert found[key][1] == shared, key
+        for mine, committed in zip(found[key][3:], counts, strict=True):
+            assert mine <= INSTRUCTIONS * committed, key
 
 
 def test_every_kernel_workload_and_target_has_its_resources() -> None:
@@ -75,6 +80,8 @@ def test_every_kernel_workload_and_target_has_its_resources() -> None:
 def test_the_documents_show_the_roofline() -> None:
     from kernels.audit import roofline
 
+    if version("triton") not in COMMITTED or os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("its instructions were counted with another triton")
     if f"torch=={torch.__version__.split('+')[0]}" not in (ROOT / "constraints.txt").read_text():
         pytest.skip("the calls of torch were counted with the version of constraints.txt")
     assert roofline.report() in (ROOT / "docs/kernels.md").read_text()
@@ -88,6 +95,19 @@ def test_the_documents_show_the_roofline() -> None:
     prepare = 4 * (3 * 1024 * 256 + 256 + 1024)
     assert found["L2 MB"] == round((search + prepare) / 1e6)
     assert found["least MB"] < found["MB"] < found["unfused MB"]
+    # three products for each of the 8 tiles of a block and 8 steps of D, and instructions for them
+    launches = workloads.record(workloads.WORKLOADS["nearest"])
+    whole = roofline.cost(launches[-1])
+    inner, outer = roofline.examine(launches[-1], "sm_90").loops
+    assert whole.work == found["Gflop"] * 1e9
+    assert whole.issued == 512 * 8 * 8 * (8 * inner.instructions + outer.instructions)
+    # no product is made by two groups of warps, as where eight of them have a tile of 64 rows
+    for launch in workloads.record(workloads.WORKLOADS["distribution, backward"])[1:]:
+        of = launch.options
+        tile = 3 * of["BLOCK_I"] * of["BLOCK_J"] * of["BLOCK_D"]
+        assert roofline.examine(launch, "sm_90").loops[0].multiply_adds * of["num_warps"] == tile
+    assert found["us"] >= max(found["matrix us"], found["issue us"])
+    assert found["measured us"] == pytest.approx(427.9, abs=0.1)
 
 
 @needs_triton
@@ -101,6 +121,49 @@ def test_options_for_each_vendor() -> None:
         assert fit(exact, amd=arch) == {"PRECISION": "ieee", "num_stages": 2}
     assert fit(fast, amd="gfx942") == fast
     assert fit(fast, amd="gfx90a") == {"PRECISION": "ieee", "num_stages": 1}
+
+
+AMPERE = """
+.text.some_kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+.L_x_1:
+        /*0020*/                   DEPBAR.LE SB0, 0x2 ;
+        /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0040*/                   HMMA.1688.F32.TF32 R80, R136.reuse, R148, RZ ;
+        /*0050*/                   HMMA.16816.F32.BF16 R80, R136, R148, R80 ;
+        /*0060*/              @!P0 BRA `(.L_x_2) ;
+        /*0070*/                   LDGDEPBAR ;
+.L_x_2:
+        /*0080*/               @P1 BRA `(.L_x_1) ;
+        /*0090*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00a0*/               @P2 BRA `(.L_x_0) ;
+.L_x_3:
+        /*00b0*/                   EXIT ;
+.L_x_4:
+        /*00c0*/                   BRA `(.L_x_4);
+        /*00d0*/                   NOP;
+"""
+HOPPER = """
+.L_x_5:
+        /*0100*/                   LDSM.16.M88.4 R48, [R70+UR33] ;
+        /*0110*/                   HGMMA.64x128x8.F32.TF32 R28, R48, gdesc[UR52], RZ, !UPT ;
+        /*0120*/                   HGMMA.64x64x16.F32.BF16 R28, gdesc[UR4], R28, gsb0 ;
+        /*0130*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0140*/                   BRA.U UP0, `(.L_x_5) ;
+"""
+
+
+def test_what_a_loop_costs() -> None:
+    """A loop in a loop, with a branch past one instruction; products of a warp, and of four."""
+    inner, outer = loops(AMPERE)
+    assert inner == Loop(instructions=7, multiply_adds=16 * 8 * (8 + 16), waits=2)
+    assert outer == Loop(instructions=3, multiply_adds=0, waits=1)
+    (loop,) = loops(HOPPER)
+    assert loop == Loop(5, 64 * (128 * 8 + 64 * 16) // 4, 1)
+    assert loop.per_thousand == 5000 / 32768
+    assert loops("") == []
 
 
 def test_what_counts_as_a_violation() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from kernels.audit.loops import Loop, loops
 from kernels.audit.workloads import WORKLOADS, Launch, record
 from torch import Tensor
 
@@ -73,6 +75,8 @@ _WIDE = {  # 16 bytes for each thread at once, from or to global memory
 _ATOMIC = {"cuda": r"\b(?:red|atom)\.\S+", "hip": r"\b(?:global|buffer|flat)_atomic_\w+"}
 _NARROW = r"arith\.muli .*tensor<\S*xi32>"  # where a row times its width may pass 2^31
 _ORDERLESS = r"(min\.s64|smin_x2|add\.[su]32|_add(_u32)?$)"  # of integers: no order shows
+_COUNTED = "sm_80", "sm_90"  # whose matrix instructions `loops` knows
+_PROCESSORS = 132  # of an H100, for which launches are planned where there is no GPU to ask
 _SIZES = "N", "L", "D", "T", "P", "NI", "NJ"  # of tensors
 _WITH_ATOMICS = "search_kernel", "commit_kernel", "scatter_atomic_kernel"
 
@@ -97,6 +101,8 @@ class Outcome:
     narrow: bool  # a tile's address is multiplied in 32 bits
     trap: bool
     atomics: tuple[str, ...]
+    loops: tuple[Loop, ...] = ()  # that multiply, the innermost first; of `_COUNTED` alone
+    busy: float | None = None  # share of an H100's places for blocks that is taken, of all waves
 
 
 def compile_launch(launch: Launch, target: Target) -> Any:
@@ -144,9 +150,11 @@ def examine(launch: Launch, target_name: str) -> Outcome:
     sizes = {name: x for name, x in arguments if type(x) is int and name in _SIZES}
     compiled = compile_launch(launch, target)
     text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-    registers, spills = _registers(compiled, target)
+    registers, spills, code = _registers(compiled, target)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     tensor = getattr(compiled.metadata, "tmem_size", None) or 0
+    resident = _resident(target, warps, registers, shared, tensor)
+    waves = math.prod(launch.grid) / max(_PROCESSORS * resident, 1)
     return Outcome(
         kernel=kernel.__name__,
         target=target_name,
@@ -158,25 +166,27 @@ def examine(launch: Launch, target_name: str) -> Outcome:
         shared=shared,
         tensor=tensor,
         warps=warps,
-        warps_resident=warps * _resident(target, warps, registers, shared, tensor),
+        warps_resident=warps * resident,
         matrix=bool(precision and re.search(instruction, text)),
         wide=re.search(_WIDE[target.backend], text) is not None,
         narrow=re.search(_NARROW, compiled.asm["ttir"]) is not None,
         trap=re.search(r"^\s*(s_)?trap\b", text, re.MULTILINE) is not None,
         atomics=tuple(sorted(set(re.findall(_ATOMIC[target.backend], text)))),
+        loops=tuple(loops(code)) if precision and target_name in _COUNTED else (),
+        busy=waves / math.ceil(waves) if target_name == "sm_90" else None,
     )
 
 
-def _registers(compiled: Any, target: Target) -> tuple[int, int]:
-    """Those that a thread has, and what says that they were too few (0: they were not)."""
+def _registers(compiled: Any, target: Target) -> tuple[int, int, str]:
+    """Those that a thread has, what says that they were too few (0: they were not), the code."""
     if target.backend == "cuda":
         usage, code = _disassemble(compiled.asm["cubin"])
         (registers,), (stack,) = (re.findall(rf"{what}:(\d+)", usage) for what in ("REG", "STACK"))
-        return int(registers), int(stack) + len(re.findall(r"\b(LDL|STL)\b", code))
+        return int(registers), int(stack) + len(re.findall(r"\b(LDL|STL)\b", code)), code
     text = compiled.asm["amdgcn"]
     (registers,) = set(re.findall(r"\.vgpr_count:\s+(\d+)", text))
     lost = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
-    return int(registers), sum(map(int, lost))
+    return int(registers), sum(map(int, lost)), text
 
 
 def _resident(target: Target, warps: int, registers: int, shared: int, tensor: int) -> int:
@@ -247,24 +257,47 @@ def _audit_workload(name: str, target: str) -> dict[str, Outcome]:
     return outcomes
 
 
-def table(outcomes: dict[str, Outcome]) -> dict[str, dict[str, list[int]]]:
-    """Triton's version -> workload/kernel/target -> registers, bytes shared, resident warps."""
+def table(outcomes: dict[str, Outcome]) -> dict[str, dict[str, list[float]]]:
+    """Triton's version -> workload/kernel/target -> registers, bytes shared, resident warps.
+
+    On the GPUs whose loops are counted a kernel that multiplies has a fourth number: instructions
+    for 1,000 multiply-adds in its innermost loop.
+    """
     import triton
 
-    numbers = {k: [o.registers, o.shared, o.warps_resident] for k, o in outcomes.items()}
+    numbers: dict[str, list[float]] = {}
+    for key, o in outcomes.items():
+        numbers[key] = [o.registers, o.shared, o.warps_resident]
+        numbers[key] += [round(loop.per_thousand, 1) for loop in o.loops[:1]]
     return {triton.__version__: numbers}
 
 
-def markdown(numbers: dict[str, list[int]]) -> str:
+def markdown(numbers: dict[str, list[float]]) -> str:
     """One version of `table` as the documents show it: registers, KB shared, resident warps."""
     rows: dict[str, dict[str, str]] = {}
-    for key, (registers, shared, warps) in numbers.items():
+    for key, (registers, shared, warps, *_) in numbers.items():
         workload, kernel, target = key.split("/")
         cells = rows.setdefault(f"`{kernel}` | {workload}", {})
         cells[target] = f"{registers}, {shared / 1024:.1f}, {warps}"
     lines = [f"| kernel | workload | {' | '.join(TARGETS)} |", "|---|---" + "|---" * 4 + "|"]
     lines += [f"| {row} | {' | '.join(cells[t] for t in TARGETS)} |" for row, cells in rows.items()]
     return "\n".join(lines)
+
+
+def speeds(outcomes: dict[str, Outcome]) -> str:
+    """What the innermost loops that multiply cost, and how full an H100 is, in Markdown.
+
+    A cell: instructions for 1,000 multiply-adds, and waits in a pass through the loop.
+    """
+    rows: dict[str, list[str]] = {}
+    for key, o in outcomes.items():
+        workload, kernel, _ = key.split("/")
+        for loop in o.loops[:1]:
+            cells = rows.setdefault(f"`{kernel}` | {workload}", [])
+            cells.append(f"{loop.per_thousand:.1f}, {loop.waits}")
+            cells += [f"{o.busy:.0%}"] if o.busy else []
+    lines = [f"| kernel | workload | {' | '.join(_COUNTED)} | busy |", "|---|---|---|---|---|"]
+    return "\n".join(lines + [f"| {row} | {' | '.join(cells)} |" for row, cells in rows.items()])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -280,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
         from kernels.audit.roofline import report
 
         ((_, numbers),) = table(outcomes).items()
-        print(markdown(numbers), report(), sep="\n\n")
+        print(markdown(numbers), speeds(outcomes), report(), sep="\n\n")
     elif options.table:
         print(json.dumps(table(outcomes), indent=1))
     else:

@@ -1,19 +1,25 @@
 """What no operation can be faster than, from the launches it would make: a static roofline.
 
-Nothing here is measured. Each launch has matrix work, bytes that any such launch must move through
-memory (every tensor once, one that is updated twice), and bytes that its tiles move between the L2
-cache and the processors; it takes the longest of the three at the peak of an H100 (data sheet; the
-L2 figure is the one commonly measured). Calls of torch are counted as reading and writing their
-tensors once, products in float32 as it is. The unfused way is made of such calls alone.
+Nothing here is measured. Each launch has matrix work, instructions, bytes that any such launch must
+move through memory (every tensor once, one that is updated twice), and bytes that its tiles move
+between the L2 cache and the processors; it takes the longest of the four at the peak of an H100
+(data sheet; the L2 figure is the one commonly measured). Instructions are those of the loops that
+multiply, counted in the code compiled for it; others are left out. Calls of torch are counted as
+reading and writing their tensors once, products in float32 as it is. The unfused way is made of
+such calls alone.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from kernels.audit import workloads
+from kernels.audit.aot import Outcome, examine
 from kernels.audit.workloads import Launch, record
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 TF32, FP32, HBM, L2 = 495e12, 67e12, 3.35e12, 5.5e12  # operations, bytes: for each second
+ISSUE = 132 * 4 * 1.755e9  # instructions of warps: four schedulers to a processor, one each a cycle
 ROWS = (1600, 65536)
 SIZES = {
     "search": [(N, L, D) for N in ROWS for L in (400, 1024, 8192, 65536) for D in (8, 64, 256)],
@@ -28,6 +35,25 @@ SIZES = {
     "average": [(0, L, D) for L in (400, 8192, 65536, 262144) for D in (64, 256)],
     "distribution": [(800, L, D) for L in (400, 8192, 65536) for D in (64, 256)],  # clips of 10
 }
+
+
+MEASURED = Path(__file__).parents[3] / "docs/benchmarks/gpu/search-and-step.json"
+
+
+class Cost(NamedTuple):
+    """Of a launch: operations and instructions, bytes through L2 and through memory."""
+
+    work: float
+    issued: float
+    l2: float
+    memory: float
+    rate: float = TF32  # operations for each second
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By what would bind if it bound alone."""
+        matrix, issue = self.work / self.rate, self.issued / ISSUE
+        return {"matrix": matrix, "issue": issue, "L2": self.l2 / L2, "HBM": self.memory / HBM}
 
 
 class Calls(TorchDispatchMode):
@@ -57,42 +83,53 @@ class Calls(TorchDispatchMode):
         return out
 
 
-def cost(launch: Launch) -> tuple[float, float, float]:
-    """Matrix operations, bytes through L2, bytes through memory."""
+def cost(launch: Launch) -> Cost:
+    """What a launch cannot do without."""
     of = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
     name, tensors = launch.kernel.__name__, [x for x in launch.args if isinstance(x, Tensor)]
     memory = sum(x.nbytes for x in tensors)
     if name == "survey_kernel":  # with the dead given, it does not look at the codes themselves
         memory -= of["codes"].nbytes
         read_by_all = 2 * of["batch_counts"].nbytes + of["counts"].nbytes + of["dead"].nbytes
-        return 0, memory + launch.grid[0] * read_by_all, memory
+        return Cost(0, 0, memory + launch.grid[0] * read_by_all, memory)
     if name == "gather_kernel":
         read_by_all = sum(of[x].nbytes for x in ("indices", "groups") if of[x] is not None)
-        return 0, memory + launch.grid[0] * launch.grid[1] * read_by_all, memory
+        return Cost(0, 0, memory + launch.grid[0] * launch.grid[1] * read_by_all, memory)
     if name == "average_kernel":
         memory += of["sums"].nbytes
     if "PRECISION" not in of:
-        return 0, memory, memory
-    N, L, D = (of[size] for size in "NLD")
-    pairs = 8 * N * L if "grad" in of else 0  # ln P and its gradient, for each pair
-    if name == "search_kernel":
-        work, l2 = _tiles(N, L, D, of["BLOCK_N"], of["BLOCK_L"])
-        l2 += 4 * D * L * -(-N // of["BLOCK_N"])  # codes come in two parts
-    elif name == "clip_kernel":
-        work, l2 = (launch.grid[0] * x for x in _tiles(L, of["T"], D, of["BLOCK_I"], of["BLOCK_J"]))
-    elif name == "gradient_kernel":
-        work, l2 = _tiles(of["NI"], of["NJ"], D, of["BLOCK_I"], of["BLOCK_J"])
-        columns = launch.grid[1]  # the distances are made anew for each block of columns
-        work, l2, pairs = work * (columns + 1), l2 * columns + l2 / 2, pairs * columns
-    else:
-        work, l2 = _tiles(N, L, D, of["BLOCK_I"], of["BLOCK_J"])
-    return work, l2 + pairs, memory
+        return Cost(0, 0, memory, memory)
+    search, gradient = name == "search_kernel", name == "gradient_kernel"
+    NI, NJ = (of["NI"], of["NJ"]) if gradient else (of["N"], of["L"])
+    rows, others = (of["BLOCK_N"], of["BLOCK_L"]) if search else (of["BLOCK_I"], of["BLOCK_J"])
+    i, j, D = -(-NI // rows), -(-NJ // others), -(-of["D"] // of["BLOCK_D"]) * of["BLOCK_D"]
+    products = 3 if of["PRECISION"].endswith("x3") else 1
+    work = products * 2 * i * rows * j * others * D
+    if gradient:  # p / d and g w / d for each block of columns, the other side, its parts
+        l2 = 8 * launch.grid[1] * NI * NJ + 4 * of["D"] * i * NJ + of["out"].nbytes
+    elif search:  # codes come in two parts
+        l2 = 4 * of["D"] * (2 * i * NJ + j * NI)
+    else:  # ln P, its gradient, p / d and g w / d for each pair, or the distance
+        l2 = 4 * of["D"] * (i * NJ + j * NI) + (16 if name == "pull_kernel" else 4) * NI * NJ
+    compiled = _compiled(launch)
+    inner, *outer = compiled.loops
+    issued = work / 2 / inner.multiply_adds * inner.instructions
+    issued += i * j * compiled.warps * sum(loop.instructions for loop in outer)
+    return Cost(work, issued, l2, memory, TF32 if "tf32" in of["PRECISION"] else 2 * TF32)
 
 
-def _tiles(NI: int, NJ: int, D: int, block_i: int, block_j: int) -> tuple[float, float]:
-    """All products of NI rows with NJ others in tf32x3: three products; their tiles from L2."""
-    i, j = -(-NI // block_i), -(-NJ // block_j)
-    return 3 * 2 * i * block_i * j * block_j * D, 4 * D * (i * NJ + j * NI)
+_OUTCOMES: dict[object, Outcome] = {}
+
+
+def _compiled(launch: Launch) -> Outcome:
+    """For an H100; launches that differ in sizes alone are compiled once."""
+    special = [
+        x.dtype if isinstance(x, Tensor) else x and (x == 1, x % 16 == 0) for x in launch.args
+    ]
+    key = launch.kernel.__name__, str(special), str(launch.options)
+    if key not in _OUTCOMES:
+        _OUTCOMES[key] = examine(launch, "sm_90")
+    return _OUTCOMES[key]
 
 
 def _unfused_search(N: int, L: int, D: int) -> None:
@@ -158,8 +195,7 @@ def row(operation: str, N: int, L: int, D: int) -> dict[str, Any]:
     with FakeTensorMode(), unfused:
         UNFUSED[operation](N, L, D)
     costs = [cost(launch) for launch in launches]
-    each = [{"matrix": w / TF32, "L2": l2 / L2, "HBM": m / HBM} for w, l2, m in costs]
-    seconds = {name: sum(c[name] for c in each) for name in ("matrix", "L2", "HBM")}
+    seconds = {name: sum(c.seconds[name] for c in costs) for name in costs[0].seconds}
     seconds["HBM"] += calls.seconds
     return {
         "operation": operation,
@@ -170,15 +206,26 @@ def row(operation: str, N: int, L: int, D: int) -> dict[str, Any]:
         "of torch": calls.number,
         "programs": max(torch.Size(launch.grid).numel() for launch in launches),
         "least MB": LEAST[operation](N, L, D) / 1e6,
-        "MB": (sum(m for _, _, m in costs) + calls.bytes) / 1e6,
-        "L2 MB": round(sum(l2 for _, l2, _ in costs) / 1e6),
-        "Gflop": sum(w for w, _, _ in costs) / 1e9,
+        "MB": (sum(c.memory for c in costs) + calls.bytes) / 1e6,
+        "L2 MB": round(sum(c.l2 for c in costs) / 1e6),
+        "Gflop": sum(c.work for c in costs) / 1e9,
+        "matrix us": 1e6 * seconds["matrix"],
+        "issue us": 1e6 * seconds["issue"],
         "bound by": max(seconds, key=lambda name: seconds[name]),
-        "us": 1e6 * (sum(max(c.values()) for c in each) + calls.seconds),
+        "us": 1e6 * (sum(max(c.seconds.values()) for c in costs) + calls.seconds),
+        "measured us": measured().get((operation, N, L, D), "-"),
         "unfused calls": unfused.number,
         "unfused MB": round(unfused.bytes / 1e6),
         "unfused us": 1e6 * unfused.seconds,
     }
+
+
+@functools.cache
+def measured() -> dict[tuple[str, int, int, int], float]:
+    """Microseconds of an earlier form of the search on an H100, in float32."""
+    (run,) = json.loads(MEASURED.read_text())["runs"]
+    rows = [r for r in run["rows"] if r.get("dtype") == "float32" and "L" in r]
+    return {("search", r["N"], r["L"], r["D"]): 1e3 * r["ms"]["mmvq"]["gpu"] for r in rows}
 
 
 def report() -> str:

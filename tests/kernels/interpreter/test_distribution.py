@@ -20,7 +20,7 @@ from mmvq_kernels.distribution import (
     code_log_probabilities_ref,
     forward_torch,
 )
-from mmvq_kernels.gpu import launching
+from mmvq_kernels.gpu import distribution, launching
 from mmvq_kernels.gpu.distribution import backward, forward
 
 # one of all, D past a tile, T past a tile, L past a block, blocks that span clips
@@ -199,6 +199,28 @@ def test_a_clip_may_begin_with_segments_that_do_not_count(only: int, device: str
     log_p, _ = forward(x, codebook, mask)
     alone = x[:, only : only + 1]
     check_forward(log_p, code_log_probabilities_ref(alone, codebook), alone, codebook, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("distances", [1, 3 * 5 * 112, 17 * 5 * 112])
+def test_clips_may_come_a_block_at_a_time(
+    distances: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One or some of 19, the last block smaller: the same up to the order of sums."""
+    grad, x, codebook, mask = gradients(19, 5, 101, 33, device, 1.0)
+    x, codebook = x.to(dtype), codebook.to(dtype)
+    whole = forward(x, codebook, mask)
+    of_x, of_codes = backward(grad, x, codebook, mask, *whole, True)
+    monkeypatch.setattr(distribution, "_DISTANCES", distances)
+    for mine, wanted in zip(forward(x, codebook, mask), whole, strict=True):
+        close(mine, wanted, rounding(FLOAT, 16, wanted.abs().max().item()))
+    found = backward(grad, x, codebook, mask, *whole, True)
+    assert torch.equal(found[0], backward(grad, x, codebook, mask, *whole, False)[0])
+    for mine, wanted in zip(found, (of_x, of_codes), strict=True):
+        assert mine.dtype == dtype
+        close(mine, wanted, rounding(dtype, 64, wanted.abs().max().item()))
+    if dtype == FLOAT:
+        check_backward(found, grad, x, codebook, mask)
 
 
 def test_no_clip_has_no_gradient(device: str) -> None:
