@@ -23,12 +23,13 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def record(work: Callable[[], object]) -> list[Launch]:
-    """The launches that `work` makes on fake tensors; nothing runs."""
+def record(work: Callable[[], object], capability: int = 90) -> list[Launch]:
+    """The launches that `work` makes on fake tensors of a device; nothing runs."""
     from mmvq_kernels.gpu import launching
 
     launches: list[Launch] = []
-    original = launching.launch
+    original = launching.launch, launching.capability
+    launching.capability = lambda like: capability
     launching.launch = lambda kernel, grid, *args, **options: (
         launches.append(Launch(kernel, grid, args, options)) if 0 not in grid else None
     )
@@ -36,7 +37,7 @@ def record(work: Callable[[], object]) -> list[Launch]:
         with FakeTensorMode():
             work()
     finally:
-        launching.launch = original
+        launching.launch, launching.capability = original
     return launches
 
 
