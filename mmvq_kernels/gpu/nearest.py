@@ -30,29 +30,42 @@ _BLOCK = 128  # codes and vectors are padded to a multiple, so that no tile is m
 
 
 class Tile(NamedTuple):
-    """Vectors by codes of a tile, programs that a processor holds, and clock cycles of the tile.
+    """What a program of `search_kernel` works on at a time."""
 
-    `steps` are 64 columns each. One program takes `steps * step + end` for a tile, several take
-    turns at what is busiest: the matrix instructions (`product`) or all others (`minimum`).
+    rows: int  # vectors
+    codes: int
+    warps: int
+    stages: int
+
+
+class Cost(NamedTuple):
+    """Clock cycles of a tile, at so many columns, on one processor.
+
+    A program takes `steps * step + end`, for steps of 64 columns. Several share what is busiest:
+    matrix instructions or loads, `steps * step_together`, or all others, `end_together`.
     """
 
-    rows: int
-    codes: int
-    resident: int
+    resident: int  # programs that a processor holds
     step: int
     end: int
-    product: int  # for each step
-    minimum: int
+    step_together: int
+    end_together: int
 
 
-# By the name of a device; "" is any other. Estimates for an H100: 2,048 products of float16 in a
-# cycle, the instructions of the compiled code (4 warps issue one each in a cycle), and about 200
-# cycles for the waits of a step.
-# True: of up to 64 columns, when vectors are read once.
-TILES: dict[str, dict[bool, tuple[Tile, ...]]] = {
+# By name of the device, "" for any other, and by whether there are at most 64 columns. These are
+# estimates for an H100: 2,048 products of float16 a cycle and 32 bytes from L2, instructions as
+# counted in the compiled code, of which 4 warps issue one each in a cycle, 200 cycles of waiting.
+TILES: dict[str, dict[bool, dict[Tile, Cost]]] = {
     "": {
-        True: (Tile(64, 64, 4, 700, 350, 440, 230), Tile(128, 128, 2, 1750, 900, 1540, 850)),
-        False: (Tile(64, 64, 2, 700, 350, 440, 230), Tile(128, 128, 1, 1750, 900, 1540, 850)),
+        True: {
+            Tile(64, 64, 4, 3): Cost(3, 700, 300, 512, 240),
+            Tile(128, 128, 8, 2): Cost(2, 1750, 900, 1540, 860),
+        },
+        False: {
+            Tile(64, 64, 4, 3): Cost(2, 1024, 350, 1024, 240),
+            Tile(128, 64, 8, 3): Cost(1, 1540, 450, 1540, 430),
+            Tile(128, 128, 8, 3): Cost(1, 2050, 900, 2050, 860),
+        },
     }
 }
 _ENDS = 3000  # cycles to begin and end a program
@@ -202,8 +215,8 @@ def _keep_least(
             )
             least = tl.minimum(first, second)
             at = tl.where(least == first, here, there)
-    index = tl.where(least < best, start + at, index)
-    return tl.minimum(least, best), index
+    less = least < best
+    return tl.where(less, least, best), tl.where(less, start + at, index)
 
 
 @triton.jit
@@ -297,44 +310,45 @@ def search_with_ticket(
     codebook: Tensor,
     fast: bool = False,
     spare: int = 1,
-    _plan: tuple[Tile, int] | None = None,
+    force: tuple[Tile, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The indices, int64 `[N]`, and `spare` zeros, int32, for the kernel that follows.
 
-    `_plan` is a tile and the codes of a program, to time them.
+    `force` is a tile and the codes of a program, where a sweep times them.
     """
     x, codebook = x.contiguous(), codebook.contiguous()
     N, L = x.shape[0], codebook.shape[0]
-    P = padded(x.shape[1])
-    once, hopper = P <= 64, launching.capability(x) == 90
-    tile, share = _plan or plan(N, L, P, launching.processors(x), launching.name(x))
+    P, capability = padded(x.shape[1]), launching.capability(x)
+    once, hopper, large = P <= 64, capability == 90, capability // 10 in (9, 10, 11)
+    tile, share = force or plan(N, L, P, launching.processors(x), launching.name(x))
     blocks, split = cdiv(N, tile.rows), share < L
     out = x.new_empty(N, dtype=torch.long)
     packed = torch.empty_like(out) if split else None
     unpacks = split and launching.amd(x) is None  # whose barriers wait for no atomic of other waves
     own = blocks if unpacks else 0
     tickets = x.new_empty(own + spare, dtype=torch.int32)
-    high, low, inverse, half_norm = prepare(
-        x, codebook, fast, packed, tickets if len(tickets) else None
-    )
-    options = {"maxnreg": 128} if once and hopper and tile.rows == 128 else {}  # two programs fit
+    prepared = prepare(x, codebook, fast, packed, tickets if len(tickets) else None)
+    half_norm = prepared[-1]
     launching.launch(
         search_kernel,
         (blocks, cdiv(L, share)),
-        *(high, low, inverse, half_norm, packed, tickets if unpacks else None, out),
+        *prepared,
+        packed,
+        tickets if unpacks else None,
+        out,
         N,
         L,
         len(half_norm),
         P,
         share,
         BLOCK_N=tile.rows,
-        BLOCK_L=tile.codes,
-        BLOCK_D=P if once else 64 if hopper else 32,  # others have half the shared memory
+        BLOCK_L=min(tile.codes, 64) if capability >= 100 else tile.codes,
+        BLOCK_D=P if once else 64 if large else 32,
         ONCE=once,
         PRECISION="fp16",
-        num_warps=tile.rows // 16,
-        num_stages=2 if P == 64 and hopper else 3,
-        **options,
+        num_warps=tile.warps,
+        num_stages=tile.stages if hopper else 3,
+        **({"maxnreg": 128} if once and hopper and tile.warps == 8 else {}),  # two programs fit
     )
     if packed is not None and not unpacks:
         out = packed.bitwise_and_(0xFFFFFFFF)
@@ -364,7 +378,7 @@ def prepare(
     half_norm = x.new_empty(R, dtype=torch.float32)
     high, low = (parts[0], None) if fast else parts
     block_d = triton.next_power_of_2(P)
-    block_r = max(1, min(64, 4096 // block_d))
+    block_r = max(1, min(64, 2048 // block_d))
     launching.launch(
         prepare_kernel,
         ((R + rows) // block_r,),
@@ -379,6 +393,7 @@ def prepare(
         BLOCK_R=block_r,
         BLOCK_D=block_d,
         num_warps=4,
+        maxnreg=128,  # the compiler would take fewer, and spill
     )
     return high, low, inverse, half_norm
 
@@ -388,22 +403,24 @@ def plan(N: int, L: int, P: int, processors: int, device: str = "") -> tuple[Til
     """The tile and the codes of a program, with the least predicted time."""
 
     def time(tile: Tile, share: int) -> float:
-        """Of the processor with the most programs, which come in rounds of `resident`."""
-        steps, tiles = P / 64, share // tile.codes
+        """Of the processor with the most programs, which it takes on `resident` at a time."""
+        cost, tiles = costs[tile], share // tile.codes
+        programs, total = cdiv(cdiv(N, tile.rows) * cdiv(L, share), processors), 0.0
+        while programs > 0:
+            number = min(programs, cost.resident)
+            alone = steps * cost.step + cost.end
+            together = number * max(steps * cost.step_together, cost.end_together)
+            rounds = programs // number
+            total += rounds * (_ENDS + tiles * max(alone, together))
+            programs -= rounds * number
+        return total
 
-        def round_(programs: int) -> float:
-            alone = steps * tile.step + tile.end
-            together = programs * max(steps * tile.product, tile.minimum)
-            return _ENDS + tiles * max(alone, together) if programs else 0.0
-
-        most = cdiv(cdiv(N, tile.rows) * cdiv(L, share), processors)
-        return most // tile.resident * round_(tile.resident) + round_(most % tile.resident)
-
+    steps, costs = P / 64, TILES.get(device, TILES[""])[P <= 64]
     plans = [
         (tile, tile.codes * cdiv(cdiv(L, tile.codes), splits))
-        for tile in TILES.get(device, TILES[""])[P <= 64]
-        for splits in range(
-            1, min(cdiv(L, tile.codes), cdiv(8 * processors, max(cdiv(N, tile.rows), 1))) + 1
-        )
+        for tile in costs
+        if P > 16 or tile.rows == 64  # for the minimum, many small programs are better
+        for splits in range(1, min(L, 8 * processors // max(cdiv(N, tile.rows), 1) + 1) + 1)
+        if (splits - 1) * tile.codes < L
     ]
     return min(plans, key=lambda each: time(*each))
