@@ -191,6 +191,12 @@ def _product(high, low, x_high, x_low, cells):
 
 
 @triton.jit
+def _split(x, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
+    """The even and the odd eights of columns."""
+    return tl.split(tl.permute(tl.reshape(x, [BLOCK_N, PAIRS, 2, 8]), (0, 1, 3, 2)))
+
+
+@triton.jit
 def _keep_least(
     best, index, products, minus_inverse, inverse, half_norm, start, BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -205,16 +211,13 @@ def _keep_least(
     factors = minus_inverse[:, None] * tl.load(inverse + codes)[None, :]
     least = products * factors + tl.load(half_norm + codes)[None, :]
     at = tl.broadcast_to((tl.arange(0, BLOCK_L) & -8)[None, :], [BLOCK_N, BLOCK_L])
-    for i in tl.static_range(1, 8):
-        if BLOCK_L >> i >= 8:
-            first, second = tl.split(
-                tl.permute(tl.reshape(least, [BLOCK_N, 2, BLOCK_L >> i]), (0, 2, 1))
-            )
-            here, there = tl.split(
-                tl.permute(tl.reshape(at, [BLOCK_N, 2, BLOCK_L >> i]), (0, 2, 1))
-            )
+    for i in tl.static_range(4, 12):  # neighbours, so that what is on the left has lower indices
+        if BLOCK_L >> i > 0:
+            first, second = _split(least, BLOCK_N, BLOCK_L >> i)
+            here, there = _split(at, BLOCK_N, BLOCK_L >> i)
             least = tl.minimum(first, second)
             at = tl.where(least == first, here, there)
+    least, at = tl.reshape(least, [BLOCK_N, 8]), tl.reshape(at, [BLOCK_N, 8])
     less = least < best
     return tl.where(less, least, best), tl.where(less, start + at, index)
 
@@ -403,17 +406,12 @@ def plan(N: int, L: int, P: int, processors: int, device: str = "") -> tuple[Til
     """The tile and the codes of a program, with the least predicted time."""
 
     def time(tile: Tile, share: int) -> float:
-        """Of the processor with the most programs, which it takes on `resident` at a time."""
+        """Of the processor with the most programs."""
         cost, tiles = costs[tile], share // tile.codes
-        programs, total = cdiv(cdiv(N, tile.rows) * cdiv(L, share), processors), 0.0
-        while programs > 0:
-            number = min(programs, cost.resident)
-            alone = steps * cost.step + cost.end
-            together = number * max(steps * cost.step_together, cost.end_together)
-            rounds = programs // number
-            total += rounds * (_ENDS + tiles * max(alone, together))
-            programs -= rounds * number
-        return total
+        programs = cdiv(cdiv(N, tile.rows) * cdiv(L, share), processors)
+        alone = _ENDS + tiles * (steps * cost.step + cost.end)
+        together = programs * tiles * max(steps * cost.step_together, cost.end_together)
+        return max(cdiv(programs, cost.resident) * alone, _ENDS + together)
 
     steps, costs = P / 64, TILES.get(device, TILES[""])[P <= 64]
     plans = [
