@@ -82,10 +82,10 @@ def test_the_documents_show_the_roofline() -> None:
     found = roofline.row("search", 65536, 1024, 256)
     assert found["programs"] == 512
     assert found["Gflop"] == 3 * 2 * 65536 * 1024 * 256 / 1e9
-    # each block reads the two parts of all codes, and its own vectors once for each of the 8 tiles;
-    # `prepare` reads 1 MB and writes 2, a centre and half-norms
-    search = 4 * 256 * (512 * 2 * 1024 + 8 * 65536)
-    prepare = 4 * (3 * 1024 * 256 + 256 + 1024)
+    # each block reads the two parts of all codes, and of its own vectors for each of the 8 tiles;
+    # `prepare` reads vectors and codes, and writes two parts, a scale and half-norms
+    search = 4 * 256 * (512 * 1024 + 512 * 8 * 128)
+    prepare = 4 * (65536 + 1024) * (2 * 256 + 1) + 4 * 1024
     assert found["L2 MB"] == round((search + prepare) / 1e6)
     assert found["least MB"] < found["MB"] < found["unfused MB"]
 
@@ -95,10 +95,12 @@ def test_options_for_each_vendor() -> None:
     from mmvq_kernels.gpu.launching import fit
 
     exact, fast = {"PRECISION": "tf32x3", "num_stages": 3}, {"PRECISION": "tf32", "num_stages": 1}
+    search = {"PRECISION": "fp16", "num_stages": 3, "BLOCK_L": 128}
     assert fit(exact, amd=None) == exact
     assert fit(fast, amd=None) == fast
     for arch in ("gfx942", "gfx90a"):
         assert fit(exact, amd=arch) == {"PRECISION": "ieee", "num_stages": 2}
+        assert fit(search, amd=arch) == {"PRECISION": "fp16", "num_stages": 2, "BLOCK_L": 64}
     assert fit(fast, amd="gfx942") == fast
     assert fit(fast, amd="gfx90a") == {"PRECISION": "ieee", "num_stages": 1}
 

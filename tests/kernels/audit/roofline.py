@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-TF32, FP32, HBM, L2 = 495e12, 67e12, 3.35e12, 5.5e12  # operations, bytes: for each second
+FP16, TF32, FP32 = 989e12, 495e12, 67e12  # operations for each second
+HBM, L2 = 3.35e12, 5.5e12  # bytes for each second
 ROWS = (1600, 65536)
 SIZES = {
     "search": [(N, L, D) for N in ROWS for L in (400, 1024, 8192, 65536) for D in (8, 64, 256)],
@@ -71,14 +72,14 @@ def cost(launch: Launch) -> tuple[float, float, float]:
         return 0, memory + launch.grid[0] * launch.grid[1] * read_by_all, memory
     if name == "average_kernel":
         memory += of["sums"].nbytes
+    if name == "search_kernel":
+        work, l2 = _search(of, launch.grid)
+        return work, l2, memory
     if "PRECISION" not in of:
         return 0, memory, memory
     N, L, D = (of[size] for size in "NLD")
     pairs = 8 * N * L if "grad" in of else 0  # ln P and its gradient, for each pair
-    if name == "search_kernel":
-        work, l2 = _tiles(N, L, D, of["BLOCK_N"], of["BLOCK_L"])
-        l2 += 4 * D * L * -(-N // of["BLOCK_N"])  # codes come in two parts
-    elif name == "clip_kernel":
+    if name == "clip_kernel":
         work, l2 = (launch.grid[0] * x for x in _tiles(L, of["T"], D, of["BLOCK_I"], of["BLOCK_J"]))
     elif name == "gradient_kernel":
         work, l2 = _tiles(of["NI"], of["NJ"], D, of["BLOCK_I"], of["BLOCK_J"])
@@ -87,6 +88,15 @@ def cost(launch: Launch) -> tuple[float, float, float]:
     else:
         work, l2 = _tiles(N, L, D, of["BLOCK_I"], of["BLOCK_J"])
     return work, l2 + pairs, memory
+
+
+def _search(of: dict[str, Any], grid: tuple[int, ...]) -> tuple[float, float]:
+    """Products of float16 parts, and the parts of tiles from L2."""
+    tiles = grid[0] * -(-of["L"] // of["BLOCK_L"])
+    parts, products = (1, 1) if of["low"] is None else (2, 3)
+    vectors = grid[0] * grid[1] if of["ONCE"] else tiles  # how often a block of them is read
+    l2 = 2 * parts * of["P"] * (tiles * of["BLOCK_L"] + vectors * of["BLOCK_N"])
+    return 2 * products * tiles * of["BLOCK_N"] * of["BLOCK_L"] * of["P"], l2
 
 
 def _tiles(NI: int, NJ: int, D: int, block_i: int, block_j: int) -> tuple[float, float]:
@@ -158,7 +168,11 @@ def row(operation: str, N: int, L: int, D: int) -> dict[str, Any]:
     with FakeTensorMode(), unfused:
         UNFUSED[operation](N, L, D)
     costs = [cost(launch) for launch in launches]
-    each = [{"matrix": w / TF32, "L2": l2 / L2, "HBM": m / HBM} for w, l2, m in costs]
+    peaks = [FP16 if x.options.get("PRECISION") == "fp16" else TF32 for x in launches]
+    each = [
+        {"matrix": w / peak, "L2": l2 / L2, "HBM": m / HBM}
+        for peak, (w, l2, m) in zip(peaks, costs, strict=True)
+    ]
     seconds = {name: sum(c[name] for c in each) for name in ("matrix", "L2", "HBM")}
     seconds["HBM"] += calls.seconds
     return {
@@ -168,7 +182,11 @@ def row(operation: str, N: int, L: int, D: int) -> dict[str, Any]:
         "D": D,
         "launches": len(launches),
         "of torch": calls.number,
-        "programs": max(torch.Size(launch.grid).numel() for launch in launches),
+        "programs": max(
+            torch.Size(launch.grid).numel()
+            for launch in launches
+            if launch.kernel.__name__ != "prepare_kernel"
+        ),
         "least MB": LEAST[operation](N, L, D) / 1e6,
         "MB": (sum(m for _, _, m in costs) + calls.bytes) / 1e6,
         "L2 MB": round(sum(l2 for _, l2, _ in costs) / 1e6),

@@ -328,7 +328,7 @@ def test_the_grid_fills_the_processors(N: int, L: int, split: bool | None, P: in
         blocks, programs = launching.cdiv(N, tile.rows), launching.cdiv(L, share)
         waves = launching.cdiv(blocks * programs, 132)
         done = blocks * launching.cdiv(L, tile.codes)
-        assert done / (132 * waves * share // tile.codes) > 6 / 7
+        assert done / (132 * waves * share // tile.codes) > 3 / 4
 
 
 def test_a_measured_table_stands_in_for_the_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
