@@ -16,6 +16,7 @@ and never splits D: so the lowest index wins without a search for repeated codes
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -52,19 +53,24 @@ class Cost(NamedTuple):
     end_together: int
 
 
-# By name of the device, "" for any other, and by whether there are at most 64 columns. These are
-# estimates for an H100: 2,048 products of float16 a cycle and 32 bytes from L2, instructions as
-# counted in the compiled code, of which 4 warps issue one each in a cycle, 200 cycles of waiting.
-TILES: dict[str, dict[bool, dict[Tile, Cost]]] = {
+# By name of the device, "" for any other, and by the most columns that tiles are for. Estimates for
+# an H100: 2,048 products of float16 and 24 bytes from L2 a cycle, 128 bytes from shared memory, the
+# instructions of the compiled code, of which 4 warps issue one each a cycle, 200 cycles of waiting.
+TILES: dict[str, dict[float, dict[Tile, Cost]]] = {
     "": {
-        True: {
-            Tile(64, 64, 4, 3): Cost(3, 700, 300, 512, 240),
+        16: {Tile(64, 64, 4, 3): Cost(6, 700, 300, 683, 240)},
+        64: {
+            Tile(64, 64, 4, 3): Cost(3, 700, 300, 683, 240),
             Tile(128, 128, 8, 2): Cost(2, 1750, 900, 1540, 860),
         },
-        False: {
-            Tile(64, 64, 4, 3): Cost(2, 1024, 350, 1024, 240),
-            Tile(128, 64, 8, 3): Cost(1, 1540, 450, 1540, 430),
-            Tile(128, 128, 8, 3): Cost(1, 2050, 900, 2050, 860),
+        128: {
+            Tile(64, 64, 4, 2): Cost(2, 700, 300, 683, 240),
+            Tile(128, 64, 8, 3): Cost(1, 970, 450, 970, 430),
+        },
+        math.inf: {
+            Tile(64, 64, 4, 3): Cost(2, 1365, 350, 1365, 240),
+            Tile(128, 64, 8, 3): Cost(1, 2048, 450, 2048, 430),
+            Tile(128, 128, 8, 3): Cost(1, 2730, 900, 2730, 860),
         },
     }
 }
@@ -322,8 +328,13 @@ def search_with_ticket(
     x, codebook = x.contiguous(), codebook.contiguous()
     N, L = x.shape[0], codebook.shape[0]
     P, capability = padded(x.shape[1]), launching.capability(x)
-    once, hopper, large = P <= 64, capability == 90, capability // 10 in (9, 10, 11)
+    hopper, large = capability == 90, capability // 10 in (9, 10, 11)  # in shared memory
     tile, share = force or plan(N, L, P, launching.processors(x), launching.name(x))
+    once, options = P <= (128 if hopper else 64), {}
+    if capability >= 100:
+        options["maxnreg"] = 255  # the compiler would take fewer, and spill
+    elif once and hopper and tile.codes == 128:
+        options["maxnreg"] = 128  # two programs fit
     blocks, split = cdiv(N, tile.rows), share < L
     out = x.new_empty(N, dtype=torch.long)
     packed = torch.empty_like(out) if split else None
@@ -350,8 +361,8 @@ def search_with_ticket(
         ONCE=once,
         PRECISION="fp16",
         num_warps=tile.warps,
-        num_stages=tile.stages if hopper else 3,
-        **({"maxnreg": 128} if once and hopper and tile.warps == 8 else {}),  # two programs fit
+        num_stages=tile.stages if hopper else 2 if large else 3,
+        **options,
     )
     if packed is not None and not unpacks:
         out = packed.bitwise_and_(0xFFFFFFFF)
@@ -413,11 +424,11 @@ def plan(N: int, L: int, P: int, processors: int, device: str = "") -> tuple[Til
         together = programs * tiles * max(steps * cost.step_together, cost.end_together)
         return max(cdiv(programs, cost.resident) * alone, _ENDS + together)
 
-    steps, costs = P / 64, TILES.get(device, TILES[""])[P <= 64]
+    steps, tables = P / 64, TILES.get(device, TILES[""])
+    costs = tables[min(most for most in tables if most >= P)]
     plans = [
         (tile, tile.codes * cdiv(cdiv(L, tile.codes), splits))
         for tile in costs
-        if P > 16 or tile.rows == 64  # for the minimum, many small programs are better
         for splits in range(1, min(L, 8 * processors // max(cdiv(N, tile.rows), 1) + 1) + 1)
         if (splits - 1) * tile.codes < L
     ]

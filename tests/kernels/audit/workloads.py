@@ -147,6 +147,8 @@ WORKLOADS: dict[str, Callable[[], object]] = {
     "nearest, D 4": lambda: search(65536, 1024, 4),
     "nearest, D 32": lambda: search(65536, 1024, 32),
     "nearest, D 64": lambda: search(65536, 1024, 64),
+    "nearest, D 128": lambda: search(65536, 1024, 128),
+    "nearest, few rows, D 128": lambda: search(1600, 400, 128),
     "nearest, few rows, D 64": lambda: search(1600, 400, 64),
     "nearest, fast, D 64": lambda: search(65536, 1024, 64, fast=True),
     "nearest, odd sizes": lambda: search(1601, 401, 257),
