@@ -189,11 +189,12 @@ def _product(high, low, x_high, x_low, cells):
     """A block of vectors times codes, at `cells`, read transposed."""
     e_high = tl.load(high + cells)
     if low is None:
-        return tl.dot(x_high, e_high)
+        products = tl.dot(x_high, e_high)
     else:
-        part = tl.dot(x_low, e_high)
-        part = tl.dot(x_high, tl.load(low + cells), part)
-        return tl.dot(x_high, e_high, part)
+        products = tl.dot(x_low, e_high)
+        products = tl.dot(x_high, tl.load(low + cells), products)
+        products = tl.dot(x_high, e_high, products)
+    return products
 
 
 @triton.jit
@@ -204,8 +205,8 @@ def _split(x, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 def _keep_least(
-    best, index, products, minus_inverse, inverse, half_norm, start, BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    best, index, products, factor, inverse, half_norm, start,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """`best` and `index` after one more tile, of the codes from `start` on.
 
@@ -214,7 +215,7 @@ def _keep_least(
     first stays; a NaN never does.
     """
     codes = start + tl.arange(0, BLOCK_L)
-    factors = minus_inverse[:, None] * tl.load(inverse + codes)[None, :]
+    factors = factor[:, None] * tl.load(inverse + codes)[None, :]
     least = products * factors + tl.load(half_norm + codes)[None, :]
     at = tl.broadcast_to((tl.arange(0, BLOCK_L) & -8)[None, :], [BLOCK_N, BLOCK_L])
     for i in tl.static_range(4, 12):  # neighbours, so that what is on the left has lower indices
@@ -251,7 +252,7 @@ def search_kernel(
     """Per program, BLOCK_N vectors against `codes_per_program` codes."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
-    minus_inverse = -tl.load(inverse + R + rows)
+    factor = -tl.load(inverse + R + rows)
     x_cells = (R + rows)[:, None] * P + columns[None, :]
     first = tl.program_id(1) * codes_per_program
     last = tl.minimum(first + codes_per_program, L)
@@ -265,7 +266,7 @@ def search_kernel(
             cells = (start + tl.arange(0, BLOCK_L)).to(tl.int64)[None, :] * P + columns[:, None]
             products = _product(high, low, x_high, x_low, cells)
             best, index = _keep_least(
-                best, index, products, minus_inverse, inverse, half_norm, start, BLOCK_N, BLOCK_L
+                best, index, products, factor, inverse, half_norm, start, BLOCK_N, BLOCK_L
             )
     else:  # one loop over tiles and columns, so that loads go on from tile to tile
         start, column = first, 0
@@ -279,15 +280,7 @@ def search_kernel(
             products += _product(high, low, x_high, x_low, cells + column)
             if column + BLOCK_D == P:
                 best, index = _keep_least(
-                    best,
-                    index,
-                    products,
-                    minus_inverse,
-                    inverse,
-                    half_norm,
-                    start,
-                    BLOCK_N,
-                    BLOCK_L,
+                    best, index, products, factor, inverse, half_norm, start, BLOCK_N, BLOCK_L
                 )
                 products = tl.zeros([BLOCK_N, BLOCK_L], tl.float32)
             column += BLOCK_D
@@ -342,19 +335,11 @@ def search_with_ticket(
     own = blocks if unpacks else 0
     tickets = x.new_empty(own + spare, dtype=torch.int32)
     prepared = prepare(x, codebook, fast, packed, tickets if len(tickets) else None)
-    half_norm = prepared[-1]
     launching.launch(
         search_kernel,
         (blocks, cdiv(L, share)),
-        *prepared,
-        packed,
-        tickets if unpacks else None,
-        out,
-        N,
-        L,
-        len(half_norm),
-        P,
-        share,
+        *(*prepared, packed, tickets if unpacks else None, out),
+        *(N, L, len(prepared[-1]), P, share),
         BLOCK_N=tile.rows,
         BLOCK_L=min(tile.codes, 64) if capability >= 100 else tile.codes,
         BLOCK_D=P if once else 64 if large else 32,
@@ -397,12 +382,7 @@ def prepare(
         prepare_kernel,
         ((R + rows) // block_r,),
         *(x, codebook, high, low, inverse, half_norm, packed, tickets),
-        N,
-        0 if tickets is None else len(tickets),
-        L,
-        R,
-        D,
-        P,
+        *(N, 0 if tickets is None else len(tickets), L, R, D, P),
         BLOCK_N=1024,
         BLOCK_R=block_r,
         BLOCK_D=block_d,
