@@ -27,6 +27,7 @@ from torch import Tensor
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
 
+_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4)
 _BLOCK = 128  # codes and vectors are padded to a multiple, so that no tile is masked
 
 
@@ -259,7 +260,8 @@ def search_kernel(
     best = tl.full([BLOCK_N, 8], float("inf"), tl.float32)
     index = tl.zeros([BLOCK_N, 8], tl.int32)
     if ONCE:
-        x_high, x_low = tl.load(high + x_cells), None
+        x_high = tl.load(high + x_cells)
+        x_low = x_high
         if low is not None:
             x_low = tl.load(low + x_cells)
         for start in tl.range(first, last, BLOCK_L):
@@ -269,23 +271,23 @@ def search_kernel(
                 best, index, products, factor, inverse, half_norm, start, BLOCK_N, BLOCK_L
             )
     else:  # one loop over tiles and columns, so that loads go on from tile to tile
-        start, column = first, 0
+        start, column = first - BLOCK_L, P - BLOCK_D
         products = tl.zeros([BLOCK_N, BLOCK_L], tl.float32)
         for _ in tl.range(0, tl.cdiv(last - first, BLOCK_L) * (P // BLOCK_D)):
-            x_high, x_low = tl.load(high + x_cells + column), None
+            start = tl.where(column == P - BLOCK_D, start + BLOCK_L, start)
+            column = tl.where(column == P - BLOCK_D, 0, column + BLOCK_D)
+            x_high = tl.load(high + x_cells + column)
+            x_low = x_high
             if low is not None:
                 x_low = tl.load(low + x_cells + column)
             cells = (start + tl.arange(0, BLOCK_L)).to(tl.int64)[None, :] * P + columns[:, None]
             # each step is summed apart, as tensor cores cut what they add to
             products += _product(high, low, x_high, x_low, cells + column)
-            if column + BLOCK_D == P:
+            if column == P - BLOCK_D:
                 best, index = _keep_least(
                     best, index, products, factor, inverse, half_norm, start, BLOCK_N, BLOCK_L
                 )
                 products = tl.zeros([BLOCK_N, BLOCK_L], tl.float32)
-            column += BLOCK_D
-            start = tl.where(column == P, start + BLOCK_L, start)
-            column = tl.where(column == P, 0, column)
     least = tl.min(best, axis=1)
     index = tl.where(best == least[:, None], index + tl.arange(0, 8)[None, :], 0x7FFFFFFF)
     finite = (least > -float("inf")) & (least < float("inf"))
@@ -323,10 +325,12 @@ def search_with_ticket(
     P, capability = padded(x.shape[1]), launching.capability(x)
     hopper, large = capability == 90, capability // 10 in (9, 10, 11)  # in shared memory
     tile, share = force or plan(N, L, P, launching.processors(x), launching.name(x))
+    narrow = capability >= 100 or _OLD  # where minima pass through shared memory
+    codes = min(tile.codes, 64) if narrow else tile.codes
     once, options = P <= (128 if hopper else 64), {}
     if capability >= 100:
         options["maxnreg"] = 255  # the compiler would take fewer, and spill
-    elif once and hopper and tile.codes == 128:
+    elif once and hopper and codes == 128:
         options["maxnreg"] = 128  # two programs fit
     blocks, split = cdiv(N, tile.rows), share < L
     out = x.new_empty(N, dtype=torch.long)
@@ -341,7 +345,7 @@ def search_with_ticket(
         *(*prepared, packed, tickets if unpacks else None, out),
         *(N, L, len(prepared[-1]), P, share),
         BLOCK_N=tile.rows,
-        BLOCK_L=min(tile.codes, 64) if capability >= 100 else tile.codes,
+        BLOCK_L=codes,
         BLOCK_D=P if once else 64 if large else 32,
         ONCE=once,
         PRECISION="fp16",
