@@ -67,9 +67,10 @@ def nearest_code(
             and float32.
         codebook: codes, `[L, D]`, L >= 1.
         backend: `"auto"`, `"torch"` or `"triton"`.
-        precision: `"exact"`, where Triton multiplies in tf32x3, as accurate as float32; or
-            `"fast"`, where Triton multiplies in tf32, or in bf16 for a bfloat16 `x`. The torch path
-            is always exact, on a GPU unless `torch.set_float32_matmul_precision` was changed.
+        precision: `"exact"`, where Triton multiplies two float16 parts of each scaled row, as
+            accurate as float32; or `"fast"`, where it multiplies the first parts, as accurate as
+            tf32. The torch path is always exact, on a GPU unless
+            `torch.set_float32_matmul_precision` was changed.
 
     Returns:
         int64 `[N]`. The lowest index wins a tie. A row that is not finite gets index 0, as may one

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _ASSUMED_PROCESSORS = 132  # where there is no GPU to ask (compile audit, interpreter): an H100's
+_ASSUMED_CAPABILITY = 90
 
 
 def launch(
@@ -63,6 +64,23 @@ def processors(like: Tensor) -> int:
     if like.device.type != "cuda" or not torch.cuda.is_available():
         return _ASSUMED_PROCESSORS
     return torch.cuda.get_device_properties(like.device).multi_processor_count
+
+
+def capability(like: Tensor) -> int:
+    """Compute capability of the device that holds `like`, 90 for 9.0; of AMD's 0."""
+    if like.device.type != "cuda" or not torch.cuda.is_available():
+        return _ASSUMED_CAPABILITY
+    if torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(like.device)
+    return 10 * major + minor
+
+
+def name(like: Tensor) -> str:
+    """What the maker calls the device that holds `like`; empty without one."""
+    if like.device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    return torch.cuda.get_device_name(like.device)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,11 +1,13 @@
 """Nearest code (Eq. 2) as one fused search: no `[N, L]` tensor, not even a block of one.
 
-`prepare_kernel` reads the codebook once and writes what the search needs: the codes about a centre,
-cut into tf32 parts, and their half-norms. `search_kernel` streams them past a block of vectors
-`x' = x - centre` and keeps the smallest score `|e'|^2 / 2 - x' . e'` with its index. Where blocks
-of vectors alone would leave processors idle, the codes are split over programs, whose results meet
-in one integer atomic minimum of (score, index) packed into 64 bits: the result does not depend on
-the order in which they arrive. The last to arrive, by a ticket, unpacks the indices.
+`prepare_kernel` moves codes and vectors to a centre, scales each row by a power of two, so that its
+greatest entry is close to 2^15, and cuts it into two float16 parts: `v' s = high + low`, to 2^-22
+of an entry or 2^-39 of the greatest. `search_kernel` streams the codes past a block of vectors and
+keeps the smallest score `|e'|^2 / 2 - x' . e'` with its index; the product is that of the parts,
+without low times low. Where blocks of vectors alone would leave processors idle, the codes are
+split over programs, whose results meet in one integer atomic minimum of (score, index) packed into
+64 bits: the result does not depend on the order in which they arrive. The last to arrive, by a
+ticket, unpacks the indices.
 
 Equal codes get equal scores to the last bit, because the loop treats every column of a tile alike
 and never splits D: so the lowest index wins without a search for repeated codes.
@@ -14,24 +16,66 @@ and never splits D: so the lowest index wins without a search for repeated codes
 from __future__ import annotations
 
 import functools
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
 
-_ROWS = 128  # vectors of a program
-_TILE_TIMES = {64: 1.0, 128: 1.6}  # by the codes of a tile, as measured on an H100
+_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4)
+_BLOCK = 128  # codes and vectors are padded to a multiple, so that no tile is masked
 
 
-@triton.jit
-def _tf32(x):
-    """Float32 rounded to the nearest tf32 number, ties away from zero. Not for NaN: may be 0."""
-    return ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+class Tile(NamedTuple):
+    """What a program of `search_kernel` works on at a time."""
+
+    rows: int  # vectors
+    codes: int
+    warps: int
+    stages: int
+
+
+class Cost(NamedTuple):
+    """Clock cycles of a tile, at so many columns, on one processor.
+
+    A program takes `steps * step + end`, for steps of 64 columns. Several share what is busiest:
+    matrix instructions or loads, `steps * step_together`, or all others, `end_together`.
+    """
+
+    resident: int  # programs that a processor holds
+    step: int
+    end: int
+    step_together: int
+    end_together: int
+
+
+# By name of the device, "" for any other, and by the most columns that tiles are for. Estimates for
+# an H100: 2,048 products of float16 and 24 bytes from L2 a cycle, 128 bytes from shared memory, the
+# instructions of the compiled code, of which 4 warps issue one each a cycle, 200 cycles of waiting.
+TILES: dict[str, dict[float, dict[Tile, Cost]]] = {
+    "": {
+        16: {Tile(64, 64, 4, 3): Cost(6, 700, 300, 683, 240)},
+        64: {
+            Tile(64, 64, 4, 3): Cost(3, 700, 300, 683, 240),
+            Tile(128, 128, 8, 2): Cost(2, 1750, 900, 1540, 860),
+        },
+        128: {
+            Tile(64, 64, 4, 2): Cost(2, 700, 300, 683, 240),
+            Tile(128, 64, 8, 3): Cost(1, 970, 450, 970, 430),
+        },
+        math.inf: {
+            Tile(64, 64, 4, 3): Cost(2, 1365, 350, 1365, 240),
+            Tile(128, 64, 8, 3): Cost(1, 2048, 450, 2048, 430),
+            Tile(128, 128, 8, 3): Cost(1, 2730, 900, 2730, 860),
+        },
+    }
+}
+_ENDS = 3000  # cycles to begin and end a program
 
 
 @triton.jit
@@ -53,63 +97,84 @@ def arrives_last(ticket, programs):
 
 
 @triton.jit
+def _centre(codebook, columns, L, D):
+    """The median of the first, middle and last code, element by element.
+
+    Where it is not finite, the first finite value among 256 rows stands in for it, or 0.
+    """
+    inside = columns < D
+    middle = codebook + tl.cast(L // 2, tl.int64) * D + columns
+    last = codebook + tl.cast(L - 1, tl.int64) * D + columns
+    centre = median(
+        tl.load(codebook + columns, mask=inside, other=0.0).to(tl.float32),
+        tl.load(middle, mask=inside, other=0.0).to(tl.float32),
+        tl.load(last, mask=inside, other=0.0).to(tl.float32),
+    )
+    row = tl.cast(0, tl.int64)
+    while (row < tl.minimum(L, 256)) & (tl.max((centre - centre != 0).to(tl.int32), axis=0) > 0):
+        other = tl.load(codebook + row * D + columns, mask=inside, other=0.0)
+        centre = tl.where(centre - centre != 0, other.to(tl.float32), centre)
+        row += 1
+    return tl.where(centre - centre != 0, 0.0, centre)
+
+
+@triton.jit
+def _cut(source, codebook, at, rows, L, D, BLOCK_D: tl.constexpr):
+    """Rows `at` of `source` about the centre: cut, 1 / s, half their squared norms, which are fit.
+
+    1 / s is a power of two. Of rows that are not there, or not finite, the parts are 0.
+    """
+    columns = tl.arange(0, BLOCK_D)
+    there = (at < rows)[:, None] & (columns < D)[None, :]
+    v = tl.load(source + at[:, None] * D + columns[None, :], mask=there, other=0.0).to(tl.float32)
+    v = tl.where(there, v - _centre(codebook, columns, L, D)[None, :], 0.0)
+    fit = (tl.max((v - v != 0).to(tl.int32), axis=1) == 0) & (at < rows)
+    v = tl.where(fit[:, None], v, 0.0)
+    half_norm = tl.sum(v * v * 0.5, axis=1)
+    exponent = tl.max(tl.abs(v), axis=1).to(tl.int32, bitcast=True) >> 23  # 2^(exponent - 127)
+    exponent = tl.maximum(exponent, 15)  # that s, of 268 - exponent, be finite
+    scale = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    v *= scale[:, None]
+    high = v.to(tl.float16)
+    low = (v - high.to(tl.float32)).to(tl.float16)
+    inverse = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    return high, low, inverse, half_norm, fit
+
+
+@triton.jit
 def prepare_kernel(
+    x,  # [N, D]
     codebook,  # [L, D]
-    centre,  # fp32 [D], out: the median of the first, middle and last code, element by element
-    high,  # fp32 (bf16) [L, D], out: the codes about the centre, rounded to the factors' precision
-    low,  # fp32 [L, D], out: what rounding to tf32 left over; None if it is not used
-    half_norm,  # fp32 [L], out; inf if the code is not finite
+    high,  # fp16 [R + ..., P], out: L codes, from row R on N vectors, all else 0
+    low,  # the same, out: what rounding to fp16 left over; None if it is not used
+    inverse,  # fp32 [R + ...], out: 1 / s of each row; NaN of a vector that is not finite
+    half_norm,  # fp32 [R], out; inf if the code is not finite, or past L
     packed,  # int64 [N], out: the greatest value; None if the codes are not split
     tickets,  # int32 [K], out: zeros; None if there are none
     N,
     K,
     L,
+    R,
     D,
+    P,
     BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FACTORS: tl.constexpr,  # "tf32" | "bf16": what the codes are rounded to
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # at least P
 ):
-    """Per program, BLOCK_L codes.
-
-    Where the median is not finite, the first finite value among 256 rows stands in for it, or 0.
-    """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
-    products = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
-    unfit = tl.zeros([BLOCK_L], tl.int32)
-    for start in tl.range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        inside = columns < D
-        first = tl.load(codebook + columns, mask=inside, other=0.0).to(tl.float32)
-        middle = codebook + tl.cast(L // 2, tl.int64) * D + columns
-        middle = tl.load(middle, mask=inside, other=0.0).to(tl.float32)
-        last = codebook + tl.cast(L - 1, tl.int64) * D + columns
-        last = tl.load(last, mask=inside, other=0.0).to(tl.float32)
-        c = median(first, middle, last)
-        row = tl.cast(0, tl.int64)
-        while (row < tl.minimum(L, 256)) & (tl.max((c - c != 0).to(tl.int32), axis=0) > 0):
-            other = tl.load(codebook + row * D + columns, mask=inside, other=0.0)
-            c = tl.where(c - c != 0, other.to(tl.float32), c)
-            row += 1
-        c = tl.where(c - c != 0, 0.0, c)
-        tl.store(centre + columns, c, mask=inside & (tl.program_id(0) == 0))
-
-        there = (rows < L)[:, None] & inside[None, :]
-        cells = rows[:, None] * D + columns[None, :]
-        e = tl.load(codebook + cells, mask=there, other=0.0).to(tl.float32)
-        unfit += tl.sum((e - e != 0).to(tl.int32), axis=1)
-        e = tl.where(there & (e - e == 0), e - c[None, :], 0.0)
-        if FACTORS == "bf16":  # x stays as it is: |e'|^2 / 2 + c . e'
-            tl.store(high + cells, e.to(tl.bfloat16), mask=there)
-            products += e * (e * 0.5 + c[None, :])
-        else:
-            big = _tf32(e)
-            tl.store(high + cells, big, mask=there)
-            if low is not None:
-                tl.store(low + cells, e - big, mask=there)
-            products += e * e * 0.5
-    norms = tl.where(unfit == 0, tl.sum(products, axis=1), float("inf"))
-    tl.store(half_norm + rows, norms, mask=rows < L)
+    """Per program, BLOCK_R codes, or as many vectors."""
+    to = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if tl.program_id(0).to(tl.int64) * BLOCK_R < R:
+        big, rest, r, norms, fit = _cut(codebook, codebook, to, L, L, D, BLOCK_D)
+        tl.store(half_norm + to, tl.where(fit, norms, float("inf")))
+    else:
+        big, rest, r, norms, fit = _cut(x, codebook, to - R, N, L, D, BLOCK_D)
+        r = tl.where(fit, r, float("nan"))
+    columns = tl.arange(0, BLOCK_D)
+    cells, inside = to[:, None] * P + columns[None, :], (columns < P)[None, :]
+    tl.store(inverse + to, r)
+    tl.store(high + cells, big, mask=inside)
+    if low is not None:
+        tl.store(low + cells, rest, mask=inside)
     if packed is not None:
         for start in tl.range(tl.program_id(0) * BLOCK_N, N, tl.num_programs(0) * BLOCK_N):
             at = start + tl.arange(0, BLOCK_N)
@@ -121,76 +186,116 @@ def prepare_kernel(
 
 
 @triton.jit
+def _product(high, low, x_high, x_low, cells):
+    """A block of vectors times codes, at `cells`, read transposed."""
+    e_high = tl.load(high + cells)
+    if low is None:
+        products = tl.dot(x_high, e_high)
+    else:
+        products = tl.dot(x_low, e_high)
+        products = tl.dot(x_high, tl.load(low + cells), products)
+        products = tl.dot(x_high, e_high, products)
+    return products
+
+
+@triton.jit
+def _split(x, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
+    """The even and the odd eights of columns."""
+    return tl.split(tl.permute(tl.reshape(x, [BLOCK_N, PAIRS, 2, 8]), (0, 1, 3, 2)))
+
+
+@triton.jit
+def _keep_least(
+    best, index, products, factor, inverse, half_norm, start,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """`best` and `index` after one more tile, of the codes from `start` on.
+
+    Column c of the 8 has the smallest score of the columns c, c + 8, ... of all tiles, and where:
+    c below the index of the code. So no value leaves the thread that it is in. Of equal scores the
+    first stays; a NaN never does.
+    """
+    codes = start + tl.arange(0, BLOCK_L)
+    factors = factor[:, None] * tl.load(inverse + codes)[None, :]
+    least = products * factors + tl.load(half_norm + codes)[None, :]
+    at = tl.broadcast_to((tl.arange(0, BLOCK_L) & -8)[None, :], [BLOCK_N, BLOCK_L])
+    for i in tl.static_range(4, 12):  # neighbours, so that what is on the left has lower indices
+        if BLOCK_L >> i > 0:
+            first, second = _split(least, BLOCK_N, BLOCK_L >> i)
+            here, there = _split(at, BLOCK_N, BLOCK_L >> i)
+            least = tl.minimum(first, second)
+            at = tl.where(least == first, here, there)
+    least, at = tl.reshape(least, [BLOCK_N, 8]), tl.reshape(at, [BLOCK_N, 8])
+    less = least < best
+    return tl.where(less, least, best), tl.where(less, start + at, index)
+
+
+@triton.jit
 def search_kernel(
-    x,  # [N, D]
-    centre,  # fp32 [D]
-    high,  # [L, D], from prepare_kernel, as all that follows
-    low,  # [L, D] or None
-    half_norm,  # fp32 [L], inf for a code that is never to win
+    high,  # fp16 [R + ..., P], from prepare_kernel, as all that follows
+    low,  # the same, or None
+    inverse,  # fp32 [R + ...]
+    half_norm,  # fp32 [R]
     packed,  # int64 [N]: (score, index), to be made smaller; None if the codes are not split
     tickets,  # int32 [blocks of vectors]: zeros; None: nobody unpacks
     out,  # int64 [N]: the index
     N,
     L,
-    D,
+    R,
+    P,  # a multiple of BLOCK_D
     codes_per_program,  # a multiple of BLOCK_L
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,  # "tf32x3" ("ieee" on AMD) | "tf32" | "bf16"
-    WIDTH: tl.constexpr,  # D where it is small: known in advance, its masks cost no wide loads
+    ONCE: tl.constexpr,  # P is BLOCK_D: vectors are read once
+    PRECISION: tl.constexpr,  # "fp16": for the audit
 ):
     """Per program, BLOCK_N vectors against `codes_per_program` codes."""
-    if WIDTH > 0:
-        D = WIDTH
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    factor = -tl.load(inverse + R + rows)
+    x_cells = (R + rows)[:, None] * P + columns[None, :]
     first = tl.program_id(1) * codes_per_program
-    best = tl.full([BLOCK_N], float("inf"), tl.float32)
-    index = tl.zeros([BLOCK_N], tl.int32)
-    for start in tl.range(first, tl.minimum(first + codes_per_program, L), BLOCK_L):
-        candidates = start + tl.arange(0, BLOCK_L)
-        products = tl.zeros([BLOCK_N, BLOCK_L], tl.float32)
-        for column in tl.range(0, D, BLOCK_D):
-            columns = column + tl.arange(0, BLOCK_D)
-            inside = columns < D
-            vectors = tl.load(
-                x + rows[:, None] * D + columns[None, :],
-                mask=(rows < N)[:, None] & inside[None, :],
-                other=0.0,
+    last = tl.minimum(first + codes_per_program, L)
+    best = tl.full([BLOCK_N, 8], float("inf"), tl.float32)
+    index = tl.zeros([BLOCK_N, 8], tl.int32)
+    if ONCE:
+        x_high = tl.load(high + x_cells)
+        x_low = x_high
+        if low is not None:
+            x_low = tl.load(low + x_cells)
+        for start in tl.range(first, last, BLOCK_L):
+            cells = (start + tl.arange(0, BLOCK_L)).to(tl.int64)[None, :] * P + columns[:, None]
+            products = _product(high, low, x_high, x_low, cells)
+            best, index = _keep_least(
+                best, index, products, factor, inverse, half_norm, start, BLOCK_N, BLOCK_L
             )
-            cells = candidates.to(tl.int64)[None, :] * D + columns[:, None]  # read transposed
-            there = (candidates < L)[None, :] & inside[:, None]
-            codes = tl.load(high + cells, mask=there, other=0.0)
-            if PRECISION == "bf16":
-                products = tl.dot(vectors.to(tl.bfloat16), codes, products)
-            else:
-                c = tl.load(centre + columns, mask=inside, other=0.0)
-                vectors = vectors.to(tl.float32) - c[None, :]
-                if low is not None:
-                    rest = tl.load(low + cells, mask=there, other=0.0)
-                if PRECISION == "tf32x3":  # summed apart, as tensor cores cut what they add to
-                    big = _tf32(vectors)
-                    part = tl.dot(vectors - big, codes, input_precision="tf32")
-                    part = tl.dot(big, rest, part, input_precision="tf32")
-                    products += tl.dot(big, codes, part, input_precision="tf32")
-                elif PRECISION == "tf32":
-                    products = tl.dot(vectors, codes, products, input_precision="tf32")
-                else:
-                    if low is not None:
-                        codes += rest
-                    products = tl.dot(vectors, codes, products, input_precision="ieee")
-        h = tl.load(half_norm + candidates, mask=candidates < L, other=float("inf"))
-        scores = h[None, :] - products
-        scores = tl.where(scores == scores, scores, -float("inf"))  # NaN, as argmin ranks it
-        smallest, place = tl.min(scores, axis=1, return_indices=True)  # the first of equals
-        index = tl.where(smallest < best, start + place, index)
-        best = tl.minimum(smallest, best)
-    finite = (best > -float("inf")) & (best < float("inf"))
-    index = tl.where(finite, index, 0).to(tl.int64)
+    else:  # one loop over tiles and columns, so that loads go on from tile to tile
+        start, column = first - BLOCK_L, P - BLOCK_D
+        products = tl.zeros([BLOCK_N, BLOCK_L], tl.float32)
+        for _ in tl.range(0, tl.cdiv(last - first, BLOCK_L) * (P // BLOCK_D)):
+            start = tl.where(column == P - BLOCK_D, start + BLOCK_L, start)
+            column = tl.where(column == P - BLOCK_D, 0, column + BLOCK_D)
+            x_high = tl.load(high + x_cells + column)
+            x_low = x_high
+            if low is not None:
+                x_low = tl.load(low + x_cells + column)
+            cells = (start + tl.arange(0, BLOCK_L)).to(tl.int64)[None, :] * P + columns[:, None]
+            # each step is summed apart, as tensor cores cut what they add to
+            products += _product(high, low, x_high, x_low, cells + column)
+            if column == P - BLOCK_D:
+                best, index = _keep_least(
+                    best, index, products, factor, inverse, half_norm, start, BLOCK_N, BLOCK_L
+                )
+                products = tl.zeros([BLOCK_N, BLOCK_L], tl.float32)
+    least = tl.min(best, axis=1)
+    index = tl.where(best == least[:, None], index + tl.arange(0, 8)[None, :], 0x7FFFFFFF)
+    finite = (least > -float("inf")) & (least < float("inf"))
+    index = tl.where(finite, tl.min(index, axis=1), 0).to(tl.int64)
     if packed is None:
         tl.store(out + rows, index, mask=rows < N)
     else:
-        bits = tl.where(best == 0, 0.0, best).to(tl.int32, bitcast=True)  # one zero
+        bits = tl.where(least == 0, 0.0, least).to(tl.int32, bitcast=True)  # one zero
         ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the floats are
         tl.atomic_min(packed + rows, (ordered.to(tl.int64) << 32) | index, rows < N, sem="relaxed")
         if tickets is not None:
@@ -205,111 +310,110 @@ def search(x: Tensor, codebook: Tensor, fast: bool = False) -> Tensor:
 
 
 def search_with_ticket(
-    x: Tensor, codebook: Tensor, fast: bool = False, spare: int = 1
+    x: Tensor,
+    codebook: Tensor,
+    fast: bool = False,
+    spare: int = 1,
+    force: tuple[Tile, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The indices, int64 `[N]`, and `spare` zeros, int32, for the kernel that follows."""
-    if x.shape[1] > 16 and x.shape[1] % 16:  # loads of 16 bytes want a multiple of 16
-        x, codebook = (pad(rows, (0, -x.shape[1] % 16)) for rows in (x, codebook))
+    """The indices, int64 `[N]`, and `spare` zeros, int32, for the kernel that follows.
+
+    `force` is a tile and the codes of a program, where a sweep times them.
+    """
     x, codebook = x.contiguous(), codebook.contiguous()
-    (N, D), L = x.shape, codebook.shape[0]
-    precision = "tf32x3"
-    if fast and x.dtype == torch.bfloat16:
-        precision = "bf16"
-    elif fast and launching.amd(x) in (None, "gfx942"):  # others of AMD's multiply no tf32
-        precision = "tf32"
-    # Converting half precision needs registers. With few columns most work is the minimum.
-    widest = 128 if x.element_size() == 4 and D > 16 else 64
-    width, share = plan(N, L, launching.processors(x), widest)
-    blocks, split = cdiv(N, _ROWS), share < L
+    N, L = x.shape[0], codebook.shape[0]
+    P, capability = padded(x.shape[1]), launching.capability(x)
+    hopper, large = capability == 90, capability // 10 in (9, 10, 11)  # in shared memory
+    tile, share = force or plan(N, L, P, launching.processors(x), launching.name(x))
+    narrow = capability >= 100 or _OLD  # where minima pass through shared memory
+    codes = min(tile.codes, 64) if narrow else tile.codes
+    once, options = P <= (128 if hopper else 64), {}
+    if capability >= 100:
+        options["maxnreg"] = 255  # the compiler would take fewer, and spill
+    elif once and hopper and codes == 128:
+        options["maxnreg"] = 128  # two programs fit
+    blocks, split = cdiv(N, tile.rows), share < L
     out = x.new_empty(N, dtype=torch.long)
     packed = torch.empty_like(out) if split else None
     unpacks = split and launching.amd(x) is None  # whose barriers wait for no atomic of other waves
     own = blocks if unpacks else 0
     tickets = x.new_empty(own + spare, dtype=torch.int32)
-    prepared = prepare(codebook, precision, packed, tickets if len(tickets) else None)
+    prepared = prepare(x, codebook, fast, packed, tickets if len(tickets) else None)
     launching.launch(
         search_kernel,
         (blocks, cdiv(L, share)),
-        x,
-        *prepared,
-        packed,
-        tickets if unpacks else None,
-        out,
-        N,
-        L,
-        D,
-        share,
-        BLOCK_N=_ROWS,
-        BLOCK_L=width,
-        BLOCK_D=16 if D <= 16 else 32,
-        PRECISION=precision,
-        WIDTH=D if D <= 16 else 0,
-        num_warps=8,
-        num_stages=3,
+        *(*prepared, packed, tickets if unpacks else None, out),
+        *(N, L, len(prepared[-1]), P, share),
+        BLOCK_N=tile.rows,
+        BLOCK_L=codes,
+        BLOCK_D=P if once else 64 if large else 32,
+        ONCE=once,
+        PRECISION="fp16",
+        num_warps=tile.warps,
+        num_stages=tile.stages if hopper else 2 if large else 3,
+        **options,
     )
     if packed is not None and not unpacks:
         out = packed.bitwise_and_(0xFFFFFFFF)
     return out, tickets.narrow(0, own, spare)
 
 
+def padded(D: int) -> int:
+    """Columns of what `search_kernel` reads: a power of two from 16 to 64, or a multiple of 64."""
+    return max(16, triton.next_power_of_2(D)) if D <= 64 else 64 * cdiv(D, 64)
+
+
 def prepare(
+    x: Tensor,
     codebook: Tensor,
-    precision: str,
+    fast: bool = False,
     packed: Tensor | None = None,
     tickets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """What `search_kernel` reads of a codebook: centre, high, low and half-norms.
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """What `search_kernel` reads: high, low, 1 / s, half-norms.
 
     `packed` and `tickets` are made ready for it.
     """
-    L, D = codebook.shape
-    centre = codebook.new_empty(D, dtype=torch.float32)
-    high = torch.empty_like(
-        codebook, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
-    )
-    low = torch.empty_like(high) if precision == "tf32x3" else None
-    half_norm = codebook.new_empty(L, dtype=torch.float32)
+    (N, D), L = x.shape, codebook.shape[0]
+    P, R, rows = padded(D), _BLOCK * cdiv(L, _BLOCK), _BLOCK * cdiv(N, _BLOCK)
+    parts = x.new_empty(1 if fast else 2, R + rows, P, dtype=torch.float16).unbind()
+    inverse = x.new_empty(R + rows, dtype=torch.float32)
+    half_norm = x.new_empty(R, dtype=torch.float32)
+    high, low = (parts[0], None) if fast else parts
+    block_d = triton.next_power_of_2(P)
+    block_r = max(1, min(64, 2048 // block_d))
     launching.launch(
         prepare_kernel,
-        (cdiv(L, 16),),
-        codebook,
-        centre,
-        high,
-        low,
-        half_norm,
-        packed,
-        tickets,
-        0 if packed is None else len(packed),
-        0 if tickets is None else len(tickets),
-        L,
-        D,
+        ((R + rows) // block_r,),
+        *(x, codebook, high, low, inverse, half_norm, packed, tickets),
+        *(N, 0 if tickets is None else len(tickets), L, R, D, P),
         BLOCK_N=1024,
-        BLOCK_L=16,
-        BLOCK_D=min(64, max(16, triton.next_power_of_2(D))),
-        FACTORS="bf16" if precision == "bf16" else "tf32",
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
         num_warps=4,
+        maxnreg=128,  # the compiler would take fewer, and spill
     )
-    return centre, high, low, half_norm
+    return high, low, inverse, half_norm
 
 
 @functools.lru_cache(1 << 10)
-def plan(N: int, L: int, processors: int, widest: int = 128) -> tuple[int, int]:
-    """The codes of a tile and those of a program, with the least predicted time.
+def plan(N: int, L: int, P: int, processors: int, device: str = "") -> tuple[Tile, int]:
+    """The tile and the codes of a program, with the least predicted time."""
 
-    A processor runs one program at a time, so programs run in waves. A tile of 128 codes takes 1.6
-    times as long as one of 64; to begin and end takes a program a quarter as long as one of 64.
-    """
-    blocks = cdiv(N, _ROWS)
+    def time(tile: Tile, share: int) -> float:
+        """Of the processor with the most programs."""
+        cost, tiles = costs[tile], share // tile.codes
+        programs = cdiv(cdiv(N, tile.rows) * cdiv(L, share), processors)
+        alone = _ENDS + tiles * (steps * cost.step + cost.end)
+        together = programs * tiles * max(steps * cost.step_together, cost.end_together)
+        return max(cdiv(programs, cost.resident) * alone, _ENDS + together)
 
-    def time(width: int, share: int) -> float:
-        waves = cdiv(blocks * cdiv(L, share), processors)
-        return waves * (share / width * _TILE_TIMES[width] + 0.25)
-
-    most = cdiv(16 * processors, max(blocks, 1))  # programs that share a block of vectors
+    steps, tables = P / 64, TILES.get(device, TILES[""])
+    costs = tables[min(most for most in tables if most >= P)]
     plans = [
-        (width, width * cdiv(cdiv(L, width), splits))
-        for width in _TILE_TIMES
-        if width <= widest
-        for splits in range(1, min(cdiv(L, width), most) + 1)
+        (tile, tile.codes * cdiv(cdiv(L, tile.codes), splits))
+        for tile in costs
+        for splits in range(1, min(L, 8 * processors // max(cdiv(N, tile.rows), 1) + 1) + 1)
+        if (splits - 1) * tile.codes < L
     ]
     return min(plans, key=lambda each: time(*each))

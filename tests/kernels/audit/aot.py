@@ -43,6 +43,11 @@ class Target(NamedTuple):
     warps: int  # resident at most
 
     @property
+    def capability(self) -> int:
+        """As of NVIDIA's; 0 of AMD's."""
+        return self.arch if isinstance(self.arch, int) else 0
+
+    @property
     def amd(self) -> str | None:
         """The architecture, if AMD's."""
         return str(self.arch) if self.backend == "hip" else None
@@ -55,17 +60,17 @@ TARGETS = {  # on an A100 a block may have 163 KB; sm_86 and sm_89 run the same 
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, 64 << 10, 0, 4 * 512 * 64, 32),
 }
 _MATRIX = {  # target, precision -> the instruction that must do the products
-    "sm_80": {"tf32x3": r"mma\.sync\S*tf32", "tf32": r"mma\.sync\S*tf32", "bf16": r"mma\S*bf16"},
-    "sm_90": {"tf32x3": r"wgmma\S*tf32", "tf32": r"wgmma\S*tf32", "bf16": r"wgmma\S*bf16"},
+    "sm_80": {"tf32x3": r"mma\.sync\S*tf32", "tf32": r"mma\.sync\S*tf32", "fp16": r"mma\S*f16"},
+    "sm_90": {"tf32x3": r"wgmma\S*tf32", "tf32": r"wgmma\S*tf32", "fp16": r"wgmma\S*f16"},
     "sm_100": {
         "tf32x3": r"tcgen05\.mma\S*tf32",
         "tf32": r"tcgen05\.mma\S*tf32",
-        "bf16": r"tcgen05\.mma\S*f16",
+        "fp16": r"tcgen05\.mma\S*f16",
     },
     "gfx942": {
         "ieee": r"v_mfma_f32_\w+x\d_?f32",
         "tf32": r"v_mfma\w*xf32",
-        "bf16": r"v_mfma\w*bf16",
+        "fp16": r"v_mfma\w*_f16",
     },
 }
 _WIDE = {  # 16 bytes for each thread at once, from or to global memory
@@ -249,7 +254,7 @@ def audit(jobs: int = 2, only: str = "") -> dict[str, Outcome]:
 def _audit_workload(name: str, target: str) -> dict[str, Outcome]:
     torch.set_num_threads(1)
     outcomes: dict[str, Outcome] = {}
-    for launch in record(WORKLOADS[name]):
+    for launch in record(WORKLOADS[name], TARGETS[target].capability):
         kernel = launch.kernel.__name__ + ", codes" * launch.options.get("OF_CODES", False)
         key = f"{name}/{kernel}/{target}"
         assert key not in outcomes  # or one of the two would not be seen

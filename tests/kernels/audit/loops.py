@@ -21,6 +21,7 @@ class Loop(NamedTuple):
     instructions: int
     multiply_adds: int  # by matrix instructions: a warp has a quarter of those of its group
     waits: int  # for other warps, copies or products
+    skipped: int = 0  # of the instructions, those that a branch may pass over
 
     @property
     def per_thousand(self) -> float:
@@ -32,23 +33,22 @@ def loops(code: str) -> list[Loop]:
     """Those that multiply, from what nvdisasm prints; an inner loop before the loop around it."""
     lines: list[str] = []
     labels: dict[str, int] = {}
-    ends: dict[int, int] = {}  # where a loop begins -> where its last branch back is
     for text, label in _LINE.findall(code):
         if label:
             labels[label] = len(lines)
-            continue
-        lines.append(text)
-        branch = _BRANCH.search(text)
-        if branch and branch[1] in labels:
-            ends[labels[branch[1]]] = len(lines)
+        else:
+            lines.append(text)
+    jumps = [(i, labels[m[1]]) for i, line in enumerate(lines) if (m := _BRANCH.search(line))]
+    ends = {to: i + 1 for i, to in jumps if to <= i}  # where a loop begins -> its last branch back
     own = [(_multiply_adds(line), _WAIT.search(line) is not None) for line in lines]
     spans = [span for span in ends.items() if any(products for products, _ in own[slice(*span)])]
     found = []
     for start, end in sorted(spans, key=lambda span: span[1] - span[0]):
         inner = {i for a, b in spans if start <= a and b < end for i in range(a, b)}
-        passed = [own[i] for i in range(start, end) if i not in inner]
-        products, waits = (sum(column) for column in zip(*passed, strict=True))
-        found.append(Loop(len(passed), products, waits))
+        passed = [i for i in range(start, end) if i not in inner]
+        past = {j for i, to in jumps if start <= i < to < end for j in range(i + 1, to)}
+        products, waits = (sum(column) for column in zip(*(own[i] for i in passed), strict=True))
+        found.append(Loop(len(passed), products, waits, len(past.intersection(passed))))
     return found
 
 

@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-TF32, FP32, HBM, L2 = 495e12, 67e12, 3.35e12, 5.5e12  # operations, bytes: for each second
+FP16, TF32, FP32 = 989e12, 495e12, 67e12  # operations for each second
+HBM, L2 = 3.35e12, 5.5e12  # bytes for each second
 ISSUE = 132 * 4 * 1.755e9  # instructions of warps: four schedulers to a processor, one each a cycle
 ROWS = (1600, 65536)
 SIZES = {
@@ -101,21 +102,24 @@ def cost(launch: Launch) -> Cost:
         return Cost(0, 0, memory, memory)
     search, gradient = name == "search_kernel", name == "gradient_kernel"
     NI, NJ = (of["NI"], of["NJ"]) if gradient else (of["N"], of["L"])
+    D = of["P"] if search else -(-of["D"] // of["BLOCK_D"]) * of["BLOCK_D"]
     rows, others = (of["BLOCK_N"], of["BLOCK_L"]) if search else (of["BLOCK_I"], of["BLOCK_J"])
-    i, j, D = -(-NI // rows), -(-NJ // others), -(-of["D"] // of["BLOCK_D"]) * of["BLOCK_D"]
-    products = 3 if of["PRECISION"].endswith("x3") else 1
+    i, j = -(-NI // rows), -(-NJ // others)
+    products = 1 if search and of["low"] is None else 3
     work = products * 2 * i * rows * j * others * D
     if gradient:  # p / d and g w / d for each block of columns, the other side, its parts
-        l2 = 8 * launch.grid[1] * NI * NJ + 4 * of["D"] * i * NJ + of["out"].nbytes
-    elif search:  # codes come in two parts
-        l2 = 4 * of["D"] * (2 * i * NJ + j * NI)
+        l2 = 8 * launch.grid[1] * NI * NJ + 4 * D * i * NJ + of["out"].nbytes
+    elif search:  # the float16 parts of codes and vectors, which may be read once by a program
+        read = i * launch.grid[1] if of["ONCE"] else i * j
+        l2 = 2 * min(products, 2) * D * (i * j * others + read * rows)
     else:  # ln P, its gradient, p / d and g w / d for each pair, or the distance
-        l2 = 4 * of["D"] * (i * NJ + j * NI) + (16 if name == "pull_kernel" else 4) * NI * NJ
+        l2 = 4 * D * (i * NJ + j * NI) + (16 if name == "pull_kernel" else 4) * NI * NJ
     compiled = _compiled(launch)
     inner, *outer = compiled.loops
-    issued = work / 2 / inner.multiply_adds * inner.instructions
-    issued += i * j * compiled.warps * sum(loop.instructions for loop in outer)
-    return Cost(work, issued, l2, memory, TF32 if "tf32" in of["PRECISION"] else 2 * TF32)
+    issued = work / 2 / inner.multiply_adds * (inner.instructions - inner.skipped)
+    of_tile = inner.skipped + sum(loop.instructions for loop in outer)
+    issued += i * j * compiled.warps * of_tile
+    return Cost(work, issued, l2, memory, FP16 if search else TF32)
 
 
 _OUTCOMES: dict[object, Outcome] = {}

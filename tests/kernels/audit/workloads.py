@@ -23,12 +23,13 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def record(work: Callable[[], object]) -> list[Launch]:
-    """The launches that `work` makes on fake tensors; nothing runs."""
+def record(work: Callable[[], object], capability: int = 90) -> list[Launch]:
+    """The launches that `work` makes on fake tensors of a device; nothing runs."""
     from mmvq_kernels.gpu import launching
 
     launches: list[Launch] = []
-    original = launching.launch
+    original = launching.launch, launching.capability
+    launching.capability = lambda like: capability
     launching.launch = lambda kernel, grid, *args, **options: (
         launches.append(Launch(kernel, grid, args, options)) if 0 not in grid else None
     )
@@ -36,7 +37,7 @@ def record(work: Callable[[], object]) -> list[Launch]:
         with FakeTensorMode():
             work()
     finally:
-        launching.launch = original
+        launching.launch, launching.capability = original
     return launches
 
 
@@ -144,6 +145,12 @@ WORKLOADS: dict[str, Callable[[], object]] = {
     "nearest": lambda: search(65536, 1024, 256),
     "nearest, few rows": lambda: search(1600, 400, 256),
     "nearest, D 4": lambda: search(65536, 1024, 4),
+    "nearest, D 32": lambda: search(65536, 1024, 32),
+    "nearest, D 64": lambda: search(65536, 1024, 64),
+    "nearest, D 128": lambda: search(65536, 1024, 128),
+    "nearest, few rows, D 128": lambda: search(1600, 400, 128),
+    "nearest, few rows, D 64": lambda: search(1600, 400, 64),
+    "nearest, fast, D 64": lambda: search(65536, 1024, 64, fast=True),
     "nearest, odd sizes": lambda: search(1601, 401, 257),
     "nearest, bf16": lambda: search(65536, 1024, 256, _B),
     "nearest, fp16": lambda: search(65536, 1024, 256, _H, _H),
