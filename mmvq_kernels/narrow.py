@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,7 +23,7 @@ from mmvq_kernels.checks import is_cpu_readable
 _WIDTH = 8  # columns at most; fewer are padded
 _LANES = 256  # vectors at a time, in the first cache
 _LEAST = 1 << 22  # vectors times codes from which on it is worth to compile, which takes a second
-_FEW = 1 << 23  # vectors times codes of a thread, at least
+_TASK = 1 << 23  # vectors times codes that a thread takes at a time: a millisecond
 
 
 def takes(x: Tensor, codebook: Tensor) -> bool:
@@ -44,13 +45,20 @@ def best(x: Tensor, codes: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     padded = pad(codes, (0, _WIDTH - D, 0, -L % 4)).numpy()
     biases = pad(bias, (0, -L % 4), value=-torch.inf).numpy()
     greatest, index = x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.long)
-    threads = max(1, min(torch.get_num_threads(), N * L // _FEW))
-    parts = zip(*(t.tensor_split(threads) for t in (x, greatest, index)), strict=True)
+    tasks = max(1, N * L // _TASK)
+    threads = min(torch.get_num_threads(), tasks)
+    parts = zip(*(t.tensor_split(tasks) for t in (x, greatest, index)), strict=True)
     arrays = [(a.float().contiguous().numpy(), b.numpy(), c.numpy()) for a, b, c in parts]
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(run, rows, padded, biases, *out) for rows, *out in arrays]:
-            done.result()
+    each = map if threads == 1 else _pool(threads, os.getpid()).map
+    for _ in each(lambda part: run(part[0], padded, biases, *part[1:]), arrays):
+        pass
     return greatest, index
+
+
+@functools.lru_cache(1)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Of this process: a fork has no threads."""
+    return ThreadPoolExecutor(threads, "mmvq")
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from mmvq_kernels.operators import register
 from mmvq_kernels.products import by_onednn, matmul_t
 
 _FEW = 8  # vectors on a CPU for which to prepare the codes would be most of the work
-_TILE = 2000  # codes in a block of scores: no power of two, whose rows would meet in a cache
+_TILE = 1024  # codes in a block of scores, if they have many columns
 _ROWS = 48  # vectors in a block, at least
 _BLOCK_BYTES = 1 << 22  # of scores at a time: large for a matrix product, small for a cache
 
@@ -57,10 +57,9 @@ def nearest_code(
     The torch path maximises `x . e'_l - h_l` over the codes about a centre, `e' = e - c`, where
     `h = |e'|^2 / 2 + c . e'` and c is the median of three codes, element by element. This order is
     that of the distances, and rounding stays small where the codes lie close together far from the
-    origin.
-    Scores are computed in blocks; no `[N, L]` tensor is allocated. On a CPU, up to 8 rows are
-    searched by differences instead. If the scores of two codes differ by rounding only, the result
-    of a row may depend on the batch size.
+    origin. Triton moves x to the centre too. Scores are computed in blocks; no `[N, L]` tensor is
+    allocated. On a CPU, up to 8 rows are searched by differences instead. If the scores of two
+    codes differ by rounding only, the result of a row may depend on the batch size.
 
     Args:
         x: vectors, `[N, D]`, any float dtype. Computed in the widest of its dtype, the codebook's
@@ -168,15 +167,20 @@ def _search_tiles(x: Tensor, codebook: Tensor, substitutes: Tensor | None) -> Te
     if substitutes is not None:
         codebook = codebook[substitutes]
     N, (L, D) = x.shape[0], codebook.shape
-    room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32)
-    number = math.ceil(N * min(L, _TILE) * codebook.element_size() / room)
-    blocks, search = x.tensor_split(max(1, min(number, N // _ROWS))), _best
     if narrow.takes(x, codebook):
-        blocks, search = (x,), narrow.best
-    centre, scorers = _centre(codebook), codebook.new_empty(min(L, _TILE), D)
+        search, tile, blocks = narrow.best, L, (x,)
+    else:
+        search, tile = (
+            _best,
+            min(L, _TILE if D > 16 else 2 * _TILE + 16),
+        )  # 2,048 rows share a cache
+        room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32)
+        number = math.ceil(N * tile * codebook.element_size() / room)
+        blocks = x.tensor_split(max(1, min(number, N // _ROWS)))
+    centre, scorers = _centre(codebook), codebook.new_empty(tile, D)
     best, index, biases = x, x, []
-    for start in range(0, L, _TILE):
-        codes = codebook.narrow(0, start, min(_TILE, L - start))
+    for start in range(0, L, tile):
+        codes = codebook.narrow(0, start, min(tile, L - start))
         centred = torch.sub(codes, centre, out=scorers.narrow(0, 0, len(codes)))
         bias = (codes + centre).mul_(centred).sum(1).mul_(-0.5)  # -(|e'|^2 / 2 + centre . e')
         if substitutes is not None:
@@ -190,7 +194,7 @@ def _search_tiles(x: Tensor, codebook: Tensor, substitutes: Tensor | None) -> Te
             code = torch.where(score > best, code + start, index)
             score = torch.maximum(score, best)  # keeps a NaN
         best, index = score, code
-    first = _first_of_equals(codebook, biases[0] if L <= _TILE else torch.cat(biases))
+    first = _first_of_equals(codebook, biases[0] if len(biases) == 1 else torch.cat(biases))
     for replace in (first, substitutes):
         if replace is not None:
             index = replace[index]

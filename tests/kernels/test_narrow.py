@@ -55,7 +55,7 @@ def test_ties_go_to_the_lowest_index_and_nan_counts_as_least() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(narrow, "_FEW", 1)
+    monkeypatch.setattr(narrow, "_TASK", 40)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, codes, bias = uniform(50, 3).float(), uniform(9, 3, seed=1).float(), uniform(9).float()
     expected = _best(x, codes, bias)
