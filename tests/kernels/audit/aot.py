@@ -79,7 +79,7 @@ _ATOMIC = {"cuda": r"\b(?:red|atom)\.\S+", "hip": r"\b(?:global|buffer|flat)_ato
 _NARROW = r"arith\.muli .*tensor<\S*xi32>"  # where a row times its width may pass 2^31
 _ORDERLESS = r"(min\.s64|smin_x2|add\.[su]32|_add(_u32)?$)"  # of integers: no order shows
 _SIZES = "N", "L", "D", "T", "P", "NI", "NJ"  # of tensors
-_WITH_ATOMICS = "search_kernel", "commit_kernel", "scatter_atomic_kernel"
+_WITH_ATOMICS = "search_kernel", "filter_kernel", "commit_kernel", "scatter_atomic_kernel"
 
 
 @dataclass(frozen=True)
