@@ -71,6 +71,18 @@ def repeated(N: int, L: int, D: int) -> Data:
     return x, codebook[torch.arange(L) // 3]
 
 
+def pairs(apart: int) -> Callable[[int, int, int], Data]:
+    """Codes so many columns apart are as near to each other as the high parts tell, or nearer."""
+
+    def draw(N: int, L: int, D: int) -> Data:
+        (x, codebook), at = gaussian(N, L, D), torch.arange(L)
+        spread = 10 ** (-2 - 2 * torch.rand(L, 1, generator=torch.Generator().manual_seed(2)))
+        codebook = codebook[at // (2 * apart) * apart + at % apart]
+        return x, codebook + spread * normal(L, D, seed=3)
+
+    return draw
+
+
 def lattice(N: int, L: int, D: int) -> Data:
     return (2 * normal(N, D)).round(), normal(L, D, seed=1).round()
 
@@ -89,7 +101,7 @@ def not_finite(N: int, L: int, D: int) -> Data:
 
 def overflowing(N: int, L: int, D: int) -> Data:
     x, codebook = gaussian(N, L, D)
-    return x * 10.0 ** torch.arange(-40, 39)[torch.arange(N) % 79, None], codebook * 1e18
+    return x * 10.0 ** torch.arange(-40, 39)[torch.arange(N) % 79, None], codebook * 1e17
 
 
 def underflowing(N: int, L: int, D: int) -> Data:
@@ -104,6 +116,9 @@ DRAWS = {
     "collapsed more": collapsed(1e-4),
     "one far": one_far,
     "repeated": repeated,
+    "pairs": pairs(1),
+    "pairs in a thread": pairs(8),
+    "pairs in tiles": pairs(64),
     "lattice": lattice,
     "of all sizes": of_all_sizes,
     "not finite": not_finite,
