@@ -11,7 +11,7 @@ step from 0. So with the greatest |E| and |de| of all codes, no score is off by 
 
     bound = r |dx| |E| + r |X| (|de| + P 2^-21 |E|)
 
-with 1% more for the norms' own rounding, up to P 2^16, before it is rounded as the last step: by
+with 2% more, for the norms and for sums of steps, up to P 2^16, before its last rounding, by
 2^-24 of itself, in both. Where the second least score of the filter is above the least by more
 than 2 bound + 2^-21 (|least| + |second|), the exact search has its least score at the same code,
 and nowhere else: the index is its own to the bit, and a row gets the same one on either way. 2^-120
@@ -147,7 +147,7 @@ def filter_kernel(
         x_norm, x_low = tl.load(norms + 2 * (R + rows)), tl.load(norms + 2 * (R + rows) + 1)
         norm = tl.max(norm, axis=0)
         lost = tl.max(low_norm, axis=0) + norm * (P * 2.0**-21)
-        bound = 1.01 * (x_low * norm + x_norm * lost)
+        bound = 1.02 * (x_low * norm + x_norm * lost)
         greatest = tl.maximum(tl.abs(least), x_norm * norm)
         apart = 2 * bound + 2.0**-21 * (tl.abs(least) + tl.abs(second)) + 2.0**-120
         proven = (second - least > apart) & (greatest < 2.0**126)

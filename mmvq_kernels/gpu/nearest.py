@@ -9,7 +9,7 @@ split over programs, whose results meet in one integer atomic minimum of (score,
 64 bits: the result does not depend on the order in which they arrive. The last to arrive, by a
 ticket, unpacks the indices.
 
-Where the device has a table for it, `filtering` first finds the indices that one product proves.
+On devices that `filtering` names, it first finds the indices that one product proves.
 
 Equal codes get equal scores to the last bit, because the loop treats every column of a tile alike
 and never splits D: so the lowest index wins without a search for repeated codes.
