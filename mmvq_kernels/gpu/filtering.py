@@ -20,6 +20,12 @@ r |X| |E| are below 2^126: no product overflows, no score is NaN, and one that i
 its half-norm, far above, and counts as the greatest float. A row that is not finite has norms NaN,
 which prove nothing; a code that is not has the score inf in both.
 
+One code far from the others shall not spoil the bound. With r_x |X| <= a / 4, a = r_e |E|, all
+products are below 1.02 a^2 / 4 (up to P 2^14), and the score is at least (.49 - .255) a^2, in both.
+So codes with a above `reach`, the greatest of 4 r_x |X| and sqrt(5 least) of a program's vectors,
+have scores that are above the least by more than its error, and do not count for the bound; those
+above 2^62 do, for the sake of overflow. (Where a^2 underflows, so does all else, within 2^-120.)
+
 Equal scores of the exact search, so all ties, are never proven. Rows that are not are listed, in
 any order, for `search_kernel`.
 """
@@ -102,13 +108,6 @@ def filter_kernel(
     # atomic, so that one thread reads for all, which take the same way
     looked = tl.atomic_add(counters + 1, 0, sem="relaxed")
     if (looked < 4096) | (tl.atomic_add(counters, 0, sem="relaxed") <= looked // 2):
-        norm = tl.zeros([1024], tl.float32)  # the greatest of the codes
-        low_norm = tl.zeros([1024], tl.float32)
-        for start in tl.range(0, R, 1024):
-            codes = (start + tl.arange(0, 1024)).to(tl.int64)
-            norm = tl.maximum(norm, tl.load(norms + 2 * codes, mask=codes < R, other=0.0))
-            low = tl.load(norms + 2 * codes + 1, mask=codes < R, other=0.0)
-            low_norm = tl.maximum(low_norm, low)
         columns = tl.arange(0, BLOCK_D)
         x_cells = (R + rows)[:, None] * P + columns[None, :]
         factor = -tl.load(inverse + R + rows)
@@ -145,6 +144,18 @@ def filter_kernel(
         best = tl.where(index == nearest[:, None], second, best)
         second = tl.minimum(tl.min(tl.minimum(best, second), axis=1), 3.4e38)
         x_norm, x_low = tl.load(norms + 2 * (R + rows)), tl.load(norms + 2 * (R + rows) + 1)
+        reach = tl.maximum(4 * x_norm, tl.sqrt(5 * tl.maximum(least, 0.0)))
+        reach = tl.max(tl.where(x_norm == x_norm, reach, 0.0), axis=0)
+        norm = tl.zeros([1024], tl.float32)  # the greatest of the codes that are not far
+        low_norm = tl.zeros([1024], tl.float32)
+        for start in tl.range(0, R, 1024):
+            at = norms + 2 * (start + tl.arange(0, 1024)).to(tl.int64)
+            there = start + tl.arange(0, 1024) < R
+            each = tl.load(at, mask=there, other=0.0)
+            near = (each <= reach) | (each > 2.0**62)
+            norm = tl.maximum(norm, tl.where(near, each, 0.0))
+            low = tl.load(at + 1, mask=there, other=0.0)
+            low_norm = tl.maximum(low_norm, tl.where(near, low, 0.0))
         norm = tl.max(norm, axis=0)
         lost = tl.max(low_norm, axis=0) + norm * (P * 2.0**-21)
         bound = 1.02 * (x_low * norm + x_norm * lost)
@@ -182,6 +193,7 @@ def launch(
     hopper, large = capability == 90, capability // 10 in (9, 10, 11)  # in shared memory
     once = P <= 64 or (hopper and P in (128, 256))
     listed = counters.new_empty(N)
+    options = {"maxnreg": 255} if capability >= 100 else {}  # as for the search
     launching.launch(
         filter_kernel,
         (cdiv(N, tile.rows),),
@@ -193,5 +205,6 @@ def launch(
         PRECISION="fp16",
         num_warps=tile.warps,
         num_stages=tile.stages if hopper else 2 if large else 3,
+        **options,
     )
     return listed

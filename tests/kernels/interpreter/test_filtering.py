@@ -163,8 +163,13 @@ def test_a_recheck_of_split_codes(
         check(x.to(device), codebook.to(device), force=(TILES[0], 64))
 
 
-def test_half_of_the_rows_and_more_are_proven(device: str, counters: list[Tensor]) -> None:
+@pytest.mark.parametrize("far", [0.0, 1e3, 1e15])
+def test_half_of_the_rows_and_more_are_proven(
+    far: float, device: str, counters: list[Tensor]
+) -> None:
+    """Also where one code is far from all others."""
     N, (x, codebook) = 512, gaussian(512, 512, 256)
+    codebook[9] += far
     check(x.to(device), codebook.to(device))
     for each in counters:
         listed, looked = each[:2].tolist()
