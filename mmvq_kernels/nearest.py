@@ -167,16 +167,14 @@ def _search_tiles(x: Tensor, codebook: Tensor, substitutes: Tensor | None) -> Te
     if substitutes is not None:
         codebook = codebook[substitutes]
     N, (L, D) = x.shape[0], codebook.shape
+    search, number = _best, 1
+    tile = min(L, _TILE if D > 16 else 2 * _TILE + 16)  # not 2,048: its rows meet in a cache
     if narrow.takes(x, codebook):
-        search, tile, blocks = narrow.best, L, (x,)
+        search, tile = narrow.best, L
     else:
-        search, tile = (
-            _best,
-            min(L, _TILE if D > 16 else 2 * _TILE + 16),
-        )  # 2,048 rows share a cache
         room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32)
         number = math.ceil(N * tile * codebook.element_size() / room)
-        blocks = x.tensor_split(max(1, min(number, N // _ROWS)))
+    blocks = x.tensor_split(max(1, min(number, N // _ROWS)))
     centre, scorers = _centre(codebook), codebook.new_empty(tile, D)
     best, index, biases = x, x, []
     for start in range(0, L, tile):

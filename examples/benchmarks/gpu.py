@@ -4,6 +4,7 @@
 
 Stages: tests (`pytest -m gpu`), launches, step, search, statistics, update, and sanitizer
 (compute-sanitizer over one small run of every operation); figures stands for launches to update.
+tiles, which runs only where it is named, times each tile of the search and makes its table.
 Each runs in a process of its own and writes one JSON file as it goes. What there was no time for is
 listed as left out. Times are those of the GPU alone, by replay of a CUDA graph with an empty L2
 cache ("us"), and of calls in a row, which includes the host ("eager us").
@@ -44,7 +45,7 @@ from torch import Tensor
 import mmvq
 import mmvq_kernels
 
-from . import launches, peers, search, timing
+from . import launches, peers, search, tiles, timing
 from .timing import Call, geometric_mean
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,9 @@ SECONDS = {  # what a stage may take; what it does not use is left for those aft
     "statistics": 30,
     "update": 20,
     "sanitizer": 90,
+    "tiles": 120,  # only where it is asked for
 }
+BUDGET = 460  # of all but tiles
 FIGURES = ("launches", "step", "search", "statistics", "update")
 BYTES_PER_US = 3.35e6  # HBM3 of an H100
 AIMS = {  # what is compared with an aim -> the aim
@@ -401,12 +404,23 @@ def _update(file: File, L: int, D: int, reset: bool, device: str) -> None:
     file.row(partial(times, call, moved), L=L, D=D, reset=reset)
 
 
+def figure_tiles(file: File, device: str, quick: bool) -> None:
+    """Each tile of the search, and the table of this GPU (`benchmarks.tiles`)."""
+    from mmvq_kernels.gpu import launching
+
+    tiles.measure(lambda one, what: file.row(one, **what), times, device, quick)
+    name = launching.name(torch.empty(0, device=device))
+    file.content["FACTORS"] = {name: tiles.factors(file.content["rows"])}
+    print(f"FACTORS = {file.content['FACTORS']}")
+
+
 FUNCTIONS: dict[str, Callable[[File, str, bool], None]] = {
     "launches": figure_launches,
     "step": figure_step,
     "search": figure_search,
     "statistics": figure_statistics,
     "update": figure_update,
+    "tiles": figure_tiles,
 }
 
 
@@ -612,15 +626,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = [*SECONDS, "figures"]
-    parser.add_argument("stages", nargs="*", help=f"of {', '.join(known)}; all by default")
+    parser.add_argument(
+        "stages", nargs="*", help=f"of {', '.join(known)}; all but tiles by default"
+    )
     parser.add_argument(
         "--output", type=Path, help=f"folder, {OUTPUT.relative_to(ROOT)} by default"
     )
-    parser.add_argument(
-        "--budget", type=float, default=sum(SECONDS.values()), help="seconds, 460 by default"
-    )
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds, 460 by default")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; a GPU is not needed")
-    parser.add_argument("--one", choices=(*FIGURES, "every-operation"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=(*FUNCTIONS, "every-operation"), help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=math.inf, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if unknown := set(options.stages) - set(known):
@@ -637,7 +651,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     if options.one:
         return run_figure(options.one, output, options.until, options.quick)
-    chosen = options.stages or list(SECONDS)
+    chosen = options.stages or [s for s in SECONDS if s != "tiles"]
     stages = [s for s in SECONDS if s in chosen or (s in FIGURES and "figures" in chosen)]
     if run_stages(stages, output, options.budget, options.quick):
         sys.exit(1)

@@ -1,14 +1,15 @@
-"""Time every tile of the search on the GPU that is there, beside the time that `plan` predicts.
+"""Time every tile of the search on a GPU, and make its table: `make gpu STAGES=tiles`.
 
-    make gpu STAGES=tiles
-
-`plan` in `mmvq_kernels/gpu/nearest.py` chooses by predicted clock cycles, which come from compiled
-code. What a tile takes here, over what is predicted for it, becomes its line in the table of this
-GPU: `FACTORS`, which `plan` multiplies by. The file has the table as it is to be pasted.
+`plan` in `mmvq_kernels/gpu/nearest.py` chooses a tile by clock cycles estimated from compiled code.
+What a tile takes here over its estimate is its factor. The factors of a GPU, as this stage writes
+and prints them, are its entry in `FACTORS` there. Large searches are also timed with the filter
+first, on data that it suits and on data that it does not: where it pays, the GPU gets an entry in
+`FILTERS` (`mmvq_kernels/gpu/filtering.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from statistics import geometric_mean
 from typing import Any
@@ -16,61 +17,81 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvq_kernels.gpu import launching, nearest
-
 from .search import DisagreementError
 
 WIDTHS = (8, 32, 64, 128, 256)  # D
-SIZES = (1_600, 400), (17_000, 1_024), (65_536, 1_024), (65_536, 8_192)  # N, L
-MEGAHERTZ = 1755  # of an H100 under load; a factor of all tiles alike changes no choice
+SIZES = [(1_600, 400), (17_000, 1_024), (65_536, 1_024), (65_536, 8_192)]  # N, L
+FILTERED = [(65_536, 8_192, 64), (65_536, 8_192, 256), (65_536, 1_024, 256)]  # N, L, D
+CLOCK = 1755  # MHz of an H100 under load; another would change all factors alike
+
+Found = dict[str, Any]
 
 
-def figure_tiles(file: Any, device: str, quick: bool) -> None:
-    """Each tile at each size, with the codes of a program as `plan` would choose them for it."""
-    from .gpu import times
+def measure(
+    rows: Callable[[Callable[[], Found], Found], None],
+    times: Callable[[Callable[[], object]], Found],
+    device: str,
+    quick: bool,
+) -> None:
+    """Call `rows` with what measures each tile at each size, and each filter, and what it is."""
+    from mmvq_kernels.gpu import launching, nearest
 
-    if not quick and device != "cuda":
-        file.content["left out"].append("all: a sweep needs a GPU")
-        return
-    widths, sizes = ((8, 40), [(96, 40)]) if quick else (WIDTHS, SIZES)
-    name = launching.name(torch.empty(0, device=device))
-    for D in widths:
-        P = nearest.padded(D)
-        for N, L in sizes:
-            x, codebook = (torch.randn(n, D, device=device) for n in (N, L))
-            wanted = nearest.search(x, codebook)
-            for tile in nearest.tiles(P):
-                share, cycles = nearest.shared(N, L, P, launching.processors(x), tile)
-                what = {"N": N, "L": L, "D": D, "tile": "x".join(map(str, tile)), "share": share}
-                if file.late(str(what)):
-                    continue
+    for D in (8, 40) if quick else WIDTHS:
+        for N, L in [(96, 40)] if quick else SIZES:
+            x, codebook = gaussian(N, L, D, device)
+            P, name = nearest.padded(D), launching.name(x)
+            cycles = nearest.predicted(N, L, P, launching.processors(x), name)
+            best = {t: min((c, s) for (of, s), c in cycles.items() if of == t) for t, _ in cycles}
+            for tile, (estimate, share) in best.items():
+                estimate /= nearest.FACTORS.get(name, {}).get(nearest.key(P, tile), 1.0)
                 call = partial(nearest.search_with_ticket, x, codebook, force=(tile, share))
-                file.row(partial(_measure, call, wanted, cycles, times), **what)
-    table = factors([row for row in file.content["rows"] if "over predicted" in row])
-    file.content["table"] = {name: table}
-    print(f"FACTORS[{name!r}] = {table}")
+                what = {"N": N, "L": L, "D": D, "tile": nearest.key(P, tile), "share": share}
+                rows(partial(_one, call, nearest.search(x, codebook), times, estimate), what)
+    sieve = nearest.Tile(128, 128, 8, 2)
+    for N, L, D in [(200, 70, 40)] if quick else FILTERED:
+        for data in (gaussian, clusters):
+            x, codebook = data(N, L, D, device)
+            for forced in (None, sieve):
+                call = partial(nearest.search_with_ticket, x, codebook, force_filter=forced)
+                what = {"N": N, "L": L, "D": D, "data": data.__name__, "filter": bool(forced)}
+                rows(partial(_one, call, nearest.search(x, codebook), times), what)
 
 
-def _measure(call: Any, wanted: Tensor, cycles: float, times: Any) -> dict[str, Any]:
-    """Times of a search.
+def gaussian(N: int, L: int, D: int, device: str) -> tuple[Tensor, Tensor]:
+    """Vectors and codes of which a filter proves most."""
+    return torch.randn(N, D, device=device), torch.randn(L, D, device=device)
+
+
+def clusters(N: int, L: int, D: int, device: str) -> tuple[Tensor, Tensor]:
+    """Those of which it proves few: all close to one of a few points."""
+    points = torch.randn(8, D, device=device)
+    return tuple(  # type: ignore[return-value]  # mypy does not count a generator
+        points[torch.randint(8, (n,), device=device)] + 1e-3 * torch.randn(n, D, device=device)
+        for n in (N, L)
+    )
+
+
+def _one(
+    call: Callable[[], tuple[Tensor, Tensor]],
+    wanted: Tensor,
+    times: Callable[[Callable[[], object]], Found],
+    estimate: float | None = None,
+) -> Found:
+    """The times of a search.
 
     Raises:
-        DisagreementError: it chose other codes than the tile of `plan`.
+        DisagreementError: its codes are not those of the tile and way of `plan`.
     """
-    wrong = int((call()[0] != wanted).sum())
-    if wrong:
+    if wrong := int((call()[0] != wanted).sum()):
         raise DisagreementError(f"{wrong} of {len(wanted)} vectors got another code")
-    found: dict[str, Any] = times(call)
-    return {**found, "over predicted": found["us"] * MEGAHERTZ / cycles}
+    found = times(call)
+    return found if estimate is None else {**found, "factor": found["us"] * CLOCK / estimate}
 
 
-def factors(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Columns and tile -> measured over predicted time, the geometric mean over the sizes.
-
-    Of sizes that take at most twice the least, as launches are no part of the prediction.
-    """
+def factors(rows: list[Found]) -> dict[str, float]:
+    """The factor of each tile: the geometric mean over the sizes."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        key = nearest.key(nearest.padded(row["D"]), row["tile"])
-        found.setdefault(key, []).append(row["over predicted"])
-    return {key: round(geometric_mean(values), 3) for key, values in found.items()}
+        if "factor" in row:
+            found.setdefault(row["tile"], []).append(row["factor"])
+    return {tile: round(geometric_mean(values), 3) for tile, values in found.items()}

@@ -9,6 +9,8 @@ split over programs, whose results meet in one integer atomic minimum of (score,
 64 bits: the result does not depend on the order in which they arrive. The last to arrive, by a
 ticket, unpacks the indices.
 
+On devices that `filtering` names, it first finds the indices that one product proves.
+
 Equal codes get equal scores to the last bit, because the loop treats every column of a tile alike
 and never splits D: so the lowest index wins without a search for repeated codes.
 """
@@ -24,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvq_kernels.gpu import launching
+from mmvq_kernels.gpu import filtering, launching
+from mmvq_kernels.gpu.filtering import split_eights
 from mmvq_kernels.gpu.launching import cdiv
 
 _OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4)
@@ -54,27 +57,29 @@ class Cost(NamedTuple):
     end_together: int
 
 
-# By name of the device, "" for any other, and by the most columns that tiles are for. Estimates for
-# an H100: 2,048 products of float16 and 24 bytes from L2 a cycle, 128 bytes from shared memory, the
-# instructions of the compiled code, of which 4 warps issue one each a cycle, 200 cycles of waiting.
-TILES: dict[str, dict[float, dict[Tile, Cost]]] = {
-    "": {
-        16: {Tile(64, 64, 4, 3): Cost(6, 700, 300, 683, 240)},
-        64: {
-            Tile(64, 64, 4, 3): Cost(3, 700, 300, 683, 240),
-            Tile(128, 128, 8, 2): Cost(2, 1750, 900, 1540, 860),
-        },
-        128: {
-            Tile(64, 64, 4, 2): Cost(2, 700, 300, 683, 240),
-            Tile(128, 64, 8, 3): Cost(1, 970, 450, 970, 430),
-        },
-        math.inf: {
-            Tile(64, 64, 4, 3): Cost(2, 1365, 350, 1365, 240),
-            Tile(128, 64, 8, 3): Cost(1, 2048, 450, 2048, 430),
-            Tile(128, 128, 8, 3): Cost(1, 2730, 900, 2730, 860),
-        },
-    }
+# By the most columns that tiles are for. Estimates for an H100: 2,048 products of float16 and 24
+# bytes from L2 a cycle, 128 bytes from shared memory, the instructions of the compiled code, of
+# which 4 warps issue one each a cycle, 200 cycles of waiting.
+TILES: dict[float, dict[Tile, Cost]] = {
+    16: {Tile(64, 64, 4, 3): Cost(6, 700, 300, 683, 240)},
+    64: {
+        Tile(64, 64, 4, 3): Cost(3, 700, 300, 683, 240),
+        Tile(128, 128, 8, 2): Cost(2, 1750, 900, 1540, 860),
+    },
+    128: {
+        Tile(64, 64, 4, 2): Cost(2, 700, 300, 683, 240),
+        Tile(128, 64, 8, 3): Cost(1, 970, 450, 970, 430),
+    },
+    math.inf: {
+        Tile(64, 64, 4, 3): Cost(2, 1365, 350, 1365, 240),
+        Tile(128, 64, 8, 3): Cost(1, 2048, 450, 2048, 430),
+        Tile(128, 128, 8, 3): Cost(1, 2730, 900, 2730, 860),
+    },
 }
+# By name of the device and `key` of a tile: its time over the estimate, as `make gpu STAGES=tiles`
+# measures it. What is not here counts as it is estimated.
+FACTORS: dict[str, dict[str, float]] = {}
+_DOUBTED = 16  # of so many rows, one is taken to need the search after a filter
 _ENDS = 3000  # cycles to begin and end a program
 
 
@@ -149,6 +154,7 @@ def prepare_kernel(
     low,  # the same, out: what rounding to fp16 left over; None if it is not used
     inverse,  # fp32 [R + ...], out: 1 / s of each row; NaN of a vector that is not finite
     half_norm,  # fp32 [R], out; inf if the code is not finite, or past L
+    norms,  # fp32 [R + ..., 2], out: |high| / s, |low| / s, NaN as 1 / s; None if not used
     packed,  # int64 [N], out: the greatest value; None if the codes are not split
     tickets,  # int32 [K], out: zeros; None if there are none
     N,
@@ -164,10 +170,10 @@ def prepare_kernel(
     """Per program, BLOCK_R codes, or as many vectors."""
     to = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     if tl.program_id(0).to(tl.int64) * BLOCK_R < R:
-        big, rest, r, norms, fit = _cut(codebook, codebook, to, L, L, D, BLOCK_D)
-        tl.store(half_norm + to, tl.where(fit, norms, float("inf")))
+        big, rest, r, half, fit = _cut(codebook, codebook, to, L, L, D, BLOCK_D)
+        tl.store(half_norm + to, tl.where(fit, half, float("inf")))
     else:
-        big, rest, r, norms, fit = _cut(x, codebook, to - R, N, L, D, BLOCK_D)
+        big, rest, r, half, fit = _cut(x, codebook, to - R, N, L, D, BLOCK_D)
         r = tl.where(fit, r, float("nan"))
     columns = tl.arange(0, BLOCK_D)
     cells, inside = to[:, None] * P + columns[None, :], (columns < P)[None, :]
@@ -175,6 +181,10 @@ def prepare_kernel(
     tl.store(high + cells, big, mask=inside)
     if low is not None:
         tl.store(low + cells, rest, mask=inside)
+    if norms is not None:
+        big, rest = big.to(tl.float32), rest.to(tl.float32)
+        tl.store(norms + 2 * to, tl.sqrt(tl.sum(big * big, axis=1)) * r)
+        tl.store(norms + 2 * to + 1, tl.sqrt(tl.sum(rest * rest, axis=1)) * r)
     if packed is not None:
         for start in tl.range(tl.program_id(0) * BLOCK_N, N, tl.num_programs(0) * BLOCK_N):
             at = start + tl.arange(0, BLOCK_N)
@@ -199,12 +209,6 @@ def _product(high, low, x_high, x_low, cells):
 
 
 @triton.jit
-def _split(x, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
-    """The even and the odd eights of columns."""
-    return tl.split(tl.permute(tl.reshape(x, [BLOCK_N, PAIRS, 2, 8]), (0, 1, 3, 2)))
-
-
-@triton.jit
 def _keep_least(
     best, index, products, factor, inverse, half_norm, start,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -221,8 +225,8 @@ def _keep_least(
     at = tl.broadcast_to((tl.arange(0, BLOCK_L) & -8)[None, :], [BLOCK_N, BLOCK_L])
     for i in tl.static_range(4, 12):  # neighbours, so that what is on the left has lower indices
         if BLOCK_L >> i > 0:
-            first, second = _split(least, BLOCK_N, BLOCK_L >> i)
-            here, there = _split(at, BLOCK_N, BLOCK_L >> i)
+            first, second = split_eights(least, BLOCK_N, BLOCK_L >> i)
+            here, there = split_eights(at, BLOCK_N, BLOCK_L >> i)
             least = tl.minimum(first, second)
             at = tl.where(least == first, here, there)
     least, at = tl.reshape(least, [BLOCK_N, 8]), tl.reshape(at, [BLOCK_N, 8])
@@ -238,6 +242,8 @@ def search_kernel(
     half_norm,  # fp32 [R]
     packed,  # int64 [N]: (score, index), to be made smaller; None if the codes are not split
     tickets,  # int32 [blocks of vectors]: zeros; None: nobody unpacks
+    listed,  # int32 [N]: from filter_kernel, the rows to search; None: all
+    counters,  # int32: how many they are
     out,  # int64 [N]: the index
     N,
     L,
@@ -252,11 +258,17 @@ def search_kernel(
 ):
     """Per program, BLOCK_N vectors against `codes_per_program` codes."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = rows < N
+    first = tl.program_id(1) * codes_per_program
+    last = tl.minimum(first + codes_per_program, L)
+    if listed is not None:
+        number = tl.load(counters)
+        there = rows < number
+        rows = tl.load(listed + rows, mask=there, other=0).to(tl.int64)
+        last = tl.where(tl.program_id(0).to(tl.int64) * BLOCK_N < number, last, first)
     columns = tl.arange(0, BLOCK_D)
     factor = -tl.load(inverse + R + rows)
     x_cells = (R + rows)[:, None] * P + columns[None, :]
-    first = tl.program_id(1) * codes_per_program
-    last = tl.minimum(first + codes_per_program, L)
     best = tl.full([BLOCK_N, 8], float("inf"), tl.float32)
     index = tl.zeros([BLOCK_N, 8], tl.int32)
     if ONCE:
@@ -293,15 +305,15 @@ def search_kernel(
     finite = (least > -float("inf")) & (least < float("inf"))
     index = tl.where(finite, tl.min(index, axis=1), 0).to(tl.int64)
     if packed is None:
-        tl.store(out + rows, index, mask=rows < N)
+        tl.store(out + rows, index, mask=there)
     else:
         bits = tl.where(least == 0, 0.0, least).to(tl.int32, bitcast=True)  # one zero
         ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the floats are
-        tl.atomic_min(packed + rows, (ordered.to(tl.int64) << 32) | index, rows < N, sem="relaxed")
+        tl.atomic_min(packed + rows, (ordered.to(tl.int64) << 32) | index, there, sem="relaxed")
         if tickets is not None:
             if arrives_last(tickets + tl.program_id(0), tl.num_programs(1)):
-                found = tl.load(packed + rows, mask=rows < N, other=0, cache_modifier=".cg")
-                tl.store(out + rows, found & 0xFFFFFFFF, mask=rows < N)
+                found = tl.load(packed + rows, mask=there, other=0, cache_modifier=".cg")
+                tl.store(out + rows, found & 0xFFFFFFFF, mask=there)
 
 
 def search(x: Tensor, codebook: Tensor, fast: bool = False) -> Tensor:
@@ -315,18 +327,25 @@ def search_with_ticket(
     fast: bool = False,
     spare: int = 1,
     force: tuple[Tile, int] | None = None,
+    force_filter: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The indices, int64 `[N]`, and `spare` zeros, int32, for the kernel that follows.
 
-    `force` is a tile and the codes of a program, where a sweep times them.
+    `force` is a tile and the codes of a program, `force_filter` the tile of a filter, where a sweep
+    times them.
     """
     x, codebook = x.contiguous(), codebook.contiguous()
     N, L = x.shape[0], codebook.shape[0]
     P, capability = padded(x.shape[1]), launching.capability(x)
     hopper, large = capability == 90, capability // 10 in (9, 10, 11)  # in shared memory
-    tile, share = force or plan(N, L, P, launching.processors(x), launching.name(x))
+    device, sieve = launching.name(x), None
+    if not fast:
+        sieve = force_filter or filtering.chosen(N, L, P, device)
+    searched = cdiv(N, _DOUBTED) if sieve else N
+    tile, share = force or plan(searched, L, P, launching.processors(x), device)
     narrow = capability >= 100 or _OLD  # where minima pass through shared memory
-    codes = min(tile.codes, 64) if narrow else tile.codes
+    widest = 64 if narrow else 256
+    codes = min(tile.codes, widest)
     once, options = P <= (128 if hopper else 64), {}
     if capability >= 100:
         options["maxnreg"] = 255  # the compiler would take fewer, and spill
@@ -337,12 +356,20 @@ def search_with_ticket(
     packed = torch.empty_like(out) if split else None
     unpacks = split and launching.amd(x) is None  # whose barriers wait for no atomic of other waves
     own = blocks if unpacks else 0
-    tickets = x.new_empty(own + spare, dtype=torch.int32)
-    prepared = prepare(x, codebook, fast, packed, tickets if len(tickets) else None)
+    begin = 4 if sieve else 0  # two counters, and what follows is aligned
+    tickets = x.new_empty(begin + own + spare, dtype=torch.int32)
+    norms, listed = None, None
+    if sieve:
+        norms = x.new_empty(padded_rows(L) + padded_rows(N), 2, dtype=torch.float32)
+    prepared = prepare(x, codebook, fast, packed, tickets if len(tickets) else None, norms)
+    if sieve and norms is not None:
+        found = out if packed is None or unpacks else packed  # where those proven go
+        listed = filtering.launch(sieve, widest, prepared, norms, tickets, found, L)
     launching.launch(
         search_kernel,
         (blocks, cdiv(L, share)),
-        *(*prepared, packed, tickets if unpacks else None, out),
+        *(*prepared, packed, tickets.narrow(0, begin, own) if unpacks else None),
+        *(listed, tickets if sieve else None, out),
         *(N, L, len(prepared[-1]), P, share),
         BLOCK_N=tile.rows,
         BLOCK_L=codes,
@@ -355,12 +382,17 @@ def search_with_ticket(
     )
     if packed is not None and not unpacks:
         out = packed.bitwise_and_(0xFFFFFFFF)
-    return out, tickets.narrow(0, own, spare)
+    return out, tickets.narrow(0, begin + own, spare)
 
 
 def padded(D: int) -> int:
     """Columns of what `search_kernel` reads: a power of two from 16 to 64, or a multiple of 64."""
     return max(16, triton.next_power_of_2(D)) if D <= 64 else 64 * cdiv(D, 64)
+
+
+def padded_rows(N: int) -> int:
+    """A multiple of the rows of each tile."""
+    return _BLOCK * cdiv(N, _BLOCK)
 
 
 def prepare(
@@ -369,13 +401,14 @@ def prepare(
     fast: bool = False,
     packed: Tensor | None = None,
     tickets: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """What `search_kernel` reads: high, low, 1 / s, half-norms.
 
-    `packed` and `tickets` are made ready for it.
+    `packed` and `tickets` are made ready for it, `norms` for `filtering`.
     """
     (N, D), L = x.shape, codebook.shape[0]
-    P, R, rows = padded(D), _BLOCK * cdiv(L, _BLOCK), _BLOCK * cdiv(N, _BLOCK)
+    P, R, rows = padded(D), padded_rows(L), padded_rows(N)
     parts = x.new_empty(1 if fast else 2, R + rows, P, dtype=torch.float16).unbind()
     inverse = x.new_empty(R + rows, dtype=torch.float32)
     half_norm = x.new_empty(R, dtype=torch.float32)
@@ -385,7 +418,7 @@ def prepare(
     launching.launch(
         prepare_kernel,
         ((R + rows) // block_r,),
-        *(x, codebook, high, low, inverse, half_norm, packed, tickets),
+        *(x, codebook, high, low, inverse, half_norm, norms, packed, tickets),
         *(N, 0 if tickets is None else len(tickets), L, R, D, P),
         BLOCK_N=1024,
         BLOCK_R=block_r,
@@ -396,24 +429,42 @@ def prepare(
     return high, low, inverse, half_norm
 
 
+def tiles(P: int) -> dict[Tile, Cost]:
+    """The tiles for P columns."""
+    return TILES[min(most for most in TILES if most >= P)]
+
+
+def key(P: int, tile: Tile) -> str:
+    """The name of a tile for P columns in `FACTORS`."""
+    most = min(most for most in TILES if most >= P)
+    return f"{'x'.join(map(str, tile))}, D to {most}"
+
+
+def predicted(
+    N: int, L: int, P: int, processors: int, device: str = ""
+) -> dict[tuple[Tile, int], float]:
+    """Tile and codes of a program -> estimated cycles of the processor with the most programs."""
+    steps, factors = P / 64, FACTORS.get(device, {})
+
+    def cycles(tile: Tile, cost: Cost, share: int) -> float:
+        number = share // tile.codes
+        programs = cdiv(cdiv(N, tile.rows) * cdiv(L, share), processors)
+        alone = _ENDS + number * (steps * cost.step + cost.end)
+        together = programs * number * max(steps * cost.step_together, cost.end_together)
+        most = max(cdiv(programs, cost.resident) * alone, _ENDS + together)
+        return most * factors.get(key(P, tile), 1.0)
+
+    found = {}
+    for tile, cost in tiles(P).items():
+        most = min(cdiv(L, tile.codes), 8 * processors // max(cdiv(N, tile.rows), 1) + 1)
+        for splits in range(1, most + 1):
+            share = tile.codes * cdiv(cdiv(L, tile.codes), splits)
+            found[tile, share] = cycles(tile, cost, share)
+    return found
+
+
 @functools.lru_cache(1 << 10)
 def plan(N: int, L: int, P: int, processors: int, device: str = "") -> tuple[Tile, int]:
     """The tile and the codes of a program, with the least predicted time."""
-
-    def time(tile: Tile, share: int) -> float:
-        """Of the processor with the most programs."""
-        cost, tiles = costs[tile], share // tile.codes
-        programs = cdiv(cdiv(N, tile.rows) * cdiv(L, share), processors)
-        alone = _ENDS + tiles * (steps * cost.step + cost.end)
-        together = programs * tiles * max(steps * cost.step_together, cost.end_together)
-        return max(cdiv(programs, cost.resident) * alone, _ENDS + together)
-
-    steps, tables = P / 64, TILES.get(device, TILES[""])
-    costs = tables[min(most for most in tables if most >= P)]
-    plans = [
-        (tile, tile.codes * cdiv(cdiv(L, tile.codes), splits))
-        for tile in costs
-        for splits in range(1, min(L, 8 * processors // max(cdiv(N, tile.rows), 1) + 1) + 1)
-        if (splits - 1) * tile.codes < L
-    ]
-    return min(plans, key=lambda each: time(*each))
+    found = predicted(N, L, P, processors, device)
+    return min(found, key=found.__getitem__)

@@ -83,7 +83,7 @@ _ORDERLESS = r"(min\.s64|smin_x2|add\.[su]32|_add(_u32)?$)"  # of integers: no o
 _COUNTED = "sm_80", "sm_90"  # whose matrix instructions `loops` knows
 _PROCESSORS = 132  # of an H100, for which launches are planned where there is no GPU to ask
 _SIZES = "N", "L", "D", "T", "P", "NI", "NJ"  # of tensors
-_WITH_ATOMICS = "search_kernel", "commit_kernel", "scatter_atomic_kernel"
+_WITH_ATOMICS = "search_kernel", "filter_kernel", "commit_kernel", "scatter_atomic_kernel"
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,13 @@ def search(
     search(fake(N, D, dtype=dtype), fake(L, D, dtype=codes), fast)
 
 
+def filtered(N: int, L: int, D: int) -> None:
+    """`nearest_code`, where a filter comes first; three stages of D 256 are too much."""
+    from mmvq_kernels.gpu.nearest import Tile, search_with_ticket
+
+    search_with_ticket(fake(N, D), fake(L, D), force_filter=Tile(128, 128, 8, 2 if D == 256 else 3))
+
+
 def statistics(N: int, L: int, D: int, dtype: torch.dtype = _F, deterministic: bool = True) -> None:
     """`code_statistics` of two groups."""
     from mmvq_kernels.gpu.statistics import accumulate
@@ -160,6 +167,9 @@ WORKLOADS: dict[str, Callable[[], object]] = {
     "nearest, fast": lambda: search(65536, 1024, 256, fast=True),
     "nearest, fast bf16": lambda: search(65536, 1024, 256, _B, fast=True),
     "nearest, fast fp16": lambda: search(65536, 1024, 256, _H, fast=True),
+    "nearest, filter": lambda: filtered(65536, 8192, 256),
+    "nearest, filter, D 64": lambda: filtered(65536, 8192, 64),
+    "nearest, filter, D 512": lambda: filtered(65536, 8192, 512),
     "statistics": lambda: statistics(65536, 1024, 256),
     "statistics, few rows": lambda: statistics(1600, 400, 256),
     "statistics, many codes": lambda: statistics(1600, 8192, 256),
