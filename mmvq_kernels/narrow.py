@@ -34,8 +34,8 @@ def takes(x: Tensor, codebook: Tensor) -> bool:
     return D <= _WIDTH and N * L >= _LEAST and _compiled() is not None
 
 
-def best(x: Tensor, codes: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The greatest `x . e + bias` of each row, fp32 `[N]`, and its lowest index, int64 `[N]`.
+def best(x: Tensor, codes: Tensor, bias: Tensor, score: Tensor, code: Tensor) -> None:
+    """Write the greatest `x . e + bias` of each row, fp32 `[N]`, and its lowest index, int64 `[N]`.
 
     A NaN counts as the least.
     """
@@ -44,15 +44,13 @@ def best(x: Tensor, codes: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     assert run is not None
     padded = pad(codes, (0, _WIDTH - D, 0, -L % 4)).numpy()
     biases = pad(bias, (0, -L % 4), value=-torch.inf).numpy()
-    greatest, index = x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.long)
     tasks = max(1, N * L // _TASK)
     threads = min(torch.get_num_threads(), tasks)
-    parts = zip(*(t.tensor_split(tasks) for t in (x, greatest, index)), strict=True)
+    parts = zip(*(t.tensor_split(tasks) for t in (x, score, code)), strict=True)
     arrays = [(a.float().contiguous().numpy(), b.numpy(), c.numpy()) for a, b, c in parts]
     each = map if threads == 1 else _pool(threads, os.getpid()).map
     for _ in each(lambda part: run(part[0], padded, biases, *part[1:]), arrays):
         pass
-    return greatest, index
 
 
 @functools.lru_cache(1)

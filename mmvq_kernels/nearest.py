@@ -170,11 +170,11 @@ def _search_tiles(x: Tensor, codebook: Tensor, substitutes: Tensor | None) -> Te
     search, number = _best, 1
     tile = min(L, _TILE if D > 16 else 2 * _TILE + 16)  # not 2,048: its rows meet in a cache
     if narrow.takes(x, codebook):
-        search, tile = narrow.best, L
+        search, tile = narrow.best, min(L, 8 * _TILE)  # 256 KB, in the second cache
     else:
         room = _BLOCK_BYTES * (1 if x.device.type == "cpu" else 32)
         number = math.ceil(N * tile * codebook.element_size() / room)
-    blocks = x.tensor_split(max(1, min(number, N // _ROWS)))
+    number = max(1, min(number, N // _ROWS))
     centre, scorers = _centre(codebook), codebook.new_empty(tile, D)
     best, index, biases = x, x, []
     for start in range(0, L, tile):
@@ -186,8 +186,10 @@ def _search_tiles(x: Tensor, codebook: Tensor, substitutes: Tensor | None) -> Te
         elif not np.isfinite(bias.numpy()).all():
             return None
         biases.append(bias)
-        found = [search(rows, centred, bias) for rows in blocks]
-        score, code = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        # made before the blocks of scores, whose memory then comes free as a whole
+        score, code = bias.new_empty(N), bias.new_empty(N, dtype=torch.long)
+        for block in zip(*(t.tensor_split(number) for t in (x, score, code)), strict=True):
+            search(block[0], centred, bias, *block[1:])
         if start:
             code = torch.where(score > best, code + start, index)
             score = torch.maximum(score, best)  # keeps a NaN
@@ -216,8 +218,8 @@ def _centre(codebook: Tensor) -> Tensor:
     return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
 
 
-def _best(x: Tensor, codes: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The greatest score `x . e' - h` of each row, or its NaN, and the lowest index of it.
+def _best(x: Tensor, codes: Tensor, bias: Tensor, score: Tensor, code: Tensor) -> None:
+    """Write the greatest score `x . e' - h` of each row, or its NaN, and the lowest index of it.
 
     On a CPU, they do not depend on the other rows.
     """
@@ -226,10 +228,12 @@ def _best(x: Tensor, codes: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         odd = codes.shape[1] % 2
         x, codes = pad(x, (0, odd, 0, -N % _ROWS)), pad(codes, (0, odd))
     scores = matmul_t(x, codes, bias)[:N]
-    if not is_cpu_readable(scores):
-        return scores.max(1)
-    code = torch.from_numpy(scores.numpy().argmax(1))  # vectorised; that of torch is not
-    return scores.gather(1, code[:, None])[:, 0], code
+    if is_cpu_readable(scores):
+        scores.numpy().argmax(1, out=code.numpy())  # vectorised; that of torch is not
+        torch.gather(scores, 1, code[:, None], out=score[:, None])
+    else:
+        for result, to in zip(scores.max(1), (score, code), strict=True):
+            to.copy_(result)
 
 
 def _first_of_equals(codebook: Tensor, biases: Tensor) -> Tensor | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support import rounding, uniform
+from torch import Tensor
 
 from mmvq_kernels import narrow, nearest_code
 from mmvq_kernels.nearest import _best, nearest_code_ref
@@ -26,6 +28,14 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(narrow, "_LEAST", 0)
 
 
+def best(
+    x: Tensor, codes: Tensor, bias: Tensor, by: Callable[..., None] = narrow.best
+) -> tuple[Tensor, Tensor]:
+    score, code = torch.empty(len(x)), torch.empty(len(x), dtype=torch.long)
+    by(x, codes, bias, score, code)
+    return score, code
+
+
 def _quietly(*arrays: Any) -> None:
     with np.errstate(invalid="ignore"):  # compiled, it says nothing of a NaN
         narrow._search(*arrays)
@@ -36,7 +46,7 @@ def _quietly(*arrays: Any) -> None:
 def test_greatest_score_and_its_index(N: int, L: int, D: int, dtype: torch.dtype) -> None:
     x, codes = uniform(N, D).to(dtype), uniform(L, D, seed=1).float()
     bias = uniform(L, seed=2).float()
-    greatest, index = narrow.best(x, codes, bias)
+    greatest, index = best(x, codes, bias)
     exact = x.double() @ codes.double().T + bias
     slack = rounding(torch.float32, D + 1, D + 1)
     assert ((greatest - exact.amax(1)).abs() <= slack).all()
@@ -46,11 +56,11 @@ def test_greatest_score_and_its_index(N: int, L: int, D: int, dtype: torch.dtype
 def test_ties_go_to_the_lowest_index_and_nan_counts_as_least() -> None:
     codes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     x = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0], [-3.0, 1.0], [torch.nan, 0.0]])
-    greatest, index = narrow.best(x, codes, torch.zeros(5))
+    greatest, index = best(x, codes, torch.zeros(5))
     assert index.tolist() == [0, 0, 1, 4, 0]
     assert greatest.tolist() == [1.0, 1.0, 2.0, 3.0, -torch.inf]
     # a bias of -inf never wins
-    assert narrow.best(x[:4], codes, torch.tensor([-torch.inf, 0, 0, 0, 0]))[1][0] == 2
+    assert best(x[:4], codes, torch.tensor([-torch.inf, 0, 0, 0, 0]))[1][0] == 2
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -58,8 +68,8 @@ def test_any_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(narrow, "_TASK", 40)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, codes, bias = uniform(50, 3).float(), uniform(9, 3, seed=1).float(), uniform(9).float()
-    expected = _best(x, codes, bias)
-    assert torch.equal(narrow.best(x, codes, bias)[1], expected[1])
+    expected = best(x, codes, bias, _best)
+    assert torch.equal(best(x, codes, bias)[1], expected[1])
 
 
 def test_a_search_takes_it_and_chooses_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +82,8 @@ def test_a_search_takes_it_and_chooses_the_same_codes(monkeypatch: pytest.Monkey
     expected = nearest_code_ref(x, codebook)
     expected[[3, 9]] = 0
     seen = []
-    best = narrow.best
-    monkeypatch.setattr("mmvq_kernels.narrow.best", lambda *a: seen.append(len(a[0])) or best(*a))
+    original = narrow.best
+    monkeypatch.setattr(narrow, "best", lambda *a: seen.append(len(a[0])) or original(*a))
     assert torch.equal(nearest_code(x, codebook), expected)
     assert seen == [100]
 
