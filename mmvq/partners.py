@@ -137,7 +137,8 @@ def mix_partners(
         keys = {name: direction(x, temperature) for name, x in values.items()}
     mixed = dict(z)
     for name, x in z.items():
-        others, of_others = ({b: y[b] for b in y if b != name} for y in (values, masks))
+        others = {b: values[b] for b in z if b != name}
+        of_others = {b: masks[b] for b in others}
         if not others:
             continue
         with torch.autocast(x.device.type, enabled=False):

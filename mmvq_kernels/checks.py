@@ -10,9 +10,10 @@ from mmvq_kernels.messages import message
 
 
 def is_cpu_readable(x: Tensor) -> bool:
-    """Whether the host can read the values of `x`: on a CPU, outside of graphs and transforms."""
+    """Whether the host can read `x`: on a CPU, outside of graphs, traces and transforms."""
     plain = type(x) is Tensor and x.device.type == "cpu"  # a fake tensor is of another class
-    return plain and not (torch.compiler.is_compiling() or transformed())
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return plain and not (traced or transformed())
 
 
 def check_below(

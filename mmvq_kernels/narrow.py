@@ -22,7 +22,7 @@ from mmvq_kernels.checks import is_cpu_readable
 
 _WIDTH = 8  # columns at most; fewer are padded
 _LANES = 256  # vectors at a time, in the first cache
-_LEAST = 1 << 19  # vectors times codes from which on it is worth to compile, which takes a second
+_LEAST = 1 << 19  # vectors times codes: those of a training step are. To compile takes a second
 _TASK = 1 << 23  # vectors times codes that a thread takes at a time: a millisecond
 
 

@@ -239,9 +239,10 @@ def _best(x: Tensor, codes: Tensor, bias: Tensor, score: Tensor, code: Tensor) -
 def _first_of_equals(codebook: Tensor, biases: Tensor) -> Tensor | None:
     """Of each code the lowest index of an equal one, `[L]`; None if all are known to differ.
 
-    The scores of equal codes may differ by rounding. Their biases do not.
+    The scores of equal codes may differ by rounding. Their biases do not, unless torch shares the
+    columns of one code among threads.
     """
-    if not is_cpu_readable(biases):
+    if not is_cpu_readable(biases) or codebook.shape[1] >= 1 << 15:
         return first_equal_row(codebook)
     values = biases.numpy()
     order = values.argsort()

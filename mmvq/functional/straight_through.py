@@ -29,7 +29,7 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
     if alike and is_cpu_readable(z) and forward_ad._current_level < 0:
         if math.isfinite(z.detach().sum(dtype=torch.float32).numpy()):
             apply: Any = _Pass.apply  # untyped in torch
-            passed: Tensor = apply(z, codes)  # half of the passes over memory
+            passed: Tensor = apply(z, codes.detach())  # half of the passes over memory
             return passed
     return codes.detach() + (z - z.detach())
 

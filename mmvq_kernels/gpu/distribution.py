@@ -168,14 +168,14 @@ def clip_kernel(
     normalizers,  # fp32 [N], out
     out,  # fp32 [B, L]: ln P
     parts, T, N, L, S,
-    BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr, CODES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Per program, BLOCK_L codes and one clip."""
+    """Per program, CODES codes and one clip."""
     clip = tl.program_id(0)
-    code = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    code = tl.program_id(1) * CODES + tl.arange(0, CODES)
     part = tl.arange(0, PARTS)[None, :]
-    top = tl.full([BLOCK_L], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_L], tl.float32)
+    top = tl.full([CODES], -float("inf"), tl.float32)
+    total = tl.zeros([CODES], tl.float32)
     for start in tl.range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         row = clip * T + t
@@ -307,7 +307,7 @@ def forward(x: Tensor, codebook: Tensor, mask: Tensor | None) -> tuple[Tensor, T
         args = *args, N, L, S, D, lost, share
         launching.launch(normalizer_kernel, (cdiv(N, _ROWS), parts), *args, BLOCK_J=64, **_tiles(D))
         args = distances, partial, w, z, ln_p, parts, T, N, L, S
-        options = {"BLOCK_T": 16, "BLOCK_L": 128, "PARTS": _MOST_PARTS, "num_warps": 4}
+        options = {"BLOCK_T": 16, "CODES": 128, "PARTS": _MOST_PARTS, "num_warps": 4}
         launching.launch(clip_kernel, (N // T, cdiv(L, 128)), *args, **options)
     return log_p, normalizers
 

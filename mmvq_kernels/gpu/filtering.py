@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from mmvq_kernels.gpu.nearest import Tile
 
 # By name of the device, and by the most columns: the tile, and the fewest pairs of a vector and a
-# code for which the filter pays. A device that is not here has no filter.
+# code for which the filter pays. A device that is not here has no filter; nor may one that flushes
+# subnormal float16 numbers, for which the bound does not hold.
 FILTERS: dict[str, dict[float, tuple[Tile, int]]] = {}
 
 

@@ -185,12 +185,14 @@ def prepare_kernel(
         big, rest = big.to(tl.float32), rest.to(tl.float32)
         tl.store(norms + 2 * to, tl.sqrt(tl.sum(big * big, axis=1)) * r)
         tl.store(norms + 2 * to + 1, tl.sqrt(tl.sum(rest * rest, axis=1)) * r)
+    begin = tl.program_id(0).to(tl.int64) * BLOCK_N
+    step = tl.cast(tl.num_programs(0), tl.int64) * BLOCK_N
     if packed is not None:
-        for start in tl.range(tl.program_id(0) * BLOCK_N, N, tl.num_programs(0) * BLOCK_N):
+        for start in tl.range(begin, N, step):
             at = start + tl.arange(0, BLOCK_N)
             tl.store(packed + at, tl.full([BLOCK_N], 0x7FFFFFFFFFFFFFFF, tl.int64), mask=at < N)
     if tickets is not None:
-        for start in tl.range(tl.program_id(0) * BLOCK_N, K, tl.num_programs(0) * BLOCK_N):
+        for start in tl.range(begin, K, step):
             at = start + tl.arange(0, BLOCK_N)
             tl.store(tickets + at, tl.zeros([BLOCK_N], tl.int32), mask=at < K)
 

@@ -67,6 +67,11 @@ def test_the_output_is_memory_of_its_own(gradient: Gradient) -> None:
     assert z.grad is not None
 
 
+def test_codes_alone_are_constants() -> None:
+    codes = uniform(3, 4, seed=1).requires_grad_()
+    assert not straight_through(uniform(3, 4), codes).requires_grad
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_straight_through_in_forward_mode_and_twice() -> None:
     z, codes, v = (uniform(3, 4, seed=i) for i in range(3))

@@ -73,6 +73,19 @@ def test_exact_duplicates_give_the_lowest_index(dtype: torch.dtype, L: int, D: i
     assert torch.equal(nearest_code(near, codebook), first)
 
 
+def test_duplicates_of_very_many_columns() -> None:
+    """On several threads torch adds up a single row in another order than one of many rows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        codebook = uniform(1025, 40_000).float()
+        codebook[1024] = codebook[3]
+        x = codebook[[3] * 16] + 0.01 * uniform(16, 40_000, seed=1).float()
+        assert (nearest_code(x, codebook) == 3).all()
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_codes_of_few_bits_are_not_taken_for_duplicates(dtype: torch.dtype) -> None:
     """Signs and powers of two differ in the highest bits alone."""

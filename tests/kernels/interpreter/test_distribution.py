@@ -258,3 +258,19 @@ def test_same_bits_for_repetition(device: str) -> None:
     runs = [(*out, *backward(grad, x, codebook, mask, *out, True)) for out in runs]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
+
+
+def test_every_code_with_the_tiles_of_amd(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tiles have 64 codes at most."""
+    x, codebook = uniform(2, 5, 8).float().to(device), uniform(200, 8, seed=1).float().to(device)
+    expected = forward(x, codebook, None)
+    monkeypatch.setattr(launching, "amd", lambda like: "gfx942")
+    grad = torch.ones_like(expected[0])
+    for found, wanted in zip(forward(x, codebook, None), expected, strict=True):
+        close(found, wanted, 1e-4)
+    for found, wanted in zip(
+        backward(grad, x, codebook, None, *expected, True),
+        backward_torch(grad, x, codebook, None, *expected, True),
+        strict=True,
+    ):
+        close(found, wanted, 1e-4)

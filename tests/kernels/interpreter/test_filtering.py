@@ -171,6 +171,7 @@ def test_half_of_the_rows_and_more_are_proven(
     N, (x, codebook) = 512, gaussian(512, 512, 256)
     codebook[9] += far
     check(x.to(device), codebook.to(device))
+    assert len(counters) == len(TILES)
     for each in counters:
         listed, looked = each[:2].tolist()
         print(f"{listed} of {N} rows rechecked")
@@ -182,12 +183,14 @@ def test_the_way_back(device: str, counters: list[Tensor]) -> None:
     """Once most of 4,096 rows were in doubt, no more are looked at; unless all run at once."""
     N, x, codebook = 6000, *repeated(6000, 60, 10)
     check(x.to(device), codebook.to(device))
+    assert len(counters) == len(TILES)
     for each in counters:
         listed, looked = each[:2].tolist()
         assert listed == N
         assert looked == 4096 or (device == "cuda" and looked >= 4096)
     counters.clear()
     check(*(each.to(device) for each in gaussian(N, 60, 10)))
+    assert len(counters) == len(TILES)
     assert all(each[1] >= N > 2 * each[0] for each in counters)
 
 
