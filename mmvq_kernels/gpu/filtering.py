@@ -16,9 +16,9 @@ with 2% more, for the norms and for sums of steps, up to P 2^16, before its last
 than 2 bound + 2^-21 (|least| + |second|), the exact search has its least score at the same code,
 and nowhere else: the index is its own to the bit, and a row gets the same one on either way. 2^-120
 more is for products below the smallest floats. Of a row that is proven, the least and the greatest
-r |X| |E| are below 2^126: no product overflows, no score is NaN, and one that is infinite is so by
-its half-norm, far above, and counts as the greatest float. A row that is not finite has norms NaN,
-which prove nothing; a code that is not has the score inf in both.
+r |X| |E| are below 2^126, and |X| / s_x is below 2^116: no product overflows, no score is NaN, and
+one that is infinite is so by its half-norm, far above, and counts as the greatest float. A row that
+is not finite has norms NaN, which prove nothing; a code that is not has the score inf in both.
 
 One code far from the others shall not spoil the bound. With r_x |X| <= a / 4, a = r_e |E|, all
 products are below 1.02 a^2 / 4 (up to P 2^14), and the score is at least (.49 - .255) a^2, in both.
@@ -63,8 +63,8 @@ def _keep_two(
 ):  # fmt: skip
     """As `_keep_least`, and the second least of the columns."""
     codes = start + tl.arange(0, BLOCK_L)
-    factors = factor[:, None] * tl.load(inverse + codes)[None, :]
-    least = products * factors + tl.load(half_norm + codes)[None, :]
+    products = products * factor[:, None]
+    least = products * tl.load(inverse + codes)[None, :] + tl.load(half_norm + codes)[None, :]
     at = tl.broadcast_to((tl.arange(0, BLOCK_L) & -8)[None, :], [BLOCK_N, BLOCK_L])
     for i in tl.static_range(4, 12):
         if BLOCK_L >> i > 0:
@@ -111,7 +111,7 @@ def filter_kernel(
     if (looked < 4096) | (tl.atomic_add(counters, 0, sem="relaxed") <= looked // 2):
         columns = tl.arange(0, BLOCK_D)
         x_cells = (R + rows)[:, None] * P + columns[None, :]
-        factor = -tl.load(inverse + R + rows)
+        factor = tl.load(inverse + R + rows) * -(2.0**-14)
         best = tl.full([BLOCK_N, 8], float("inf"), tl.float32)
         second = tl.full([BLOCK_N, 8], float("inf"), tl.float32)
         index = tl.zeros([BLOCK_N, 8], tl.int32)
@@ -162,7 +162,8 @@ def filter_kernel(
         bound = 1.02 * (x_low * norm + x_norm * lost)
         greatest = tl.maximum(tl.abs(least), x_norm * norm)
         apart = 2 * bound + 2.0**-21 * (tl.abs(least) + tl.abs(second)) + 2.0**-120
-        proven = (second - least > apart) & (greatest < 2.0**126)
+        finite = (greatest < 2.0**126) & (x_norm < 2.0**116)
+        proven = (second - least > apart) & finite
         tl.store(out + rows, nearest.to(tl.int64), mask=proven & (rows < N))
         doubted = tl.where(proven, 0, doubted)
         tl.atomic_add(counters + 1, BLOCK_N, sem="relaxed")

@@ -152,7 +152,7 @@ def prepare_kernel(
     codebook,  # [L, D]
     high,  # fp16 [R + ..., P], out: L codes, from row R on N vectors, all else 0
     low,  # the same, out: what rounding to fp16 left over; None if it is not used
-    inverse,  # fp32 [R + ...], out: 1 / s of each row; NaN of a vector that is not finite
+    inverse,  # fp32 [R + ...], out: 2^14 / s of a code, 1 / s of a vector, NaN if it is not finite
     half_norm,  # fp32 [R], out; inf if the code is not finite, or past L
     norms,  # fp32 [R + ..., 2], out: |high| / s, |low| / s, NaN as 1 / s; None if not used
     packed,  # int64 [N], out: the greatest value; None if the codes are not split
@@ -177,10 +177,10 @@ def prepare_kernel(
         r = tl.where(fit, r, float("nan"))
     columns = tl.arange(0, BLOCK_D)
     cells, inside = to[:, None] * P + columns[None, :], (columns < P)[None, :]
-    tl.store(inverse + to, r)
     tl.store(high + cells, big, mask=inside)
     if low is not None:
         tl.store(low + cells, rest, mask=inside)
+    tl.store(inverse + to, tl.where(to < R, r * 16384.0, r))
     if norms is not None:
         big, rest = big.to(tl.float32), rest.to(tl.float32)
         tl.store(norms + 2 * to, tl.sqrt(tl.sum(big * big, axis=1)) * r)
@@ -222,8 +222,9 @@ def _keep_least(
     first stays; a NaN never does.
     """
     codes = start + tl.arange(0, BLOCK_L)
-    factors = factor[:, None] * tl.load(inverse + codes)[None, :]
-    least = products * factors + tl.load(half_norm + codes)[None, :]
+    # a product is at most 2^30 P; in this order it is neither too small nor too large in between
+    products = products * factor[:, None]
+    least = products * tl.load(inverse + codes)[None, :] + tl.load(half_norm + codes)[None, :]
     at = tl.broadcast_to((tl.arange(0, BLOCK_L) & -8)[None, :], [BLOCK_N, BLOCK_L])
     for i in tl.static_range(4, 12):  # neighbours, so that what is on the left has lower indices
         if BLOCK_L >> i > 0:
@@ -269,7 +270,7 @@ def search_kernel(
         rows = tl.load(listed + rows, mask=there, other=0).to(tl.int64)
         last = tl.where(tl.program_id(0).to(tl.int64) * BLOCK_N < number, last, first)
     columns = tl.arange(0, BLOCK_D)
-    factor = -tl.load(inverse + R + rows)
+    factor = tl.load(inverse + R + rows) * -(2.0**-14)
     x_cells = (R + rows)[:, None] * P + columns[None, :]
     best = tl.full([BLOCK_N, 8], float("inf"), tl.float32)
     index = tl.zeros([BLOCK_N, 8], tl.int32)

@@ -203,6 +203,7 @@ def test_the_bound_holds(data: str, D: int, device: str) -> None:
     R, P = padded_rows(L), padded(D)
     norms = torch.empty(R + padded_rows(N), 2, device=device)
     high, low, inverse, _ = prepare(x, codebook, norms=norms)
+    inverse[:R] *= 2.0**-14
     assert low is not None
     high, low, scale = high.double(), low.double(), inverse.double()[:, None]
     for part, norm in zip((high, low), norms.double().T, strict=True):
