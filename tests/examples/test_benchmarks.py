@@ -141,6 +141,16 @@ def over(rows: list[dict[str, Any]], name: str, clock: str) -> list[float]:
     return [ms["mmvq"][clock] / ms[name][clock] for ms in found]
 
 
+def faster_faiss(rows: list[dict[str, Any]], clock: str) -> list[dict[str, Any]]:
+    """With the time of the faster of its ways as that of faiss."""
+    found = []
+    for row in rows:
+        ways = [row["ms"][k] for k in ("faiss", "faiss, threshold 0") if k in row["ms"]]
+        fastest = {"faiss": min(ways, key=lambda ms: ms[clock])} if ways else {}
+        found.append({**row, "ms": {**row["ms"], **fastest}})
+    return found
+
+
 def test_the_page_shows_the_committed_figures() -> None:
     page = (plot.ROOT / "docs/benchmarks.md").read_text()
     one, two, largest = (
@@ -157,19 +167,25 @@ def test_the_page_shows_the_committed_figures() -> None:
     for D, powers in one["search"]["summary"]["cost grows as, for each D"].items():
         assert f"$N^{{{powers['N']}}} L^{{{powers['L']}}}$ at D {D}" in page
     mean = timing.geometric_mean
+    words = " ".join(page.split())
     for name in ("cdist", "scikit-learn", "faiss"):
-        found = [
-            over([row for row in one["search"]["rows"] if row["D"] == D], name, "cpu")
-            for D in (8, 64, 256)
-        ]
+        rows = [faster_faiss(run["search"]["rows"], c) for run, c in ((one, "cpu"), (two, "wall"))]
+        found, by_two = (
+            [over([row for row in of if row["D"] == D], name, clock) for D in (8, 64, 256)]
+            for of, clock in zip(rows, ("cpu", "wall"), strict=True)
+        )
         cells = " | ".join(f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in found)
         (line,) = (x for x in page.splitlines() if x.endswith(f" | {cells} |"))
         assert name in line
-        assert f"{mean(over(two['search']['rows'], name, 'wall')):.2f} of {name}" in page
+        if name == "faiss":
+            told = (f"{mean(x):.2f} at D {D}" for x, D in zip(by_two, (8, 64, 256), strict=True))
+            assert all(each in words for each in told)
+        else:
+            assert f"{mean(over(rows[1], name, 'wall')):.2f} of {name}" in words
     ms = {name: time["wall"] for name, time in two["step"]["rows"][0]["ms"].items()}
     ratio = ms["mmvq"] / ms["vector-quantize-pytorch"]
     told = f"took {ms['mmvq']:.2f} ms, {ratio:.2f} of vector-quantize-pytorch"
-    assert told in " ".join(page.split())
+    assert told in words
 
 
 def test_powers_and_means() -> None:
@@ -180,6 +196,7 @@ def test_powers_and_means() -> None:
 
 def test_calls_take_turns() -> None:
     order: list[str] = []
-    times = timing.in_turns({n: lambda n=n: order.append(n) for n in "ab"}, 2)  # type: ignore[misc]
-    assert order == list("ababab")
+    times = timing.in_turns({n: lambda n=n: order.append(n) for n in "ab"}, 9)  # type: ignore[misc]
+    turns = ["".join(order[i : i + 2]) for i in range(0, 20, 2)]
+    assert set(turns) == {"ab", "ba"}  # in another order each time
     assert all(set(clocks) == {"wall", "cpu"} for clocks in times.values())
