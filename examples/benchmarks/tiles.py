@@ -1,6 +1,6 @@
 """Time every tile of the search on a GPU, and make its table: `make gpu STAGES=tiles`.
 
-`plan` in `mmvq_kernels/gpu/nearest.py` chooses a tile by clock cycles estimated from compiled code.
+`plan` in `mmvq_kernels/gpu/tiles.py` chooses a tile by clock cycles estimated from compiled code.
 What a tile takes here over its estimate is its factor. The factors of a GPU, as this stage writes
 and prints them, are its entry in `FACTORS` there. Large searches are also timed with the filter
 first, on data that it suits and on data that it does not: where it pays, the GPU gets an entry in
@@ -34,20 +34,20 @@ def measure(
     quick: bool,
 ) -> None:
     """Call `rows` with what measures each tile at each size, and each filter, and what it is."""
-    from mmvq_kernels.gpu import launching, nearest
+    from mmvq_kernels.gpu import launching, nearest, tiles
 
     for D in (8, 40) if quick else WIDTHS:
         for N, L in [(96, 40)] if quick else SIZES:
             x, codebook = gaussian(N, L, D, device)
             P, name = nearest.padded(D), launching.name(x)
-            cycles = nearest.predicted(N, L, P, launching.processors(x), name)
+            cycles = tiles.predicted(N, L, P, launching.processors(x), name)
             best = {t: min((c, s) for (of, s), c in cycles.items() if of == t) for t, _ in cycles}
             for tile, (estimate, share) in best.items():
-                estimate /= nearest.FACTORS.get(name, {}).get(nearest.key(P, tile), 1.0)
+                estimate /= tiles.FACTORS.get(name, {}).get(tiles.key(P, tile), 1.0)
                 call = partial(nearest.search_with_ticket, x, codebook, force=(tile, share))
-                what = {"N": N, "L": L, "D": D, "tile": nearest.key(P, tile), "share": share}
+                what = {"N": N, "L": L, "D": D, "tile": tiles.key(P, tile), "share": share}
                 rows(partial(_one, call, nearest.search(x, codebook), times, estimate), what)
-    sieve = nearest.Tile(128, 128, 8, 2)
+    sieve = tiles.Tile(128, 128, 8, 2)
     for N, L, D in [(200, 70, 40)] if quick else FILTERED:
         for data in (gaussian, clusters):
             x, codebook = data(N, L, D, device)

@@ -32,17 +32,13 @@ any order, for `search_kernel`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmvq_kernels.gpu import launching
 from mmvq_kernels.gpu.launching import cdiv
-
-if TYPE_CHECKING:
-    from mmvq_kernels.gpu.nearest import Tile
+from mmvq_kernels.gpu.tiles import Tile
 
 # By name of the device, and by the most columns: the tile, and the fewest pairs of a vector and a
 # code for which the filter pays. A device that is not here has no filter; nor may one that flushes

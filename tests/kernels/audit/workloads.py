@@ -60,7 +60,8 @@ def search(
 
 def filtered(N: int, L: int, D: int) -> None:
     """`nearest_code`, where a filter comes first; three stages of D 256 are too much."""
-    from mmvq_kernels.gpu.nearest import Tile, search_with_ticket
+    from mmvq_kernels.gpu.nearest import search_with_ticket
+    from mmvq_kernels.gpu.tiles import Tile
 
     search_with_ticket(fake(N, D), fake(L, D), force_filter=Tile(128, 128, 8, 2 if D == 256 else 3))
 

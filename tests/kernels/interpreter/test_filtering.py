@@ -11,7 +11,8 @@ from support import uniform
 from torch import Tensor
 
 from mmvq_kernels.gpu import filtering, launching
-from mmvq_kernels.gpu.nearest import Tile, padded, padded_rows, prepare, search, search_with_ticket
+from mmvq_kernels.gpu.nearest import padded, padded_rows, prepare, search, search_with_ticket
+from mmvq_kernels.gpu.tiles import Tile
 
 TILES = [Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)]
 Data = tuple[Tensor, Tensor]

@@ -17,7 +17,8 @@ from support import rounding, strided, uniform
 from torch import Tensor
 
 from mmvq_kernels.gpu import launching, nearest
-from mmvq_kernels.gpu.nearest import plan, prepare, search, search_with_ticket
+from mmvq_kernels.gpu.nearest import prepare, search, search_with_ticket
+from mmvq_kernels.gpu.tiles import TILES, plan
 from mmvq_kernels.nearest import nearest_code, nearest_code_ref
 
 # one row, one code, D below, at and past a tile, primes, blocks that end inside a tile
@@ -349,7 +350,7 @@ def test_the_grid_fills_the_processors(N: int, L: int, split: bool | None, P: in
 def test_same_indices_by_every_tile(D: int, fast: bool, device: str) -> None:
     x, codebook = (uniform(n, D, seed=n, dtype=torch.float32).to(device) for n in (150, 400))
     wanted = search(x, codebook, fast)
-    for tile in {tile for costs in nearest.TILES.values() for tile in costs}:
+    for tile in {tile for costs in TILES.values() for tile in costs}:
         for share in (tile.codes, 512):
             assert torch.equal(search_with_ticket(x, codebook, fast, 0, (tile, share))[0], wanted)
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import tiles
+from benchmarks import tiles as sweep
 from benchmarks.search import DisagreementError
-from mmvq_kernels.gpu import nearest
+from mmvq_kernels.gpu import tiles
+from mmvq_kernels.gpu.nearest import padded
 
 
 def times(call: Callable[[], object]) -> dict[str, Any]:
@@ -21,9 +22,9 @@ def times(call: Callable[[], object]) -> dict[str, Any]:
 def test_each_tile_has_a_factor_and_each_filter_a_time(device: str) -> None:
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
-    tiles.measure(lambda one, what: rows.append({**what, **one()}), times, device, quick=True)
-    keys = {nearest.key(nearest.padded(D), t) for D in (8, 40) for t in nearest.tiles(D)}
-    found = tiles.factors(rows)
+    sweep.measure(lambda one, what: rows.append({**what, **one()}), times, device, quick=True)
+    keys = {tiles.key(padded(D), t) for D in (8, 40) for t in tiles.tiles(D)}
+    found = sweep.factors(rows)
     assert set(found) == keys
     assert all(factor > 0 for factor in found.values())
     filtered = [(row["data"], row["filter"]) for row in rows if "data" in row]
@@ -33,19 +34,19 @@ def test_each_tile_has_a_factor_and_each_filter_a_time(device: str) -> None:
 def test_no_time_where_codes_disagree() -> None:
     call, wanted = lambda: (torch.tensor([1, 2, 3]), torch.empty(0)), torch.tensor([1, 2, 4])
     with pytest.raises(DisagreementError, match="1 of 3 vectors"):
-        tiles._one(call, wanted, times)
+        sweep._one(call, wanted, times)
 
 
 def test_a_factor_is_the_mean_over_the_sizes() -> None:
     rows = [{"tile": "a", "factor": x} for x in (1.0, 4.0)] + [{"tile": "b", "factor": 3.0}]
-    assert tiles.factors([*rows, {"tile": "c", "error": "none"}]) == {"a": 2.0, "b": 3.0}
+    assert sweep.factors([*rows, {"tile": "c", "error": "none"}]) == {"a": 2.0, "b": 3.0}
 
 
 def test_factors_change_the_plan_of_their_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     size = 65_536, 8_192, 256, 132
-    tile, _ = nearest.plan(*size)
-    monkeypatch.setattr(nearest, "FACTORS", {"a GPU": {nearest.key(256, tile): 9.0}})
-    nearest.plan.cache_clear()
-    assert nearest.plan(*size, "a GPU")[0] != tile
-    assert nearest.plan(*size, "another")[0] == tile
-    nearest.plan.cache_clear()
+    tile, _ = tiles.plan(*size)
+    monkeypatch.setattr(tiles, "FACTORS", {"a GPU": {tiles.key(256, tile): 9.0}})
+    tiles.plan.cache_clear()
+    assert tiles.plan(*size, "a GPU")[0] != tile
+    assert tiles.plan(*size, "another")[0] == tile
+    tiles.plan.cache_clear()
