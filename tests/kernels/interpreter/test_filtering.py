@@ -142,8 +142,9 @@ def test_odd_sizes(N: int, L: int, D: int, device: str) -> None:
     check(normal(N, D).to(device), normal(L, D, seed=1).to(device))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [(torch.float16, 80), (torch.bfloat16, 90), (torch.float32, 100)]
+)
 def test_every_dtype_and_device(
     dtype: torch.dtype, capability: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
