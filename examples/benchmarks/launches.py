@@ -267,7 +267,7 @@ class Launches(TorchDispatchMode):
     """Counts the launches of what runs on a kind of device, by name, in `found`."""
 
     def __init__(self, device: str = "meta") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.device = device
         self.found: Counter[str] = Counter()
 

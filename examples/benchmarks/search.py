@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product as grid
 from typing import Any
 
@@ -81,7 +82,7 @@ def run(
         chosen = {name: torch.as_tensor(f(x, codebook)) for name, f in searches.items()}
         compare(x, codebook, chosen)
         calls: dict[str, Call] = {
-            name: lambda f=f, x=x, e=codebook: f(x, e)  # type: ignore[misc]  # mypy infers none
+            name: partial(f, x, codebook)
             for name, f in {**searches, "product": peers.product}.items()
         }
         few = min(repeats, max(2, (1 << 34) // (N * L * D)))

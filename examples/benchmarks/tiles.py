@@ -65,10 +65,9 @@ def gaussian(N: int, L: int, D: int, device: str) -> tuple[Tensor, Tensor]:
 def clusters(N: int, L: int, D: int, device: str) -> tuple[Tensor, Tensor]:
     """Those of which it proves few: all close to one of a few points."""
     points = torch.randn(8, D, device=device)
-    return tuple(  # type: ignore[return-value]  # mypy does not count a generator
-        points[torch.randint(8, (n,), device=device)] + 1e-3 * torch.randn(n, D, device=device)
-        for n in (N, L)
-    )
+    x, codebook = gaussian(N, L, D, device)
+    of_x, of_codes = (torch.randint(8, (n,), device=device) for n in (N, L))
+    return points[of_x] + 1e-3 * x, points[of_codes] + 1e-3 * codebook
 
 
 def _one(
