@@ -30,8 +30,9 @@ class CLUBEstimator(OverRanks, Pretrained):
       \qquad q(y | x) = \mathcal N(\mu(x), \mathrm{diag}\, \sigma^2(x))$$
 
     The direction matters: q predicts y from x. In the paper x is the semantic and y the
-    modality-specific feature. Alternate between some steps on `learning_loss`, with an optimiser of
-    this module's parameters, and one step of the encoders on `forward`.
+    modality-specific feature. Alternate between a step on `learning_loss`, with an optimiser of
+    this module's parameters, and a step of the encoders on `penalty`. `forward` measures: encoders
+    that minimise it beside other losses are driven past independence (see `penalty`).
 
     Args:
         x_dim: dimension of x.
@@ -127,7 +128,7 @@ class CLUBEstimator(OverRanks, Pretrained):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Compute the bound of a batch, which the encoders of x and y minimise.
+        """Compute the bound of a batch, to measure it; encoders minimise `penalty`.
 
         Args:
             x: inputs of q, `[B, T, x_dim]` or `[B, x_dim]`, in any float dtype (computed in that of
@@ -153,6 +154,43 @@ class CLUBEstimator(OverRanks, Pretrained):
         else:
             order = torch.randperm(B, generator=generator, device=device)
         return functional.club_shuffled(mu, logvar, y, order, mask)
+
+    def penalty(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        r"""Compute what the encoders of x and y minimise: the share of y that q explains.
+
+        $$\frac{1}{D} \sum_d \rho_d^2$$
+
+        $\rho_d$ is the correlation of dimension d of y and the mean of q, over the valid rows of
+        the batch. It needs neither the variance nor the scale of q to follow the encoders, is 0 at
+        no correlation, and a mean over D. It can therefore be added to other losses with a weight
+        of 1. It sees what q has learned: keep q close to the encoders by a step on `learning_loss`,
+        at a learning rate similar to theirs, before each of theirs.
+
+        Args:
+            x: inputs of q, `[B, T, x_dim]` or `[B, x_dim]`, as for `forward`.
+            y: samples `[B, T, y_dim]` or `[B, y_dim]`.
+            mask: padding mask, bool `[B, T]` or `[B]`, True = valid.
+
+        Returns:
+            Scalar without unit in [0, 1]; see `mmvq.functional.club_penalty`.
+
+        Raises:
+            ValueError: shapes do not match.
+            TypeError: x or y is not a floating point tensor.
+
+        Source: not in the paper, whose encoders minimise Eq. 5 (Sec. 4.4). With q fixed, Eq. 5 has
+        no minimum: beside other losses y grows, the value falls far below 0, and training fails.
+
+        Examples:
+            >>> club, x = CLUBEstimator(8, 4, hidden_dim=16), torch.randn(32, 10, 8)
+            >>> with torch.no_grad():
+            ...     mu, _ = club.posterior(x)
+            ...     print(f"{club.penalty(x, 5 - 2 * mu):.2f}")
+            1.00
+        """
+        x, y, mask = self._check(x, y, mask)
+        mu, _ = self.posterior(x)
+        return functional.club_penalty(mu, y, mask, batch=self._batch(y))
 
     def log_likelihood(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean of ln q(y | x) over the valid rows, in nats, including constants."""

@@ -56,6 +56,7 @@ def losses(
         "cpc": lambda z, masks: cpc(z, masks, start="all").loss,
         "cpc of cosines": lambda z, masks: cosines(z, masks, start="all").loss,
         "club": pair(club),
+        "club's penalty": pair(club.penalty),
         "club, one negative": pair(one_negative),
         "likelihood": pair(club.log_likelihood),
     }

@@ -4,6 +4,8 @@ from mmvq.functional.attention import aligned_partner, cross_attend, cross_atten
 from mmvq.functional.batch import WHOLE, Batch
 from mmvq.functional.club import (
     club,
+    club_penalty,
+    club_penalty_ref,
     club_ref,
     club_shuffled,
     gaussian_log_likelihood,
@@ -40,6 +42,8 @@ __all__ = [
     "advance_ages",
     "aligned_partner",
     "club",
+    "club_penalty",
+    "club_penalty_ref",
     "club_ref",
     "club_shuffled",
     "code_agreement",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def gaussian_log_likelihood(
         >>> gaussian_log_likelihood(zero, zero, zero)
         tensor(-1.8379)
     """
-    mu, logvar, y = _prepare(mu, logvar, y, mask)
+    mu, logvar, y = _prepare(mu, logvar, y, mask=mask)
     log_q = -((mu - y).square() * (-logvar).exp() + logvar + math.log(2 * math.pi)).sum(-1) / 2
     return _mean(log_q, mask, batch)
 
@@ -74,7 +75,7 @@ def club(
         >>> club(y, torch.zeros(2, 1), y), club(torch.zeros(2, 1), torch.zeros(2, 1), y)
         (tensor(1.), tensor(0.))
     """
-    mu, logvar, y = _prepare(mu, logvar, y, mask)
+    mu, logvar, y = _prepare(mu, logvar, y, mask=mask)
     weight = torch.ones_like(y[..., :1]) if mask is None else mask[..., None].to(y.dtype)
     total, count = batch.sum((weight * y).sum(0), weight.sum(0))
     count = count.clamp(min=1)  # [T, 1]
@@ -118,17 +119,89 @@ def club_shuffled(
         >>> club_shuffled(y, torch.zeros(2, 1), y, torch.tensor([1, 0]))
         tensor(2.)
     """
-    mu, logvar, y = _prepare(mu, logvar, y, mask)
+    mu, logvar, y = _prepare(mu, logvar, y, mask=mask)
     negative = y[permutation]
     both = None if mask is None else mask & mask[permutation]
     excess = (mu - negative).square() - (mu - y).square()
     return _mean((excess * (-logvar).exp()).sum(-1) / 2, both)
 
 
-def _prepare(mu: Tensor, logvar: Tensor, y: Tensor, mask: Tensor | None) -> list[Tensor]:
+def club_penalty(
+    mu: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    *,
+    batch: Batch = WHOLE,
+) -> Tensor:
+    r"""Share of the variance of y that mu explains, once mu is refitted to the batch.
+
+    $$\frac{1}{D} \sum_d \rho_d^2, \qquad
+      \rho_d^2 = \frac{\big[\sum_{i,t} (\mu_{itd} - \bar\mu_{td}) (y_{itd} - \bar y_{td})\big]^2}
+      {\sum_{i,t} (\mu_{itd} - \bar\mu_{td})^2 \, \sum_{i,t} (y_{itd} - \bar y_{td})^2}$$
+
+    The means are over the clips at each t, because the negatives of Eq. 5 are time-aligned. If each
+    dimension of mu is replaced by its least-squares fit to y, with one scale, an offset for each t,
+    and the variance of the residuals as $\sigma_d^2$, then `club` is
+    $\sum_d \rho_d^2 / (1 - \rho_d^2)$. It grows with the same $\rho_d^2$, which is the
+    coefficient of determination of that fit.
+
+    Eq. 5 of a fixed q has no minimum: it pulls y by $(\bar\mu_d - \mu_{itd}) / \sigma_d^2$
+    wherever y is. $\rho_d^2$ is least, and its gradient vanishes, where mu and y are uncorrelated.
+    It depends on the scale and offset of neither.
+
+    Args:
+        mu: means of q(y | x) for each x, `[B, T, D]` (or `[B, D]`).
+        y: samples, same shape as mu.
+        mask: padding mask, bool `[B, T]` (or `[B]`), True = valid.
+        batch: result of `mmvq.distributed.gather_batch_sizes`, if B is split over ranks: the
+            correlations are those of the whole batch.
+
+    Returns:
+        Scalar without unit in [0, 1], in at least float32. A dimension in which mu or y is
+        constant, up to rounding error, counts as 0. Independent rows have about 1 / (T (B - 1)).
+
+    Source: not in the paper, which minimises Eq. 5 itself.
+
+    Examples:
+        >>> mu, other = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]), torch.tensor([1.0, 1, -1, -1])
+        >>> club_penalty(mu, 3 - 2 * mu), club_penalty(mu, other[:, None])
+        (tensor(1.), tensor(0.))
+    """
+    v = torch.stack(_prepare(mu, y, mask=mask))
+    weight = torch.ones_like(v[0, ..., :1]) if mask is None else mask[..., None].to(v.dtype)
+    squares = v.square().flatten(1, -2).sum(1)
+    total, count, squares = batch.sum(v.sum(1), weight.sum(0), squares)  # [2, T, D], [T, 1], [2, D]
+    v = (weight * (v - (total / count.clamp(min=1))[:, None])).flatten(1, -2)
+    variance, covariance = batch.sum(v.square().sum(1), (v[0] * v[1]).sum(0))
+    rounding = (64 * torch.finfo(v.dtype).eps) ** 2 * squares
+    slope = covariance / variance.where(variance > rounding, torch.inf)  # y on mu, and mu on y
+    return (slope[0] * slope[1]).mean()
+
+
+def club_penalty_ref(mu: Tensor, y: Tensor) -> Tensor:
+    """Slow reference of `club_penalty` for `[B, T, D]`: a least-squares fit of each dimension of y.
+
+    Examples:
+        >>> mu, y = torch.randn(2, 4, 2, 5, dtype=torch.float64)
+        >>> torch.allclose(club_penalty(mu, y), club_penalty_ref(mu, y))
+        True
+    """
+    B, T, D = y.shape
+    offsets = torch.eye(T, dtype=y.dtype, device=y.device).repeat(B, 1)  # [B T, T]
+
+    def residual(target: Tensor, *inputs: Tensor) -> Tensor:
+        A = torch.stack([*inputs, *offsets.unbind(1)], 1)
+        return (target - A @ torch.linalg.lstsq(A, target[:, None]).solution[:, 0]).square().sum()
+
+    mu, y = mu.reshape(-1, D), y.reshape(-1, D)
+    shares = [1 - residual(y[:, d], mu[:, d]) / residual(y[:, d]) for d in range(D)]
+    return torch.stack(shares).mean()
+
+
+def _prepare(*tensors: Tensor, mask: Tensor | None) -> list[Tensor]:
     """Cast to at least float32, and set masked rows to 0, so that no gradient is NaN there."""
-    dtype = torch.promote_types(torch.promote_types(mu.dtype, y.dtype), torch.float32)
-    wide = [x.to(dtype) for x in (mu, logvar, y)]
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+    wide = [x.to(dtype) for x in tensors]
     return wide if mask is None else [torch.where(mask[..., None], x, 0) for x in wide]
 
 

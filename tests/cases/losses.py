@@ -85,12 +85,13 @@ LOSSES = [
             lambda xy: mmvq.CLUBEstimator(4, 3)(*xy),
             *((z[..., :3], z), (z, z[:1, :, :3]), (z[0, 0], z[0, 0, :3])),
         ),
+        lambda: mmvq.CLUBEstimator(4, 3).penalty(z, z),
     ),
     *(
         refused(TypeError, f"CLUBEstimator: {name} must be a floating point tensor", *calls)
         for name, *calls in (
             ("x", lambda: club()(z.numpy(), z), lambda: club().learning_loss(z.numpy(), z)),
-            ("y", lambda: club().log_likelihood(z, z.numpy())),
+            ("y", *(lambda f=f: f(z, z.numpy()) for f in (club().log_likelihood, club().penalty))),
         )
     ),
     refused(
@@ -126,6 +127,7 @@ LOSSES = [
             ("CrossCPC", "audio", lambda: mmvq.CrossCPC(4)({"audio": nan})),
             ("CLUBEstimator", "x", lambda: club()(nan, z)),
             ("CLUBEstimator", "y", lambda: club()(z, nan)),
+            ("CLUBEstimator", "y", lambda: club().penalty(z, nan)),
         )
     ),
 ]

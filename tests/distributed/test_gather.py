@@ -62,6 +62,12 @@ def club(model: Model, x: Batch, masks: Masks) -> list[Tensor]:
     return [model.loss(z["video"], z["audio"][..., :S], None if masks is None else masks["video"])]
 
 
+def club_penalty(model: Model, x: Batch, masks: Masks) -> list[Tensor]:
+    z = model.encode(x)
+    mask = None if masks is None else masks["video"]
+    return [model.loss.penalty(z["video"], z["audio"][..., :S], mask)]
+
+
 def club_fit(model: Model, x: Batch, masks: Masks) -> list[Tensor]:
     mask = None if masks is None else masks["audio"]
     return [model.loss.learning_loss(x["audio"], x["video"][..., :S], mask)]
@@ -82,6 +88,7 @@ CASES: dict[str, tuple[Callable[[Options], nn.Module], Callable[..., list[Tensor
     ),
     "matching": (lambda o: mmvq.CrossModalCodeMatchingLoss(**o), matching),
     "club": (lambda o: mmvq.CLUBEstimator(D, S, 8, **o), club),
+    "club's penalty": (lambda o: mmvq.CLUBEstimator(D, S, 8, **o), club_penalty),
     "club's own step": (lambda o: mmvq.CLUBEstimator(D, S, 8, **o), club_fit),
 }
 

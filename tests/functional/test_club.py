@@ -13,7 +13,14 @@ import torch
 from support import DTYPES, bools, close, rounding, strided, uniform, wide
 from torch import Tensor
 
-from mmvq.functional import club, club_ref, club_shuffled, gaussian_log_likelihood
+from mmvq.functional import (
+    club,
+    club_penalty,
+    club_penalty_ref,
+    club_ref,
+    club_shuffled,
+    gaussian_log_likelihood,
+)
 
 B, T, D = 6, 4, 3
 
@@ -57,8 +64,112 @@ def test_the_closed_form_is_the_loop_over_pairs(dtype: torch.dtype, masked: bool
         close(club_ref(*(x.double() for x in batch(dtype))), expected, atol(torch.float64))
 
 
+def correlations(mu: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """rho of each dimension over the valid rows, each minus the mean of the valid rows at its t."""
+    rows = [
+        torch.stack([v[mask[:, t], t] - v[mask[:, t], t].mean(0) for v in (mu, y)])
+        for t in range(mask.shape[1])
+        if mask[:, t].any()
+    ]
+    mu, y = torch.cat(rows, 1)
+    return (mu * y).sum(0) / (mu.square().sum(0) * y.square().sum(0)).sqrt()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_the_penalty_is_the_mean_of_squared_correlations(dtype: torch.dtype, masked: bool) -> None:
+    mask = some_mask() if masked else torch.ones(B, T) > 0
+    mu, _, y = batch(dtype)
+    expected = correlations(mu.double(), y.double(), mask).square().mean()
+    spoilt = [torch.where(mask[..., None], v, torch.nan).requires_grad_() for v in (mu, y)]
+    value = club_penalty(*spoilt, mask if masked else None)
+    assert value.dtype == wide(dtype)
+    assert 0.01 < expected < 0.9
+    close(value, expected, atol(dtype))
+    value.backward()
+    for v in spoilt:
+        assert v.grad is not None
+        assert v.grad.isfinite().all()
+        assert (v.grad[~mask] == 0).all()
+    if not masked:
+        close(club_penalty_ref(mu.double(), y.double()), expected, atol(torch.float64))
+
+
+def test_the_penalty_grows_with_eq_5_of_a_refitted_q() -> None:
+    """One scale a dimension, an offset for each t, and the variance of the residuals."""
+    mu, _, y = batch()
+    mu, centred = mu - mu.mean(0), y - y.mean(0)
+    fit = (mu * centred).sum((0, 1)) / mu.square().sum((0, 1)) * mu
+    logvar = (centred - fit).square().mean((0, 1)).log().expand_as(y)
+    share = correlations(mu, y, torch.ones(B, T) > 0).square()
+    bound = club(fit + y.mean(0), logvar, y)
+    close(bound, (share / (1 - share)).sum(), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scale_and_offset_of_mean_and_sample_do_not_matter(dtype: torch.dtype) -> None:
+    """Offsets of 8 deviations cost 3 bits: 8 times the tolerance. Offsets may differ with t."""
+    mu, _, y = batch(dtype)
+    value = club_penalty(mu, y)
+    for scale in (1e-6, 3.0, -1e6):
+        close(club_penalty(scale * mu, y), value, atol(dtype))
+        close(club_penalty(mu, scale * y), value, atol(dtype))
+    offset = 8 * uniform(T, D, dtype=dtype, seed=7)
+    close(club_penalty(mu + offset, y), value, 8 * atol(dtype))
+    close(club_penalty(mu, y + offset), value, 8 * atol(dtype))
+
+
+def test_the_penalty_rests_where_nothing_correlates_and_grows_with_the_correlation() -> None:
+    signal, noise = torch.tensor([1.0, -1, 1, -1]), torch.tensor([1.0, 1, -1, -1])
+    y = noise[:, None].clone().requires_grad_()
+    value = club_penalty(signal[:, None], y)
+    value.backward()
+    assert value == 0
+    assert y.grad is not None
+    assert (y.grad == 0).all()
+    for rho in (-1.0, -0.5, 0.1, 0.9, 1.0):
+        mixed = rho * signal + math.sqrt(1 - rho**2) * noise
+        close(club_penalty(signal[:, None], mixed[:, None]), rho**2, atol(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("constant", ["mu", "y", "both"])
+def test_a_constant_explains_nothing_and_gets_no_gradient(
+    dtype: torch.dtype, constant: str
+) -> None:
+    """Also where rounding makes the mean of equal numbers another number."""
+    mu, _, y = batch(dtype)
+    flat = (1000 * uniform(T, D, dtype=dtype, seed=3)).expand(B, T, D)
+    mu, y = flat if constant != "y" else mu, flat if constant != "mu" else y
+    inputs = [v.clone().requires_grad_() for v in (mu, y)]
+    value = club_penalty(*inputs)
+    value.backward()
+    assert value == 0
+    for v in inputs:
+        assert v.grad is not None
+        assert (v.grad == 0).all()
+
+
+def test_the_penalty_of_one_clip_and_of_nothing_is_zero() -> None:
+    mu, _, y = batch()
+    none = torch.zeros(B, T, dtype=torch.bool)
+    one = none.clone()
+    one[2] = True
+    pair = [v.requires_grad_() for v in (mu, y)]
+    cases = [(mu[:0], y[:0], None), (mu[:1], y[:1], None), (mu, y, one), (mu, y, none)]
+    for a, b, mask in cases:
+        value = club_penalty(a, b, mask)
+        assert value == 0
+        for gradient in torch.autograd.grad(value, pair):
+            assert (gradient == 0).all()
+
+
 def test_without_time_it_is_that_of_one_segment() -> None:
     mask = bools(B)
+    mu, _, y = batch()
+    assert torch.equal(club_penalty(mu[:, 0], y[:, 0]), club_penalty(mu[:, :1], y[:, :1]))
+    masked = club_penalty(mu[:, 0], y[:, 0], mask), club_penalty(mu[:, :1], y[:, :1], mask[:, None])
+    assert torch.equal(*masked)
     flat, timed = [x[:, 0] for x in batch()], [x[:, :1] for x in batch()]
     assert torch.equal(club(*flat), club(*timed))
     assert torch.equal(club(*flat, mask), club(*timed, mask[:, None]))
@@ -99,6 +210,7 @@ def test_nothing_constant_and_strided() -> None:
     assert club(mu, logvar, y[:1].expand(B, T, D)).abs() <= atol(mu.dtype)  # nothing to tell apart
     loose = club(strided(mu), strided(logvar), strided(y))
     close(loose, club(mu, logvar, y), atol(mu.dtype))
+    close(club_penalty(strided(mu), strided(y)), club_penalty(mu, y), atol(mu.dtype))
 
 
 def test_gradient() -> None:
@@ -106,4 +218,5 @@ def test_gradient() -> None:
     mask, order = bools(B, T), torch.arange(B).roll(2)
     assert torch.autograd.gradcheck(lambda *x: club(*x, mask), inputs)
     assert torch.autograd.gradcheck(lambda *x: club_shuffled(*x, order, mask), inputs)
+    assert torch.autograd.gradcheck(lambda mu, _, y: club_penalty(mu, y, mask), inputs)
     assert torch.autograd.gradcheck(lambda *x: gaussian_log_likelihood(*x, mask), inputs)

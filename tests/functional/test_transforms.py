@@ -14,6 +14,7 @@ from mmvq import CLUBEstimator, CrossCPC, MultiModalEMAQuantizer
 from mmvq.functional import (
     aligned_partner,
     club,
+    club_penalty,
     club_shuffled,
     code_matching,
     code_probabilities,
@@ -57,6 +58,7 @@ CASES: dict[str, Case] = {
     "info_nce of cosines": (lambda a, b: info_nce(a, b, normalize=True), (X, Y)),
     "top1_hits": (lambda a, b, m: top1_hits(a, b, mask=m), (X, Y, MASK)),
     "club": (club, (X, Y, Z, MASK)),
+    "club_penalty": (club_penalty, (X, Y, MASK)),
     "club_shuffled": (
         lambda mu, v, y, m: club_shuffled(mu, v, y, torch.arange(B).flip(0), m),
         (X, Y, Z, MASK),

@@ -173,6 +173,10 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], Call]] = {  # module, features,
         lambda: mmvq.CLUBEstimator(D, D, 32),
         lambda club, z, masks, e: club(*z.values(), masks and masks["audio"]),
     ),
+    "club's penalty": (
+        lambda: mmvq.CLUBEstimator(D, D, 32),
+        lambda club, z, masks, e: club.penalty(*z.values(), masks and masks["audio"]),
+    ),
     "club, to learn": (
         lambda: mmvq.CLUBEstimator(D, D, 32),
         lambda club, z, masks, e: club.learning_loss(*z.values(), masks and masks["audio"]),

@@ -118,6 +118,10 @@ LOSSES: dict[str, tuple[Any, Any]] = {
         lambda: mmvq.CLUBEstimator(16, 16, 8),
         lambda club, z, masks: club(*z.values(), masks and masks["audio"]),
     ),
+    "club's penalty": (
+        lambda: mmvq.CLUBEstimator(16, 16, 8),
+        lambda club, z, masks: club.penalty(*z.values(), masks and masks["audio"]),
+    ),
     "club, to learn": (
         lambda: mmvq.CLUBEstimator(16, 16, 8),
         lambda club, z, masks: club.learning_loss(*z.values(), masks and masks["audio"]),

@@ -11,7 +11,7 @@ from support import DTYPES, bools, uniform, wide
 from torch import Tensor
 
 from mmvq import CLUBEstimator
-from mmvq.functional import club, club_shuffled, gaussian_log_likelihood
+from mmvq.functional import club, club_penalty, club_shuffled, gaussian_log_likelihood
 
 B, T, X, Y = 6, 5, 4, 3
 
@@ -49,6 +49,7 @@ def test_is_the_function_of_its_posterior(
     assert bound.dtype == wide(dtype)
     # zeros for the padding change the shape of no product, only what its rows hold
     assert torch.equal(bound, expected)
+    assert torch.equal(module.penalty(x, y, mask), club_penalty(mu, torch.nan_to_num(y), mask))
     likelihood = gaussian_log_likelihood(mu, logvar, torch.nan_to_num(y), mask)
     assert torch.equal(module.log_likelihood(x, y, mask), likelihood)
     assert torch.equal(module.learning_loss(x, y, mask), -likelihood)
@@ -72,8 +73,9 @@ def test_gradients_go_where_they_should() -> None:
     assert x.grad is None
     assert y.grad is None
     assert all(p.grad is not None and p.grad.any() for p in module.parameters())
-    module(x, y).backward()
-    assert all(part.grad is not None and part.grad.any() for part in (x, y))
+    for objective in (module, module.penalty):
+        gradients = torch.autograd.grad(objective(x, y), [x, y])
+        assert all(gradient.any() for gradient in gradients)
 
 
 def test_generator_state_and_copies() -> None:
@@ -103,5 +105,8 @@ def test_nothing_is_zero_and_autocast_is_wide(negatives: Any) -> None:
     x, y = batch()
     assert module(x, y, torch.zeros(B, T, dtype=torch.bool)) == 0
     assert module(x[:0], y[:0]) == 0
+    assert module.penalty(x, y, torch.zeros(B, T, dtype=torch.bool)) == 0
+    assert module.penalty(x[:0], y[:0]) == 0
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x, y).dtype == torch.float32
+        assert module.penalty(x, y).dtype == torch.float32

@@ -48,7 +48,8 @@ class Step(nn.Module):
     def forward(self, z: Tensors, masks: Tensors | None = None) -> Tensor:
         quantized, _, loss = self.quantizer(z, masks)
         loss = loss + self.matching(z, self.quantizer.codebook, masks)
-        loss = loss + self.club(z["audio"], z["video"], masks and masks["audio"])
+        for objective in (self.club, self.club.penalty):
+            loss = loss + objective(z["audio"], z["video"], masks and masks["audio"])
         loss = loss + quantized["video"].square().mean()
         return loss if self.cpc is None else loss + self.cpc(z, masks, start="all").loss
 

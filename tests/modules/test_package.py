@@ -122,6 +122,10 @@ SIGNATURES: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, Any]]] = {
         {"self": REQUIRED, "x": REQUIRED, "y": REQUIRED, "mask": None},
         {"generator": None},
     ),
+    mmvq.CLUBEstimator.penalty: (
+        {"self": REQUIRED, "x": REQUIRED, "y": REQUIRED, "mask": None},
+        {},
+    ),
     mmvq.CLUBEstimator.log_likelihood: (
         {"self": REQUIRED, "x": REQUIRED, "y": REQUIRED, "mask": None},
         {},

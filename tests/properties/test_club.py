@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from properties.strategies import Draw, draws, randn
 from support import close
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvq import CLUBEstimator
-from mmvq.functional import club, club_shuffled
+from mmvq.functional import club, club_penalty, club_shuffled
 
 DIMENSIONS, BATCH = 20, 64
 NATS = (2, 4, 6, 8, 10)
@@ -44,6 +45,33 @@ def test_one_negative_averages_to_all(draw: Draw) -> None:
     close(drawn.mean(), club(*triple), 1e-10)
 
 
+@given(draw=draws(), scale=st.sampled_from((-30.0, 0.01, 5.0)), offset=st.floats(-9, 9))
+def test_the_penalty_is_a_share_that_knows_no_unit_and_no_order(
+    draw: Draw, scale: float, offset: float
+) -> None:
+    """Scale and offset of either, rows under a False, and the order of clips change nothing."""
+    z, mask = draw.features(["mu", "y", "junk"]), draw.masks(["y"])["y"]
+    mu, y = z["mu"], z["y"]
+    value = club_penalty(mu, y, mask)
+    assert 0 <= value <= 1 + 1e-12
+    order = torch.randperm(draw.B, generator=torch.Generator().manual_seed(draw.seed))
+    spoilt = [torch.where(mask[..., None], v, 1e6 * z["junk"]) for v in (mu, y)]
+    for other in (
+        club_penalty(scale * mu + offset, y, mask),
+        club_penalty(mu, scale * y + offset, mask),
+        club_penalty(mu[order], y[order], mask[order]),
+        club_penalty(*spoilt, mask),
+        club_penalty(y, mu, mask),
+    ):
+        close(other, value, 1e-8)
+
+
+def test_independent_rows_have_what_a_fit_to_few_of_them_finds() -> None:
+    """1 / (T (B - 1)) on average; 4,000 draws of a variance of at most twice its square: 2.3%."""
+    mu, y = randn(2, 6, 3, 4000, seed=1)
+    assert float(club_penalty(mu, y)) == pytest.approx(1 / (3 * 5), rel=0.1)
+
+
 class Largest(TorchDispatchMode):
     """Remembers the number of elements of the largest tensor made."""
 
@@ -64,6 +92,9 @@ def test_no_tensor_of_pairs_is_made() -> None:
     with Largest() as largest:
         module(x, x).backward()
     assert largest.elements == B * T * D
+    with Largest() as largest:
+        module.penalty(x, x).backward()
+    assert largest.elements == 2 * B * T * D  # mean and sample in one
 
 
 @pytest.mark.parametrize("nats", NATS)
@@ -115,7 +146,8 @@ def test_a_trained_q_comes_within_a_tenth_and_stays_a_bound(nats: int) -> None:
     assert value >= nats
 
 
-def test_minimising_it_removes_the_information() -> None:
+@pytest.mark.parametrize("objective", ["forward", "penalty"])
+def test_minimising_it_removes_the_information(objective: str) -> None:
     """x = W u sees y (1.58 nats) or noise, whatever W says; I(x; y) is known for any W."""
     rho, generator = correlation(1.58, 2), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -142,6 +174,6 @@ def test_minimising_it_removes_the_information() -> None:
             module.learning_loss(*sample()).backward()
             fit.step()
         encode.zero_grad()
-        module(*sample()).backward()
+        getattr(module, objective)(*sample()).backward()
         encode.step()
     assert information() < 0.15

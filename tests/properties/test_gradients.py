@@ -116,6 +116,11 @@ def test_each_loss_reaches_its_own_inputs(names: Sequence[str]) -> None:
             [codebook],
         ),
         "club": (club(x, y), [x, y, *nets], [*z_rest, codebook]),
+        "club's penalty": (
+            club.penalty(x, y),
+            [x, y, *club.p_mu.parameters()],
+            [*z_rest, codebook, *club.p_logvar.parameters()],
+        ),
         "club, fit": (club.learning_loss(x, y), nets, [*z.values(), y]),
         "cpc": (cpc(z, start="all").loss, [*z.values(), *steps], [codebook, y, *nets]),
     }
