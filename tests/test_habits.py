@@ -129,8 +129,8 @@ def needs_gpu(path: Path) -> bool:
     return path.read_text().startswith(NEEDS_GPU)
 
 
-def run_blocks(path: Path, text: str, **stand_ins: object) -> None:
-    """In order, in one namespace. A stand-in takes the place of what a block has defined."""
+def run_blocks(path: Path, text: str, **stand_ins: object) -> dict[str, Any]:
+    """In order, in one namespace, which is returned. A stand-in replaces what a block defined."""
     found = blocks(text, "python")
     assert found or path.name != "README.md", "README.md shows no use"
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -138,6 +138,7 @@ def run_blocks(path: Path, text: str, **stand_ins: object) -> None:
         exec(compile("\n" * (line - 1) + code, str(path), "exec"), namespace)
         namespace |= {name: x for name, x in stand_ins.items() if name in namespace}
     assert torch.get_default_dtype() == torch.float32
+    return namespace
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of its exporter
@@ -148,6 +149,21 @@ def test_python_blocks_run(
     """In an empty folder."""
     monkeypatch.chdir(tmp_path)
     run_blocks(path, path.read_text())
+
+
+def test_the_loop_of_the_readme_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    """Modalities choose the same codes for new clips, and specific features are kept apart.
+
+    Chance is one of twelve events.
+    """
+    left = run_blocks(ROOT / "README.md", (ROOT / "README.md").read_text())
+    losses, clips, new = left["losses"], left["clips"], slice(800, None)
+    assert losses[-1] < losses[0] / 2
+    z = {m: left["encode"][m](v[new]) for m, v in clips.items()}
+    tokens = {m: left["quantizer"].encode(v) for m, v in z.items()}
+    assert (tokens["audio"] == tokens["video"]).float().mean() > 0.6
+    for m, club in left["club"].items():
+        assert club.penalty(z[m], left["encode_specific"][m](clips[m][new])) < 0.1
 
 
 @pytest.mark.gpu
