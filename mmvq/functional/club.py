@@ -191,7 +191,8 @@ def club_penalty_ref(mu: Tensor, y: Tensor) -> Tensor:
 
     def residual(target: Tensor, *inputs: Tensor) -> Tensor:
         A = torch.stack([*inputs, *offsets.unbind(1)], 1)
-        return (target - A @ torch.linalg.lstsq(A, target[:, None]).solution[:, 0]).square().sum()
+        fit: Tensor = A @ torch.linalg.lstsq(A, target[:, None]).solution
+        return (target - fit[:, 0]).square().sum()
 
     mu, y = mu.reshape(-1, D), y.reshape(-1, D)
     shares = [1 - residual(y[:, d], mu[:, d]) / residual(y[:, d]) for d in range(D)]
