@@ -43,10 +43,10 @@ class CLUBEstimator(OverRanks, Pretrained):
         logvar_bound: bound b > 0 of the log-variance, which is `b tanh(. / b)`; None: no bound. A
             bound of 1 (the released code) cannot represent an MI above about 0.5 nat for each
             dimension of y. It depends on the scale of y: 8 allows deviations from 0.02 to 50.
-        gather: whether to use the batches of all ranks. Every rank then has the bound and
+        gather: whether to use the batches of all ranks. Every rank then has the bound, penalty and
             likelihood of one process on the whole batch, and also their gradients once gradients
-            are averaged over ranks (as DDP and FSDP do; see `mmvq.distributed.Ranks`). Only sums of
-            y and of its squares are exchanged. All ranks must have the same T. The batch size may
+            are averaged over ranks (as DDP and FSDP do; see `mmvq.distributed.Ranks`). Only sums
+            over the clips are exchanged. All ranks must have the same T. The batch size may
             differ, down to 0. For `negatives="all"` only.
         process_group: ranks to gather from; None is the default group.
 
@@ -161,10 +161,10 @@ class CLUBEstimator(OverRanks, Pretrained):
         $$\frac{1}{D} \sum_d \rho_d^2$$
 
         $\rho_d$ is the correlation of dimension d of y and the mean of q, over the valid rows of
-        the batch. It needs neither the variance nor the scale of q to follow the encoders, is 0 at
-        no correlation, and a mean over D. It can therefore be added to other losses with a weight
-        of 1. It sees what q has learned: keep q close to the encoders by a step on `learning_loss`,
-        at a learning rate similar to theirs, before each of theirs.
+        the batch. The scale and the variance of q need not follow the encoders. The penalty is 0
+        where nothing correlates, and a mean over D: beside other losses its weight can be 1. It
+        sees only what q predicts, the mean of y. Before each step of the encoders, take one on
+        `learning_loss`, at a similar learning rate.
 
         Args:
             x: inputs of q, `[B, T, x_dim]` or `[B, x_dim]`, as for `forward`.
@@ -179,7 +179,7 @@ class CLUBEstimator(OverRanks, Pretrained):
             TypeError: x or y is not a floating point tensor.
 
         Source: not in the paper, whose encoders minimise Eq. 5 (Sec. 4.4). With q fixed, Eq. 5 has
-        no minimum: beside other losses y grows, the value falls far below 0, and training fails.
+        no minimum in y: beside other losses y runs away, and training fails.
 
         Examples:
             >>> club, x = CLUBEstimator(8, 4, hidden_dim=16), torch.randn(32, 10, 8)
