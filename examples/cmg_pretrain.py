@@ -30,7 +30,7 @@ import torch
 from cmg import data as generic
 from cmg.checkpoint import save_model
 from cmg.command import exit_code, positive_int, seed
-from cmg.data import PRETRAIN, TEST
+from cmg.data import PRETRAIN, TEST, TRAIN
 from cmg.evaluation import evaluate
 from cmg.figures import plot_codes, plot_training, require_matplotlib
 from cmg.files import make_writable, write_atomic
@@ -80,13 +80,14 @@ def run(args: argparse.Namespace) -> None:
         **config.json(),
     }
     with joined(device):
-        trainer = Trainer(model, features, rows, recipe, folder, identity)
+        trainer = Trainer(model, features, rows, clips.rows(TRAIN), recipe, folder, identity)
         history = trainer.fit(resume=args.resume)
     if not is_first():
         return
 
     codes, indices = model.quantize(features)
-    scores = evaluate(codes, clips, args.seed)
+    size = model.quantizer.codebook_size
+    scores = evaluate(codes, indices, clips, size)
     held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
     metrics = {
         "dataset": name,
@@ -94,24 +95,22 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "epochs": recipe.epochs,
         **scores,
-        "codebook": codebook_summary(held_out, config.codebook_size),
+        "codebook": codebook_summary(held_out, size),
         "seconds": time.monotonic() - began,
     }
-    save_model(folder, model.state_dict() | standardizer.tensors(), config.json())
-    plot_codes(
-        folder / "codes.png", model.quantizer.codebook, code_counts(held_out, config.codebook_size)
-    )
+    save_model(folder, model.state_dict() | standardizer.tensors(), model.config.json())
+    plot_codes(folder / "codes.png", model.quantizer.codebook, code_counts(held_out, size))
     plot_training(folder / "training.png", history)
     write_metrics(folder / "metrics.json", metrics)
     transferred = {}
     for data, others in downstream.items():
-        other_codes, _ = model.quantize(standardizer.cells(others.features))
-        transferred[data] = evaluate(other_codes, others, args.seed)
+        coded = model.quantize(standardizer.cells(others.features))
+        transferred[data] = evaluate(*coded, others, size)
     if transferred:
         write_atomic(folder / "downstream.json", json.dumps(transferred, indent=2).encode())
     else:  # remove the file of an earlier run, which would pass for this model's
         (folder / "downstream.json").unlink(missing_ok=True)
-    reference = cca_reference(clips, args.seed) if args.reference else None
+    reference = cca_reference(clips) if args.reference else None
     print(headline(metrics, folder))
     print(table(metrics, reference))
     for data, found in transferred.items():

@@ -38,7 +38,10 @@ def extend(
     rest = {k: x for k, x in quantizer.state_dict().items() if not k.startswith("ema_codebook.")}
     new.load_state_dict(rest, strict=False)  # such as the tensors of a custom loss
     order = sorted(names)  # as the groups of the codebook
-    _grow(new.ema_codebook, old, [order.index(name) for name in sorted(quantizer.modalities)])
+    rows = [order.index(name) for name in sorted(quantizer.modalities)]
+    if quantizer.assignment == "mixed":  # groups of the mixtures follow
+        rows += [len(order) + row for row in rows]
+    _grow(new.ema_codebook, old, rows)
     return new.train(quantizer.training)
 
 

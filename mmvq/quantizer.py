@@ -83,9 +83,9 @@ class MultiModalEMAQuantizer(Pretrained):
     beyond 1e15; 8e149 in float64), never enter the state. A code that no vector of a step chose
     keeps its e. In eval mode nothing is written.
 
-    All arguments from `decay` to `process_group`, except `update_from` and `commitment`, may be
-    read and set at any time; those of the codebook in either place. Rows of its `ages` and `usage`
-    are in the sorted order of the names.
+    All arguments from `decay` to `process_group`, except `assignment`, `update_from` and
+    `commitment`, may be read and set at any time; those of the codebook in either place. Rows of its `ages` and `usage`
+    are in the sorted order of the names; with `assignment="mixed"`, rows of the mixtures follow.
 
     With several ranks, the codebook is that of one process on the clips of all ranks, up to
     floating-point error. It is bit-identical on all ranks. A step takes one all-reduce of one flat
@@ -106,10 +106,15 @@ class MultiModalEMAQuantizer(Pretrained):
             same segment, as in the released code), `"none"` (r = z, ordinary EMA), or a callable
             `(z_a, others, masks) -> r` of tensors `[B, T, D]` and bool masks `[B, T]`, which is
             called if there are others.
-        partner_weight: weight w of the partner. Without a partner, r = z.
+        partner_weight: weight w of the partner. Without a partner, r = z. With M aligned modalities,
+            1 - 1/M weighs all of them equally.
         partner_temperature: divisor of the dot products of `partner="attention"`; the paper has
             `dim ** 0.5`. None: the scores are sqrt(D) times the cosine, which does not depend on
             the scale of the features.
+        assignment: code whose N and o a mixture $(1 - w) z + w r$ enters: `"own"`, the code that
+            quantizes z (Eq. 7); `"mixed"`, the nearest code of the mixture. If features of different
+            modalities lie apart, `"own"` can keep a code of each modality around the same mixtures;
+            `"mixed"` makes the codes cluster centres of the mixtures, which modalities then share.
         update_from: names of the modalities whose vectors enter N and o and count for the reset of
             dead codes (None: all). Every modality is quantized.
         reset_after: number of training batches after which an unchosen code is reset; None: never.
@@ -183,6 +188,7 @@ class MultiModalEMAQuantizer(Pretrained):
         partner: Literal["attention", "aligned", "none"] | Partner = "attention",
         partner_weight: float = 0.5,
         partner_temperature: float | None = None,
+        assignment: Literal["own", "mixed"] = "own",
         update_from: Collection[str] | None = None,
         reset_after: int | None = 100,
         reset_rule: ResetRule = "all",
@@ -195,6 +201,8 @@ class MultiModalEMAQuantizer(Pretrained):
         super().__init__()
         where = "MultiModalEMAQuantizer"
         check_int(where, 1, dim=dim, codebook_size=codebook_size)
+        check_choice(where, ("own", "mixed"), assignment=assignment)
+        self._assignment = assignment
         self._modalities = check_modalities(where, modalities)
         self._sorted = tuple(sorted(self.modalities))  # the order of the state and of every sum
         sources = self.modalities if update_from is None else update_from
@@ -220,13 +228,16 @@ class MultiModalEMAQuantizer(Pretrained):
             hint = "name only these modalities; a missing pair has ratio 0"
             got = {"cross_ratio": ratio, "modalities": self.modalities}
             raise ValueError(message(where, rule, hint=hint, **got))
+        M, chosen = len(self._sorted), [*map(self._sorted.index, sources)]
+        if assignment == "mixed":  # the mixtures of each modality are groups of their own
+            chosen = [M + group for group in chosen]
         self.ema_codebook = EMACodebook(
             dim,
             codebook_size,
             decay=decay,
             eps=eps,
-            groups=len(self._sorted),
-            update_from=None if update_from is None else [*map(self._sorted.index, update_from)],
+            groups=M if assignment == "own" else 2 * M,
+            update_from=None if update_from is None and assignment == "own" else chosen,
             reset_after=reset_after,
             reset_rule=reset_rule,
             init=init,
@@ -241,8 +252,15 @@ class MultiModalEMAQuantizer(Pretrained):
     @property
     def update_from(self) -> tuple[str, ...] | None:
         """Names of the modalities whose vectors enter N and o, sorted; None: all."""
-        groups = self.ema_codebook.update_from
-        return None if groups is None else tuple(self._sorted[group] for group in groups)
+        groups, M = self.ema_codebook.update_from, len(self._sorted)
+        if groups is None or (self.assignment == "mixed" and len(groups) == M):
+            return None
+        return tuple(self._sorted[group % M] for group in groups)
+
+    @property
+    def assignment(self) -> Literal["own", "mixed"]:
+        """Code whose N and o a mixture enters: of its vector, or its own nearest."""
+        return self._assignment
 
     def forward(
         self,
@@ -292,8 +310,8 @@ class MultiModalEMAQuantizer(Pretrained):
             rows, _ = pack([x.detach() for x in z.values()], "* d")  # [N, D], of all modalities
         weight, first = book.weight, None
         if updating:
-            values, owners = self._contributions(rows, z, mask)  # Sec. 4.3
-            first = book.first_codes(values, owners)
+            values, owners, sources = self._contributions(rows, z, mask)  # Sec. 4.3
+            first = book.first_codes(values, sources)
             weight = book.weight if first is None else first.codes
         # nearest codes (Eq. 2), the loss (Eq. 8), and codes that pass the gradient
         run = self._quantize_fused if fuses else self._quantize
@@ -302,6 +320,8 @@ class MultiModalEMAQuantizer(Pretrained):
             book.take_first_codes(first)
         if updating:
             book.add_rows(values, index, owners)  # the sums of Eq. 7
+            if self.assignment == "mixed":
+                book.add_rows(values, book.nearest(values, weight), sources)
             if self.update == "auto":
                 book.apply()  # Eq. 7
         indices = unpack(index, [x.shape[:2] for x in z.values()], "*")
@@ -372,14 +392,17 @@ class MultiModalEMAQuantizer(Pretrained):
     @torch.no_grad()
     def _contributions(
         self, rows: Tensor, z: Tensors, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What the vectors add to o, and their groups: -1 for one that may not enter."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the vectors add to o, their groups, and those of the mixtures; -1: may not enter."""
         book = self.ema_codebook
         book.match_dtype(rows.dtype)
         shapes = {name: x.shape for name, x in z.items()}
         groups = [self._sorted.index(name) for name in z]
         settings = self.partner, self.partner_weight, self.partner_temperature
-        return contributions(rows, shapes, mask, groups, book.codes.dtype, *settings)
+        values, owners = contributions(rows, shapes, mask, groups, book.codes.dtype, *settings)
+        if self.assignment == "own":
+            return values, owners, owners
+        return values, owners, torch.where(owners < 0, -1, owners + len(self._sorted))
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest code (Eq. 2), for any modality: `[..., D]` -> int64 `[...]`.
@@ -475,7 +498,8 @@ class MultiModalEMAQuantizer(Pretrained):
         Returns:
             `CodeUsage(counts, perplexity, shared, dead)`, see `mmvq.functional.code_usage`.
         """
-        counts = dict(zip(self._sorted, self.ema_codebook.usage.clone(), strict=True))
+        own = self.ema_codebook.usage[: len(self._sorted)].clone()
+        counts = dict(zip(self._sorted, own, strict=True))
         if reset:
             self.ema_codebook.reset_usage()
         return functional.code_usage({name: counts[name] for name in self.modalities})

@@ -15,15 +15,15 @@ from mmvq.distributed import Ranks, rank, world_size
 class SemanticEncoder(nn.Module):
     """Phi: semantic features z = Phi(x), `[B, T, P, C]` -> `[B, T, D]` (Eq. 1).
 
-    Attention pools the cells of each segment. The first half of z describes the segment and depends
-    on this segment alone. The second half describes the clip: a pre-norm Transformer layer with
-    learned positions computes it from the first halves of all segments. No gradient flows back
-    into these, so that the clip is described by what other modalities can also know, which reduces
-    overfitting to few clips.
+    Attention pools the cells of each segment; their mean and maximum enter too. The first half of z
+    describes the segment and depends on this segment alone. The second half describes the clip: a
+    pre-norm Transformer layer computes it from the first halves of all segments, without positions,
+    so that T may vary. No gradient flows back into these, so that the clip is described by what
+    other modalities can also know, which reduces overfitting to few clips.
 
     Args:
         channels: number of channels C.
-        segments: number of segments T.
+        cells: number of cells P.
         dim: feature dimension D, even; also the hidden width of a segment.
         width: hidden width of a cell.
         heads: number of heads of both attentions.
@@ -33,7 +33,7 @@ class SemanticEncoder(nn.Module):
     def __init__(
         self,
         channels: int,
-        segments: int,
+        cells: int,
         dim: int,
         *,
         width: int,
@@ -46,9 +46,9 @@ class SemanticEncoder(nn.Module):
         self.attend = nn.Linear(width, heads)
         self.mix = nn.Linear(heads * width, dim)
         self.skip = nn.Linear(channels, dim)
+        self.pool = Pool(channels, dim, width, self.drop) if cells > 1 else None
         self.segment = nn.Sequential(nn.Linear(dim, dim // 2), Sphere(dim // 2))
         self.recall = nn.Linear(dim // 2, dim)
-        self.position = nn.Parameter(torch.zeros(segments, dim))
         self.context = Context(dim, heads, dropout)
         self.clip = nn.Sequential(nn.Linear(dim, dim // 2), Sphere(dim // 2))
 
@@ -59,9 +59,32 @@ class SemanticEncoder(nn.Module):
         weights = self.attend(cells).softmax(2)  # [B, T, P, H]
         pooled = rearrange(weights.mT @ cells, "b t h w -> b t (h w)")
         raw = (weights.mean(-1)[:, :, None] @ x).squeeze(2)  # [B, T, C]
-        segment = self.segment(self.skip(raw) + self.drop(self.mix(pooled)))  # [B, T, D / 2]
-        context = self.context(self.recall(segment.detach()) + self.position)  # [B, T, D]
+        hidden = self.skip(raw) + self.drop(self.mix(pooled))  # [B, T, D]
+        if self.pool is not None:
+            hidden = hidden + self.pool(x)
+        segment = self.segment(hidden)  # [B, T, D / 2]
+        context = self.context(self.recall(segment.detach()))  # [B, T, D]
         return torch.cat([segment, self.clip(context)], -1)
+
+
+class Pool(nn.Module):
+    """A linear map and a small network on the mean and the maximum of the cells.
+
+    Mean and maximum need no weights to be learned, and generalise better from few clips than
+    attention. A mean of P cells varies less than one of them: it is scaled up.
+    """
+
+    def __init__(self, channels: int, dim: int, width: int, drop: nn.Module) -> None:
+        super().__init__()
+        self.skip = nn.Linear(2 * channels, dim)
+        self.describe = nn.Sequential(nn.Linear(2 * channels, width), nn.GELU())
+        self.mix = nn.Linear(width, dim)
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, T, P, C]` to `[B, T, D]`."""
+        both = torch.cat([3 * x.mean(2), x.amax(2)], -1)
+        return self.skip(both) + self.drop(self.mix(self.describe(both)))
 
 
 class Context(nn.TransformerEncoderLayer):

@@ -1,21 +1,28 @@
 """Evaluate cross-modal generalisation: train on labels of one modality, test on another.
 
-The encoders are frozen. A head is trained on the quantized vectors (not the indices) of one
-modality of the labelled clips (split 1). After its last step it is tested once on every modality of
-the held-out clips (split 2). The upper bound of "a->b" is the same head trained and tested on b.
+The encoders are frozen. A head is trained on the quantized vectors of one modality of the labelled
+clips (split 1) and tested once on every modality of the held-out clips (split 2). The upper bound
+of "a->b" is the same head trained and tested on b. A second classifier, `TokenTable`, sees nothing
+but the indices of the codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from functools import partial
+from itertools import permutations
+from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from mmvq.functional import code_agreement
 
 from .data import BACKGROUND, TEST, TRAIN, Clips
 
+Score = Callable[[Tensor, Tensor], dict[str, float]]  # of predicted and true classes
+Fit = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]  # inputs, labels -> inputs -> classes
 Scores = dict[str, dict[str, float]]  # "source->target" -> name of a score -> value
 Pairs = Mapping[tuple[str, str], dict[str, float]]  # (source, target) -> name -> value
 CLIP_BOUNDS = {"upper_bound": "accuracy"}  # name of an upper bound -> the score it is of
@@ -23,108 +30,98 @@ SEGMENT_BOUNDS = {"upper_bound": "segment_f1", "upper_bound_accuracy": "segment_
 
 
 class Labelled(NamedTuple):
-    """Clips to train a head on, or to test it on.
+    """Clips to train a classifier on, or to test it on.
 
     Attributes:
-        codes: Name -> quantized vectors [n, T, D].
+        inputs: Name -> what the classifier sees of each clip, [n, ...].
         labels: Name -> classes, int64 [n] or [n, T]. Modalities without labels are not used.
     """
 
-    codes: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
     labels: Mapping[str, Tensor]
 
     def rows(self, chosen: Tensor) -> Labelled:
         """The clips with these indices."""
         return Labelled(
-            {name: x[chosen] for name, x in self.codes.items()},
+            {name: x[chosen] for name, x in self.inputs.items()},
             {name: y[chosen] for name, y in self.labels.items()},
         )
 
 
-class Scale(nn.Module):
-    """Centre codes and scale them to a mean variance of 1, so that heads do not depend on scale.
+class Head:
+    """Multinomial logistic regression on frozen codes.
+
+    Codes are centred and scaled to a mean variance of 1, so that their scale does not matter. The
+    L2 penalty keeps the head from fitting details of the source modality, which would transfer
+    worse. Every clip has the same weight against it, however many segments it has.
 
     Args:
-        codes: Vectors [..., D] to measure mean and variance on.
+        x: Vectors [n, D], or [n, T, D] to classify segments.
+        labels: int64 [n] or [n, T].
+        weight: Weight of a clip's log-likelihood; sklearn's C.
     """
 
-    def __init__(self, codes: Tensor) -> None:
-        super().__init__()
-        x = rearrange(codes, "... d -> (...) d")
-        self.mean = nn.Buffer(x.mean(0))
-        self.deviation = nn.Buffer(x.var(0, correction=0).mean().sqrt().clamp(min=1e-12))
+    def __init__(self, x: Tensor, labels: Tensor, weight: float = 0.1) -> None:
+        rows = x.detach().double().flatten(0, -2)
+        self.mean = rows.mean(0)
+        self.deviation = rows.var(0, correction=0).mean().sqrt().clamp(min=1e-12)
+        model = LogisticRegression(C=weight * len(x) / len(rows), max_iter=1000)
+        self.model = model.fit(self._scaled(rows), labels.flatten().numpy())
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Map [..., D] to [..., D]."""
-        return (codes - self.mean) / self.deviation
+    def __call__(self, x: Tensor) -> Tensor:
+        """Predict the classes of [..., D]: int64 [...]."""
+        rows = x.detach().double().flatten(0, -2)
+        return torch.from_numpy(self.model.predict(self._scaled(rows))).view(x.shape[:-1])
 
+    def probabilities(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes [K] that the head knows, ascending, and their probabilities [n, K]."""
+        shares = self.model.predict_proba(self._scaled(x.detach().double()))
+        return torch.from_numpy(self.model.classes_), torch.from_numpy(shares)
 
-class ClipHead(nn.Module):
-    """Classify a clip: Linear(D, D), maximum over time, Linear(D, classes)."""
-
-    def __init__(self, D: int, num_classes: int) -> None:
-        super().__init__()
-        self.segment = nn.Linear(D, D)
-        self.classify = nn.Linear(D, num_classes)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Map [N, T, D] to logits [N, classes]."""
-        return self.classify(self.segment(codes).amax(dim=1))
+    def _scaled(self, rows: Tensor) -> Any:
+        return ((rows - self.mean) / self.deviation).numpy()
 
 
-def fit_head(head: nn.Module, codes: Tensor, labels: Tensor, *, steps: int = 100) -> nn.Sequential:
-    """Train a head on frozen codes.
+def over_time(codes: Tensor) -> Tensor:
+    """Describe a clip by mean and maximum over its segments: [N, T, D] -> [N, 2 D]."""
+    return torch.cat([codes.mean(1), codes.amax(1)], -1)
 
-    The L2 penalty keeps the head from fitting details of the source modality, which would transfer
-    worse. It is inversely proportional to the number of classes, as the gradient is.
+
+class TokenTable:
+    r"""A naive Bayes classifier on code indices alone: the log-probability of each code by class.
+
+    $$\ln P(l | c) = \ln \frac{n_{cl} + s\, p_l}{n_c + s}, \quad
+      p_l = \frac{n_l + 1}{n + L}$$
+
+    n_cl counts the segments of class c with code l. The smoothing s draws rare classes and codes to
+    the frequency p of the code in all classes.
 
     Args:
-        head: Module from codes to logits [..., classes].
-        codes: Vectors [N, T, D] of any scale.
-        labels: int64 [N] or [N, T], with the leading dimensions of the logits.
-        steps: Number of optimizer steps. The head after the last step is returned.
+        indices: int64 [n, T].
+        labels: Classes, int64 [n] (of the whole clip) or [n, T].
+        codebook_size: Number of codes L.
     """
-    model = nn.Sequential(Scale(codes), head)
-    penalty = 0.2 / model(codes[:1]).shape[-1]
 
-    def loss(batch: Tensor) -> Tensor:
-        batch = batch.to(codes.device)
-        logits = rearrange(model(codes[batch]), "... k -> (...) k")
-        return nn.functional.cross_entropy(logits, labels[batch].flatten())
+    smoothing = 10.0
 
-    descend(model, loss, len(codes), steps=steps, learning_rate=3e-2, weight_decay=penalty)
-    return model
+    def __init__(self, indices: Tensor, labels: Tensor, codebook_size: int) -> None:
+        num_classes = 1 + int(labels.max())
+        counts = torch.zeros(num_classes, codebook_size, dtype=torch.double)
+        each = labels if labels.ndim > 1 else labels[:, None].expand_as(indices)
+        ones = torch.ones(indices.shape, dtype=torch.double)
+        counts.index_put_((each, indices), ones, accumulate=True)
+        frequency = (counts.sum(0) + 1) / (counts.sum() + codebook_size)
+        total = counts.sum(1, keepdim=True)
+        self.table = (counts + self.smoothing * frequency).log() - (total + self.smoothing).log()
+        self.prior = labels.flatten().bincount(minlength=num_classes).double().log()
+        self.clips = labels.ndim == 1
 
-
-def descend(
-    model: nn.Module,
-    loss: Callable[[Tensor], Tensor],
-    examples: int,
-    *,
-    steps: int,
-    learning_rate: float,
-    weight_decay: float,
-    batch_size: int = 256,
-) -> None:
-    """Minimize a loss with Adam and cosine decay.
-
-    Args:
-        model: Module to train, in place.
-        loss: Loss of a batch, given the indices [batch_size] of examples drawn with replacement.
-        examples: Number of examples.
-        steps: Number of optimizer steps.
-        learning_rate: Learning rate of the first step.
-        weight_decay: Weight of the L2 penalty.
-        batch_size: Examples in a batch.
-    """
-    optimizer = torch.optim.Adam(model.parameters(), learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        value = loss(torch.randint(examples, (batch_size,)))
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
+    def __call__(self, indices: Tensor) -> Tensor:
+        """Predict classes of [N, T]: int64 [N] by the sum over segments, or [N, T]."""
+        scores = self.table[:, indices]  # [classes, N, T]
+        if self.clips:
+            scores = scores.sum(-1)
+        return (self.prior.view(-1, *[1] * (scores.ndim - 1)) + scores).argmax(0)
 
 
 def clip_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
@@ -160,42 +157,83 @@ def segment_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
     }
 
 
-def evaluate(codes: Mapping[str, Tensor], clips: Clips, seed: int) -> dict[str, Scores]:
-    """Evaluate every direction of transfer, for metrics.json.
+def evaluate(
+    codes: Mapping[str, Tensor], indices: Mapping[str, Tensor], clips: Clips, codebook_size: int
+) -> dict[str, Scores]:
+    """Evaluate every direction of transfer, and how far codes are shared, for metrics.json.
 
     Args:
         codes: Name -> quantized vectors [N, T, D] of all N clips, with one D for all.
+        indices: Name -> their codes, int64 [N, T].
         clips: Clips with labels and splits. Labels of split 0 are not used.
-        seed: Seed of the heads' weights and batches. The global random state is unchanged.
+        codebook_size: Number of codes L.
 
     Returns:
-        The results of the functions `classification` and `localization`, by name.
+        The results of `classification` and `localization`, each with "token_accuracy" (of
+        `TokenTable`), and of `agreement`, by name.
     """
+    table = partial(TokenTable, codebook_size=codebook_size)
+    of_clips, of_segments = classification(codes, clips), localization(codes, clips)
+    labels = dict.fromkeys(codes, clips.labels)
+    tokens = _tested(indices, labels, clips, table, clip_scores)
+    for way, found in directions(tokens, {}).items():
+        of_clips[way]["token_accuracy"] = found["accuracy"]
+    tokens = _tested(indices, segment_classes(clips), clips, table, segment_scores)
+    for way, found in directions(tokens, {}).items():
+        of_segments[way]["token_accuracy"] = found["segment_accuracy"]
+    held_out = {name: i[clips.rows(TEST)] for name, i in indices.items()}
+    shown = {name: y[clips.rows(TEST)] for name, y in clips.segment_labels.items()}
     return {
-        "classification": classification(codes, clips, seed),
-        "localization": localization(codes, clips, seed),
+        "classification": of_clips,
+        "localization": of_segments,
+        "agreement": agreement(held_out, shown),
     }
 
 
-def classification(codes: Mapping[str, Tensor], clips: Clips, seed: int) -> Scores:
+def classification(codes: Mapping[str, Tensor], clips: Clips) -> Scores:
     """Classify clips: {"a->b": {"accuracy", "chance", "upper_bound"}}."""
-    data = Labelled(codes, dict.fromkeys(codes, clips.labels))
-    train, test = data.rows(clips.rows(TRAIN)), data.rows(clips.rows(TEST))
-    scores = transfer(train, test, ClipHead, clip_scores, clips.num_classes, seed)
-    return directions(scores, CLIP_BOUNDS)
+    described = {name: over_time(x) for name, x in codes.items()}
+    labels = dict.fromkeys(codes, clips.labels)
+    return directions(_tested(described, labels, clips, Head, clip_scores), CLIP_BOUNDS)
 
 
-def localization(codes: Mapping[str, Tensor], clips: Clips, seed: int) -> Scores:
-    """Classify segments with a linear head: the fields of `segment_scores`, and two upper bounds.
+def localization(codes: Mapping[str, Tensor], clips: Clips) -> Scores:
+    """Classify segments: the fields of `segment_scores`, and two upper bounds.
 
     "upper_bound" is that of segment_f1, "upper_bound_accuracy" that of segment_accuracy. The result
     is empty if the clips have no segment labels.
     """
-    truth = {name: y for name, y in segment_classes(clips).items() if name in codes}
-    data = Labelled(codes, truth)
-    train, test = data.rows(clips.rows(TRAIN)), data.rows(clips.rows(TEST))
-    scores = transfer(train, test, nn.Linear, segment_scores, clips.num_classes + 1, seed)
-    return directions(scores, SEGMENT_BOUNDS)
+    labels = segment_classes(clips)
+    return directions(_tested(codes, labels, clips, Head, segment_scores), SEGMENT_BOUNDS)
+
+
+def agreement(indices: Mapping[str, Tensor], shown: Mapping[str, Tensor]) -> Scores:
+    """How often two modalities that show the same event have the same code.
+
+    Args:
+        indices: Name -> int64 [N, T], -1 for padding.
+        shown: Name -> events int64 [N, T], BACKGROUND for none. Of a pair without these, every
+            segment counts.
+
+    Returns:
+        {"a->b": {"share", "chance"}}, equal to "b->a". "chance" is the share if both chose their
+        codes independently, with the frequencies that they have in these segments.
+    """
+    scores: Scores = {}
+    for a, b in permutations(indices, 2):
+        pair = {name: indices[name] for name in (a, b)}
+        if a in shown and b in shown:
+            same = (shown[a] == shown[b]) & (shown[a] != BACKGROUND)
+            pair = {name: torch.where(same, i, -1) for name, i in pair.items()}
+        both = (pair[a] >= 0) & (pair[b] >= 0)
+        size = 1 + max(int(i.max()) for i in indices.values())
+        counts = [i[both].bincount(minlength=size).double() for i in pair.values()]
+        total = max(int(both.sum()), 1)
+        scores[f"{a}->{b}"] = {
+            "share": float(code_agreement(pair).share[a, b].nan_to_num()),
+            "chance": float(counts[0] @ counts[1]) / total**2,
+        }
+    return scores
 
 
 def segment_classes(clips: Clips) -> dict[str, Tensor]:
@@ -203,36 +241,29 @@ def segment_classes(clips: Clips) -> dict[str, Tensor]:
     return {name: x - BACKGROUND for name, x in clips.segment_labels.items()}
 
 
-def transfer(
-    train: Labelled,
-    test: Labelled,
-    make_head: Callable[[int, int], nn.Module],
-    score: Callable[[Tensor, Tensor], dict[str, float]],
-    num_classes: int,
-    seed: int,
-) -> dict[tuple[str, str], dict[str, float]]:
-    """Train a head on each modality and test it on each: scores of every (source, target).
+def transfer(train: Labelled, test: Labelled, fit: Fit, score: Score) -> Pairs:
+    """Train a classifier on each modality and test it on each: scores of every (source, target).
 
     Args:
-        train: Clips to train the heads on, one head for each modality.
-        test: Clips to test all heads on, of the same data set or another.
-        make_head: Builds a head, given (D, num_classes).
+        train: Clips to train on, one classifier for each modality.
+        test: Clips to test all classifiers on, of the same data set or another.
+        fit: Trains a classifier, such as `Head` or `TokenTable`.
         score: Computes scores from predicted and true labels.
-        num_classes: Number of classes of both sets.
-        seed: Seed of the heads, see `evaluate`.
     """
     scores: dict[tuple[str, str], dict[str, float]] = {}
-    with torch.random.fork_rng(devices=[]):
-        for source, labels in train.labels.items():
-            torch.manual_seed(seed)
-            x = train.codes[source].detach().float()  # [n, T, D]
-            head = make_head(x.shape[-1], num_classes).to(x.device)
-            model = fit_head(head, x, labels.to(x.device))
-            for target, truth in test.labels.items():
-                with torch.no_grad():
-                    predicted = model(test.codes[target].float()).argmax(-1).cpu()
-                scores[source, target] = score(predicted, truth)
+    for source, labels in train.labels.items():
+        predict = fit(train.inputs[source], labels)
+        for target, truth in test.labels.items():
+            scores[source, target] = score(predict(test.inputs[target]), truth)
     return scores
+
+
+def _tested(
+    inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], clips: Clips, fit: Fit, score: Score
+) -> Pairs:
+    """`transfer` from split 1 to split 2."""
+    data = Labelled(inputs, {name: y for name, y in labels.items() if name in inputs})
+    return transfer(data.rows(clips.rows(TRAIN)), data.rows(clips.rows(TEST)), fit, score)
 
 
 def directions(scores: Pairs, bounds: Mapping[str, str]) -> Scores:

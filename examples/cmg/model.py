@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,10 +18,13 @@ from mmvq import (
     CrossModalCommitmentLoss,
     MultiModalEMAQuantizer,
 )
-from mmvq.distributed import average_
+from mmvq.distributed import average_, gather_batch_sizes
+from mmvq.functional import info_nce
 
+from .codebook_size import choose_codes, first_codes
 from .encoders import Decoder, SemanticEncoder, SpecificEncoder
 from .errors import DataError
+from .ranks import from_first_rank
 
 PARTS = ("club", "cpc", "mm-ema", "reset", "matching")  # what --without can leave out
 
@@ -37,17 +41,21 @@ class Config:
         width: Hidden width of the semantic encoders.
         heads: Attention heads of the semantic encoders.
         dropout: Dropout rate of the semantic encoders.
-        codebook_size: Number of codes L.
+        codebook_size: Number of codes L. None: chosen from the data, see `codebook_size`.
         decay: Decay of the moving average.
         reset_after: Batches until an unused code is reset.
         beta: Weight of the commitment loss.
         cross_ratio: Weight of its cross-modal term relative to its own.
-        temperature: Temperature of the two Cross-CPC losses, of segments and of clips.
-        cpc: Arguments of a single `CrossCPC` over whole features, with one random start in each
-            batch. None builds two: one of segments and one of clips.
+        temperature: Temperature of the contrast and of Cross-CPC.
+        cpc: Arguments of `CrossCPC` over whole features, with one random start in each batch and
+            without the contrast. None: over all segments, see `UniCode`.
         partner: Partner of the moving average: "attention", "aligned" or "none".
+        partner_weight: Weight of the partner. None: 1 - 1/M, the mean of all M modalities.
+        assignment: Codes that the moving average updates: those of the features ("own") or those
+            of the mixtures with the partner ("mixed").
         reset_rule: Rule of the reset: "all" or "any".
-        club_negatives: Negatives of CLUB: "all" or "shuffled".
+        club: What is minimised: "penalty" (`CLUBEstimator.penalty`) or "bound" (Eq. 5).
+        club_negatives: Negatives of the bound: "all" or "shuffled".
         without: Names in PARTS to leave out. Without "mm-ema" the codebook is an ordinary moving
             average, and the commitment loss has no cross-modal term.
     """
@@ -59,15 +67,18 @@ class Config:
     width: int = 64
     heads: int = 4
     dropout: float = 0.2
-    codebook_size: int = 128
+    codebook_size: int | None = None
     decay: float = 0.98
     reset_after: int = 20
     beta: float = 1.0
     cross_ratio: float = 2.0
     temperature: float = 0.1
     cpc: Mapping[str, Any] | None = None
-    partner: Literal["attention", "aligned", "none"] = "attention"
+    partner: Literal["attention", "aligned", "none"] = "aligned"
+    partner_weight: float | None = None
+    assignment: Literal["own", "mixed"] = "mixed"
     reset_rule: Literal["all", "any"] = "all"
+    club: Literal["penalty", "bound"] = "penalty"
     club_negatives: Literal["all", "shuffled"] = "all"
     without: tuple[str, ...] = ()
 
@@ -102,45 +113,17 @@ class UniCode(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = c = config
-        names, joint = tuple(c.shapes), "mm-ema" not in c.without
+        names = tuple(c.shapes)
 
         def each(build: Callable[[int, int], nn.Module]) -> nn.ModuleDict:
             return nn.ModuleDict({name: build(P, C) for name, (P, C) in c.shapes.items()})
 
         inside: dict[str, Any] = {"width": c.width, "heads": c.heads, "dropout": c.dropout}
-        self.semantic = each(lambda _, C: SemanticEncoder(C, c.segments, c.dim, **inside))
+        self.semantic = each(lambda P, C: SemanticEncoder(C, P, c.dim, **inside))
         self.specific = each(lambda P, C: SpecificEncoder(C, P, c.specific_dim))
         self.decoder = each(lambda P, C: Decoder(c.dim + c.specific_dim, P, C))
-        self.quantizer = MultiModalEMAQuantizer(
-            c.dim,
-            c.codebook_size,
-            names,
-            decay=c.decay,
-            partner=c.partner if joint else "none",
-            reset_after=None if "reset" in c.without else c.reset_after,
-            reset_rule=c.reset_rule,
-            commitment=CrossModalCommitmentLoss(c.beta, c.cross_ratio if joint else 0.0),
-        )
-        self.cpc = nn.ModuleDict()
-        if "cpc" not in c.without and c.cpc is not None:
-            self.cpc["whole"] = whole = CrossCPC(c.dim, names, **c.cpc, gather=True)
-            shortest = whole.min_context + whole.first_step + whole.num_steps - 1
-            if c.segments < shortest:
-                raise DataError(
-                    f"clips: Cross-CPC predicts segments ahead, which takes {shortest} or more; "
-                    f"got {c.segments}. Hint: --without cpc, or the preset digits."
-                )
-        elif "cpc" not in c.without:
-            for scale in ("segment", "clip"):
-                self.cpc[scale] = CrossCPC(
-                    c.dim // 2,
-                    names,
-                    first_step=0,
-                    normalize_over="both",
-                    temperature=c.temperature,
-                    normalize=True,
-                    gather=True,
-                )
+        self.quantizer = self._quantizer(c.codebook_size or 1)
+        self.cpc = self._cpc() if "cpc" not in c.without else None
         self.club = nn.ModuleDict(
             {
                 name: CLUBEstimator(
@@ -155,6 +138,65 @@ class UniCode(nn.Module):
             }
         )
         self.matching = CrossModalCodeMatchingLoss(gather=True)
+
+    def _quantizer(self, codebook_size: int) -> MultiModalEMAQuantizer:
+        c, M = self.config, len(self.config.shapes)
+        joint = "mm-ema" not in c.without
+        return MultiModalEMAQuantizer(
+            c.dim,
+            codebook_size,
+            tuple(c.shapes),
+            decay=c.decay,
+            partner=c.partner if joint else "none",
+            partner_weight=1 - 1 / M if c.partner_weight is None else c.partner_weight,
+            assignment=c.assignment if joint else "own",
+            reset_after=None if "reset" in c.without else c.reset_after,
+            reset_rule=c.reset_rule,
+            commitment=CrossModalCommitmentLoss(c.beta, c.cross_ratio if joint else 0.0),
+        )
+
+    def _cpc(self) -> CrossCPC:
+        c = self.config
+        whole: dict[str, Any] = {
+            "first_step": 0,
+            "normalize_over": "both",
+            "temperature": c.temperature,
+            "normalize": True,
+        }
+        cpc = CrossCPC(c.dim, tuple(c.shapes), **(whole if c.cpc is None else c.cpc), gather=True)
+        shortest = cpc.min_context + cpc.first_step + cpc.num_steps - 1
+        if c.segments < shortest:
+            raise DataError(
+                f"clips: Cross-CPC predicts segments ahead, which takes {shortest} or more; "
+                f"got {c.segments}. Hint: --without cpc, or the preset digits."
+            )
+        return cpc
+
+    @torch.no_grad()
+    def start_codebook(
+        self, features: Mapping[str, Tensor], held_out: Mapping[str, Tensor]
+    ) -> None:
+        """Begin the codebook from clips, with the size of the config or one chosen from the data.
+
+        Args:
+            features: Name -> clips to train on, [N, T, P, C].
+            held_out: Name -> other clips, [N', T, P, C], to choose the size on.
+        """
+        z, size = self.semantic_features(features), self.config.codebook_size
+        if size is None:
+            codes = choose_codes(z, self.semantic_features(held_out))
+        else:
+            codes = first_codes(z, size)
+        codes = from_first_rank(codes)
+        self.resize_codebook(len(codes))
+        self.quantizer.set_codes(codes)
+
+    def resize_codebook(self, codebook_size: int) -> None:
+        """Replace the codebook by a new one of this size."""
+        like = self.quantizer
+        self.config = replace(self.config, codebook_size=codebook_size)
+        self.quantizer = self._quantizer(codebook_size).to(like.codebook.device)
+        self.quantizer.train(like.training)
 
     def encode(self, x: Mapping[str, Tensor]) -> Features:
         """Semantic and specific features of a batch `[B, T, P, C]` (Eq. 1)."""
@@ -180,7 +222,7 @@ class UniCode(nn.Module):
         if quantize:
             decoded, _, terms["commitment"] = self.quantizer(z)  # Eq. 2, 7, 8
             if "matching" not in self.config.without:
-                terms["matching"] = self.matching(_as_clips(z), self.quantizer.codebook)
+                terms["matching"] = self.matching(_some_segments(z), self.quantizer.codebook)
         power = {name: v.square().mean() for name, v in x.items()}
         average_(power.values())
         errors = [
@@ -188,11 +230,11 @@ class UniCode(nn.Module):
             for name, v in x.items()
         ]
         terms["reconstruction"] = torch.stack(errors).mean()  # Eq. 3
-        if self.cpc:
-            terms["cpc"] = self._cross_cpc(z)  # Eq. 6
+        if self.cpc is not None:
+            terms["cpc"] = self._cross_cpc(z, self.cpc)  # Eq. 6
         if self.club:
-            bounds = [club(z[name], specific[name]) for name, club in self.club.items()]
-            terms["club"] = torch.stack(bounds).mean()  # Eq. 5
+            shared = [self._club(club, z[name], specific[name]) for name, club in self.club.items()]
+            terms["club"] = torch.stack(shared).mean()  # Eq. 5
         return terms
 
     @torch.no_grad()
@@ -200,15 +242,28 @@ class UniCode(nn.Module):
         self, features: Mapping[str, Tensor], batch_size: int = 100
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Codes [N, T, D] and indices [N, T] of clips [N, T, P, C], on the CPU, in eval mode."""
+        z = self.semantic_features(features)
+        indices = {name: self.quantizer.encode(x).cpu() for name, x in z.items()}
+        return {
+            name: self.quantizer.decode(i.to(z[name].device)).cpu() for name, i in indices.items()
+        }, indices
+
+    @torch.no_grad()
+    def semantic_features(
+        self, features: Mapping[str, Tensor], batch_size: int = 100
+    ) -> dict[str, Tensor]:
+        """Semantic features [N, T, D] of clips [N, T, P, C], in eval mode."""
+        training, device = self.training, next(self.parameters()).device
         self.eval()
-        device = next(self.parameters()).device
-        codes: dict[str, Tensor] = {}
-        indices: dict[str, Tensor] = {}
-        for name, x in features.items():
-            batches = [self.semantic[name](part.to(device)) for part in x.split(batch_size)]
-            chosen = torch.cat([self.quantizer.encode(z).cpu() for z in batches])
-            indices[name], codes[name] = chosen, self.quantizer.decode(chosen.to(device)).cpu()
-        return codes, indices
+        z = {
+            name: torch.cat([self.semantic[name](part.to(device)) for part in x.split(batch_size)])
+            for name, x in features.items()
+        }
+        self.train(training)
+        return z
+
+    def _club(self, club: CLUBEstimator, z: Tensor, specific: Tensor) -> Tensor:
+        return club.penalty(z, specific) if self.config.club == "penalty" else club(z, specific)
 
     def club_fit(self, features: Features) -> Tensor:
         """The loss of CLUB's own networks, without a gradient to the features."""
@@ -218,21 +273,35 @@ class UniCode(nn.Module):
         ]
         return torch.stack(losses).sum()
 
-    def _cross_cpc(self, z: Mapping[str, Tensor]) -> Tensor:
-        """Cross-CPC of whole features if the config has it, otherwise of segments and of clips.
+    def _cross_cpc(self, z: Mapping[str, Tensor], cpc: CrossCPC) -> Tensor:
+        """Cross-CPC, alone if the config has its arguments.
 
-        The first half of z identifies the segment of another modality among all segments of the
-        batch. The second half identifies its clip, from the segments so far, among all clips.
+        Otherwise it predicts each segment from the segments of another modality up to that time,
+        and half the weight is a contrast without context or parameters: features of two modalities
+        at the same segment identify each other among all clips of the batch.
         """
-        if "whole" in self.cpc:
-            return self.cpc["whole"](z).loss
-        segment, clip = {}, {}
-        for name, v in z.items():
-            segment[name], clip[name] = v.chunk(2, dim=-1)
-        of_segments = self.cpc["segment"](_as_clips(segment), start="all").loss
-        return (of_segments + self.cpc["clip"](clip, start="all").loss) / 2
+        if self.config.cpc is not None:
+            return cpc(z).loss
+        if len(z) == 1:
+            return cpc(z, start="all").loss
+        a, b = zip(*combinations(z, 2), strict=True)
+        batch = gather_batch_sizes("UniCode", z[a[0]], None, names=z, T=self.config.segments)
+        query, key = (
+            torch.stack([rearrange(z[m], "b t d -> t b d") for m in side]) for side in (a, b)
+        )
+        contrast = info_nce(
+            query,
+            key,
+            temperature=self.config.temperature,
+            normalize=True,
+            symmetric=True,
+            batch=batch,
+        )
+        return contrast + cpc(z, start="all").loss / 2
 
 
-def _as_clips(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Treat every segment as a clip: `[B, T, D]` -> `[B T, 1, D]`."""
-    return {name: rearrange(v, "b t d -> (b t) 1 d") for name, v in z.items()}
+def _some_segments(z: Mapping[str, Tensor], most: int = 10) -> dict[str, Tensor]:
+    """Treat segments as clips, `[B, T, D]` -> `[B S, 1, D]`: S = `most` at random, or all."""
+    T = next(iter(z.values())).shape[1]
+    chosen = torch.arange(T) if T <= most else torch.randperm(T)[:most].sort().values
+    return {name: rearrange(x[:, chosen], "b t d -> (b t) 1 d") for name, x in z.items()}

@@ -16,7 +16,17 @@ from __future__ import annotations
 
 from typing import Any
 
-_SIZES = {"dim": 256, "specific_dim": 256, "codebook_size": 400, "decay": 0.99, "dropout": 0.1}
+_SIZES = {
+    "dim": 256,
+    "specific_dim": 256,
+    "codebook_size": 400,
+    "decay": 0.99,
+    "dropout": 0.1,
+    "assignment": "own",
+    "partner": "attention",
+    "partner_weight": 0.5,
+    "club": "bound",
+}
 _RECIPE = {
     "epochs": 5,
     "batch_size": 80,

@@ -61,3 +61,14 @@ def is_first() -> bool:
 def local_part(batch: Tensor) -> Tensor:
     """This rank's equal part of a batch."""
     return batch.chunk(world_size())[rank()]
+
+
+def from_first_rank(x: Tensor) -> Tensor:
+    """The tensor of rank 0, of any length [L, ...], on all ranks."""
+    if world_size() == 1:
+        return x
+    length = x.new_tensor(len(x), dtype=torch.long)
+    dist.broadcast(length, 0)
+    x = x if rank() == 0 else x.new_empty(int(length), *x.shape[1:])
+    dist.broadcast(x, 0)
+    return x

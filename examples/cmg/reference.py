@@ -44,12 +44,11 @@ _COMPONENTS = 256  # principal components of segments, the input of CCA
 _CELL_COMPONENTS = 64  # principal components of a cell, if cells are denoised before pooling
 
 
-def cca_reference(clips: Clips, seed: int) -> dict[str, Any]:
+def cca_reference(clips: Clips) -> dict[str, Any]:
     """Evaluate linear CCA in every direction.
 
     Args:
         clips: Clips of two modalities or more, with raw features.
-        seed: Seed of the heads, see `evaluation.evaluate`.
 
     Returns:
         "classification" and "localization" as in `evaluation.evaluate`, "logistic_regression" with
@@ -63,8 +62,8 @@ def cca_reference(clips: Clips, seed: int) -> dict[str, Any]:
         clip.offer(_ridge_transfer(_over_time(views), labels, train), settings, views)
         segment.offer(_ridge_transfer(views, segments, train), settings, views)
     return {
-        "classification": classification(_tensors(clip.views), clips, seed),
-        "localization": localization(_tensors(segment.views), clips, seed),
+        "classification": classification(_tensors(clip.views), clips),
+        "localization": localization(_tensors(segment.views), clips),
         "logistic_regression": {
             "classification": _logistic(
                 _over_time(clip.views), labels, clips, clip_scores, CLIP_BOUNDS

@@ -22,6 +22,7 @@ _FIELDS = (
     "epochs",
     "classification",
     "localization",
+    "agreement",
     "codebook",
 )
 
@@ -75,8 +76,8 @@ def headline(metrics: Mapping[str, Any], folder: Path) -> str:
     book = metrics["codebook"]
     return (
         f"{metrics['dataset']}: {metrics['epochs']} epochs, {metrics['seconds']:.0f} s in all; "
-        f"{book['used']} of {book['size']} codes in use, {book['shared_fraction']:.0%} of them "
-        f"shared; results in {folder}\n"
+        f"{book['used']} of {book['size']} codes in use (perplexity {book['perplexity']:.0f}), "
+        f"{book['shared_fraction']:.0%} of them shared; results in {folder}\n"
     )
 
 
@@ -86,7 +87,7 @@ def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
     Args:
         path: The file.
         metrics: Values of exactly the fields dataset, modalities, seed, seconds, epochs,
-            classification, localization and codebook. All numbers must be finite.
+            classification, localization, agreement and codebook. All numbers must be finite.
 
     Raises:
         ValueError: A field is missing, unknown or not finite.
@@ -98,54 +99,61 @@ def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
 
 
 def table(metrics: Mapping[str, Any], reference: Mapping[str, Any] | None = None) -> str:
-    """The table printed at the end: a line for each direction; "of bound" is score / upper bound.
+    """The table printed at the end: a line for each direction.
+
+    "of bound" is accuracy / upper bound. "tokens" is the accuracy of `evaluation.TokenTable`, from
+    the indices of the codes alone. "same code" is the agreement of the two modalities where both
+    show the same event, and "by chance" what it would be if they chose codes independently.
 
     Args:
-        metrics: "classification" and "localization", as `evaluation.evaluate` returns them.
+        metrics: "classification", "localization" and "agreement", as `evaluation.evaluate` returns
+            them.
         reference: Result of `reference.cca_reference`, for two more columns: linear CCA with the
-            same head, and with logistic regression.
+            same head, and with logistic regression on the mean over time.
     """
-    blocks = [
-        _block("classification", "clip accuracy", "accuracy", "upper_bound", metrics, reference),
-        _block(
-            "localization",
-            "segment accuracy",
-            "segment_accuracy",
-            "upper_bound_accuracy",
-            metrics,
-            reference,
-            extra=(("F1", "segment_f1"), ("F1 bound", "upper_bound")),
-        ),
-    ]
-    return "\n\n".join(block for block in blocks if block)
-
-
-def _block(
-    task: str,
-    title: str,
-    score: str,
-    bound: str,
-    metrics: Mapping[str, Any],
-    reference: Mapping[str, Any] | None,
-    extra: tuple[tuple[str, str], ...] = (),
-) -> str:
-    scores: Mapping[str, Mapping[str, float]] = metrics[task]
-    if not scores:
-        return ""
-    columns = {
-        title: [s[score] for s in scores.values()],
-        "chance": [s["chance"] for s in scores.values()],
-        "upper bound": [s[bound] for s in scores.values()],
+    sharing = {"same code": "share", "by chance": "chance"}
+    sharing_columns = {
+        name: [scores[key] for scores in metrics["agreement"].values()]
+        for name, key in sharing.items()
     }
-    columns["of bound"] = [
-        a / max(b, 1e-9) for a, b in zip(columns[title], columns["upper bound"], strict=True)
-    ]
-    columns |= {name: [s[key] for s in scores.values()] for name, key in extra}
+    clips = _columns("classification", "clip accuracy", "accuracy", "upper_bound", metrics)
+    segments = _columns(
+        "localization", "segment accuracy", "segment_accuracy", "upper_bound_accuracy", metrics
+    )
+    for name, key in (("F1", "segment_f1"), ("F1 bound", "upper_bound")):
+        segments[name] = [scores[key] for scores in metrics["localization"].values()]
     if reference is not None:
-        linear = reference["logistic_regression"][task]
-        columns["CCA"] = [reference[task][way][score] for way in scores]
-        columns["CCA + LR"] = [linear[way][score] for way in scores]
-    ways = [*scores, "mean"]
+        clips |= _linear("classification", "accuracy", reference)
+        segments |= _linear("localization", "segment_accuracy", reference)
+    blocks = [_block([*metrics["classification"]], clips | sharing_columns)]
+    if metrics["localization"]:
+        blocks.append(_block([*metrics["localization"]], segments))
+    return "\n\n".join(blocks)
+
+
+def _columns(
+    task: str, title: str, score: str, bound: str, metrics: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    """The columns that both blocks have."""
+    ways = [*metrics[task].values()]
+    return {
+        title: [scores[score] for scores in ways],
+        "chance": [scores["chance"] for scores in ways],
+        "upper bound": [scores[bound] for scores in ways],
+        "of bound": [scores[score] / max(scores[bound], 1e-9) for scores in ways],
+        "tokens": [scores["token_accuracy"] for scores in ways],
+    }
+
+
+def _linear(task: str, score: str, reference: Mapping[str, Any]) -> dict[str, list[float]]:
+    return {
+        name: [scores[score] for scores in found[task].values()]
+        for name, found in (("CCA", reference), ("CCA + LR", reference["logistic_regression"]))
+    }
+
+
+def _block(ways: list[str], columns: Mapping[str, list[float]]) -> str:
+    ways = [*ways, "mean"]
     first = max(map(len, ways))
     lines = [" " * first + "".join(f"  {name:>8}" for name in columns)]
     for i, way in enumerate(ways):

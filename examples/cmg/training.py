@@ -58,7 +58,7 @@ class Recipe:
     clip_norm: float = 5.0
     reconstruction: float = 1.0
     cpc: float = 1.0
-    club: float = 0.02
+    club: float = 1.0
     commitment: float = 0.5
     matching: float = 0.6
     spread: float = 0.25
@@ -79,6 +79,7 @@ class Trainer:
         model: Model to train, on its device.
         features: Name -> standardised features [N, T, P, C] of all clips.
         rows: int64, indices of the clips to train on.
+        held_out: int64, indices of other clips, to choose the size of the codebook on.
         recipe: Settings of training.
         folder: Folder of the checkpoint, and of the TensorBoard log if TensorBoard is installed.
         identity: Numbers and strings that must be the same if the run is resumed.
@@ -94,11 +95,13 @@ class Trainer:
         model: UniCode,
         features: Mapping[str, Tensor],
         rows: Tensor,
+        held_out: Tensor,
         recipe: Recipe,
         folder: Path,
         identity: Mapping[str, Any],
     ) -> None:
-        self.model, self.features, self.rows, self.recipe = model, features, rows, recipe
+        self.model, self.features, self.recipe = model, features, recipe
+        self.rows, self.held_out = rows, held_out
         self.folder = folder
         self.identity = {**identity, **asdict(recipe)}
         if len(rows) < 2:
@@ -156,6 +159,12 @@ class Trainer:
         order = self.rows[torch.randperm(len(self.rows))]
         batches = order[: self.steps * self.batch_size].split(self.batch_size)
         weights = self._weights()
+        if "commitment" in weights and not self.model.quantizer.ema_codebook.ready:
+            clips = (
+                {name: x[rows] for name, x in self.features.items()}
+                for rows in (self.rows, self.held_out)
+            )
+            self.model.start_codebook(*clips)
         self.model.quantizer.usage(reset=True)
         total: dict[str, Tensor] = {}
         for batch in batches:
@@ -234,6 +243,7 @@ class Trainer:
                 )
         try:
             self.epoch, self.history = state["epoch"], state["history"]
+            self.model.resize_codebook(len(state["model"]["quantizer.ema_codebook.codes"]))
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.club_optimizer is not None:

@@ -16,6 +16,15 @@ CLIPS = 700  # clips of split 0 in a rendering of the digits
 EPOCHS = 21  # half of those of the demo
 DCID = ("club", "cpc")
 
+CLUB = 0.02  # weight of CLUB's bound; 1, as in Sec. 4.4, destroys training
+PAPER = {  # of codebook and CLUB, as in Sec. 4.2 and 4.3 where the demo departs
+    "codebook_size": 128,
+    "partner": "attention",
+    "partner_weight": 0.5,
+    "assignment": "own",
+    "club": "bound",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
@@ -25,7 +34,7 @@ class Experiment:
         name: Name of its results.
         alignment: Objective added to those of Uni-Code, a key of `systems.ALIGNMENTS`.
         modalities: Modalities to train and test on.
-        config: Fields of `cmg.model.Config` that differ from the default.
+        config: Fields of `cmg.model.Config` that differ from those of `PAPER`.
         clips: Number of clips of split 0 to train on, in as many steps as with all of them.
         epochs: Number of epochs, if all clips are used.
         data: Data, as in `cmg_pretrain.py --data`.

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from cmg.checkpoint import save_model
-from cmg.data import PRETRAIN, TEST
+from cmg.data import PRETRAIN, TEST, TRAIN
 from cmg.digits import VERSION
 from cmg.errors import DataError
 from cmg.evaluation import evaluate
 from cmg.files import write_atomic
 from cmg.model import Config
 from cmg.report import code_counts, codebook_summary
+from cmg.run import TrainedRun
 from cmg.standardize import Standardizer
 from cmg.training import CHECKPOINT, Recipe, Trainer
 
 from . import data
 from .followups import all_followups
-from .matrix import CLIPS, Experiment, tasks_of
-from .run import TrainedRun
+from .matrix import CLIPS, CLUB, PAPER, Experiment, tasks_of
 from .systems import build
 from .tasks import all_tasks
 from .tasks.picture import draw_segmentation
@@ -81,27 +81,30 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
     clips = data.load(experiment)
     standardizer = Standardizer.fit(clips)
     features = standardizer.cells(clips.features)
-    config = Config.of(features, **experiment.config)
+    config = Config.of(features, **{**PAPER, **experiment.config})
     repeats = 1 if experiment.clips is None else CLIPS / experiment.clips
-    recipe = Recipe(epochs=round(experiment.epochs * repeats))
+    recipe = Recipe(epochs=round(experiment.epochs * repeats), club=CLUB)
     for seed in seeds:
         began, name = time.monotonic(), run_name(experiment, seed)
         torch.manual_seed(seed)
         model = build(config, experiment.alignment)
-        trainer = SystemTrainer(model, features, clips.rows(PRETRAIN), recipe, runs / name, {})
+        trainer = SystemTrainer(
+            model, features, clips.rows(PRETRAIN), clips.rows(TRAIN), recipe, runs / name, {}
+        )
         trainer.fit()
         (runs / name / CHECKPOINT).unlink()  # no longer needed
 
         codes, indices = model.quantize(features)
+        size = model.quantizer.codebook_size
         held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
         result = {
             "identity": identity(experiment, seed),
-            **evaluate(codes, clips, seed),
-            "codebook": codebook_summary(held_out, config.codebook_size),
+            **evaluate(codes, indices, clips, size),
+            "codebook": codebook_summary(held_out, size),
             "codes": _code_map(model.quantizer.codebook, held_out),
             "seconds": time.monotonic() - began,
         }
-        save_model(runs / name, model.state_dict() | standardizer.tensors(), config.json())
+        save_model(runs / name, model.state_dict() | standardizer.tensors(), model.config.json())
         write_result(results / f"{name}.json", result)
 
 

@@ -10,8 +10,13 @@ from torch import Tensor
 
 from cmg.data import BACKGROUND, Clips
 from cmg.evaluation import (
+    Head,
+    Scores,
+    TokenTable,
+    agreement,
     clip_scores,
     evaluate,
+    over_time,
     segment_scores,
 )
 
@@ -26,11 +31,23 @@ def ideal_codes(clips: Clips, width: int = 8) -> dict[str, Tensor]:
     return {name: book[x - BACKGROUND] for name, x in clips.segment_labels.items()}
 
 
+def evaluated(codes: dict[str, Tensor], clips: Clips) -> dict[str, Scores]:
+    """Evaluate codes whose indices are those of perfect encoders."""
+    indices = {name: x - BACKGROUND for name, x in clips.segment_labels.items()}
+    indices = {name: i.clamp(max=clips.num_classes) for name, i in indices.items()}
+    return evaluate(codes, indices, clips, clips.num_classes + 1)
+
+
 def test_shared_codes_transfer_perfectly(clips: Clips) -> None:
-    blocks = evaluate(ideal_codes(clips), clips, seed=0)
-    assert set(blocks["classification"]) == set(blocks["localization"]) == WAYS
+    blocks = evaluated(ideal_codes(clips), clips)
+    assert set(blocks) == {"classification", "localization", "agreement"}
+    assert all(set(block) == WAYS for block in blocks.values())
+    ideal = {"accuracy": 1.0, "chance": 7 / 20, "upper_bound": 1.0, "token_accuracy": 1.0}
     for scores in blocks["classification"].values():
-        assert scores == {"accuracy": 1.0, "chance": 7 / 20, "upper_bound": 1.0}
+        assert scores == ideal
+    for scores in blocks["agreement"].values():
+        assert scores["share"] == 1.0
+        assert scores["chance"] == pytest.approx(1 / 3, abs=0.05)  # of three events
     for scores in blocks["localization"].values():
         ones = {name for name, value in scores.items() if value == 1.0}
         assert ones == set(scores) - {"chance", "chance_f1"}
@@ -39,7 +56,7 @@ def test_shared_codes_transfer_perfectly(clips: Clips) -> None:
 def test_codes_in_separate_places_do_not_transfer(clips: Clips) -> None:
     codes = ideal_codes(clips)
     codes["audio"] = codes["audio"].roll(1, dims=-1)
-    scores = evaluate(codes, clips, seed=0)["classification"]
+    scores = evaluated(codes, clips)["classification"]
     assert scores["video->text"]["accuracy"] == 1.0
     assert scores["audio->video"]["upper_bound"] == scores["video->audio"]["upper_bound"] == 1.0
     assert scores["audio->video"]["accuracy"] < 0.7
@@ -50,7 +67,7 @@ def test_the_upper_bound_is_the_target_with_its_own_labels(clips: Clips) -> None
     codes = ideal_codes(clips)
     noise = torch.Generator().manual_seed(0)
     codes["text"] = torch.randn(codes["text"].shape, generator=noise)
-    scores = evaluate(codes, clips, seed=0)
+    scores = evaluated(codes, clips)
     for a in ("audio", "video"):
         assert scores["classification"][f"{a}->text"]["upper_bound"] < 0.7
         assert scores["classification"][f"text->{a}"]["upper_bound"] == 1.0
@@ -62,44 +79,43 @@ def test_the_scale_and_origin_of_the_codes_do_not_matter(
     clips: Clips, scale: float, shift: float
 ) -> None:
     codes = {name: x * scale + shift for name, x in ideal_codes(clips).items()}
-    for scores in evaluate(codes, clips, seed=0)["classification"].values():
+    for scores in evaluated(codes, clips)["classification"].values():
         assert scores["accuracy"] == 1.0
 
 
 def test_codes_that_are_all_the_same_are_at_chance(clips: Clips) -> None:
     codes = {name: torch.ones(120, 4, 8) for name in clips.features}
-    for scores in evaluate(codes, clips, seed=0)["classification"].values():
+    for scores in evaluated(codes, clips)["classification"].values():
         assert scores["accuracy"] <= scores["chance"]
 
 
-def test_same_seed_same_figures_and_the_global_state_is_left_alone(clips: Clips) -> None:
-    noise = torch.Generator().manual_seed(0)
-    codes = {
-        name: x + 2 * torch.randn(x.shape, generator=noise)
-        for name, x in ideal_codes(clips).items()
-    }
+def test_the_global_random_state_is_left_alone(clips: Clips) -> None:
     before = torch.get_rng_state()
-    first = evaluate(codes, clips, seed=3)
+    first = evaluated(ideal_codes(clips), clips)
     assert torch.equal(torch.get_rng_state(), before)
-    torch.rand(7)
-    assert evaluate(codes, clips, seed=3) == first
+    assert evaluated(ideal_codes(clips), clips) == first
 
 
 def test_only_split_1_teaches_and_only_split_2_tests(clips: Clips) -> None:
     codes = ideal_codes(clips)
-    first = evaluate(codes, clips, seed=0)
+    first = evaluated(codes, clips)
     labels = clips.labels.clone()
     labels[clips.rows(0)] = 10**6
     spoilt = {name: x.clone() for name, x in codes.items()}
     for x in spoilt.values():
         x[clips.rows(0)] = torch.nan
-    again = evaluate(spoilt, dataclasses.replace(clips, labels=labels), seed=0)
+    again = evaluated(spoilt, dataclasses.replace(clips, labels=labels))
     assert again == first
 
 
 def test_without_segment_labels_there_is_no_localization(clips: Clips) -> None:
     codes = ideal_codes(clips)
-    assert evaluate(codes, dataclasses.replace(clips, segment_labels={}), 0)["localization"] == {}
+    indices = {name: torch.arange(4).expand(120, 4) for name in codes}
+    bare = dataclasses.replace(clips, segment_labels={})
+    blocks = evaluate(codes, indices, bare, 4)
+    assert blocks["localization"] == {}
+    # every segment counts
+    assert blocks["agreement"]["audio->text"] == {"share": 1.0, "chance": 0.25}
 
 
 def test_clip_scores_by_hand() -> None:
@@ -123,3 +139,58 @@ def test_segment_scores_by_hand() -> None:
 def test_background_everywhere_has_no_f1() -> None:
     truth = torch.tensor([[1, 0]])
     assert segment_scores(torch.zeros_like(truth), truth)["segment_f1"] == 0.0
+
+
+def test_a_clip_is_described_by_mean_and_maximum() -> None:
+    x = torch.tensor([[[0.0, 4.0], [2.0, -2.0]]])
+    assert over_time(x).tolist() == [[1.0, 1.0, 2.0, 4.0]]
+
+
+def test_the_head_weighs_clips_and_not_segments() -> None:
+    x = torch.randn(60, 1, 5, generator=torch.Generator().manual_seed(0))
+    y = (x[..., 0] > 0).long()
+    once = Head(x, y).probabilities(x[:, 0])[1]
+    often = Head(x.expand(60, 7, 5), y.expand(60, 7)).probabilities(x[:, 0])[1]
+    torch.testing.assert_close(once, often, atol=1e-3, rtol=0)
+
+
+def test_a_head_knows_only_the_classes_that_it_saw() -> None:
+    x = torch.eye(4).repeat(10, 1)
+    head = Head(x, torch.tensor([2, 2, 5, 5]).repeat(10))
+    assert head.probabilities(x[:1])[0].tolist() == [2, 5]
+    assert head(x[:4]).tolist() == [2, 2, 5, 5]
+
+
+def test_the_token_table_by_hand() -> None:
+    indices, labels = torch.tensor([[0, 0, 1], [2, 2, 1]]), torch.tensor([0, 1])
+    table = TokenTable(indices, labels, codebook_size=3)
+    frequency = torch.tensor([3.0, 3.0, 3.0]).double() / 9
+    counts = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]).double()
+    torch.testing.assert_close(table.table.exp(), (counts + 10 * frequency) / 13)
+    assert table(torch.tensor([[0, 1, 1], [2, 1, 0], [1, 2, 2]])).tolist() == [0, 0, 1]
+
+
+def test_the_token_table_of_segments() -> None:
+    indices, labels = torch.tensor([[0, 1], [1, 2]]), torch.tensor([[0, 0], [1, 1]])
+    table = TokenTable(indices, labels, codebook_size=3)
+    assert table(torch.tensor([[0, 2]])).tolist() == [[0, 1]]
+
+
+def test_agreement_counts_segments_that_show_the_same_event() -> None:
+    indices = {
+        "audio": torch.tensor([[1, 1, 2, 0]]),
+        "video": torch.tensor([[1, 2, 2, 0]]),
+        "text": torch.tensor([[1, 2, 2, 0]]),
+    }
+    shown = {"audio": torch.tensor([[5, 5, -1, 5]]), "video": torch.tensor([[5, 5, -1, 6]])}
+    scores = agreement(indices, shown)
+    assert scores["audio->video"] == {"share": 0.5, "chance": 0.5}
+    assert scores["audio->video"] == scores["video->audio"]
+    # without labels of one of them, every segment counts
+    assert scores["audio->text"] == {"share": 0.75, "chance": (2 + 2 + 1) / 16}
+
+
+def test_agreement_where_no_event_is_the_same() -> None:
+    indices = {name: torch.zeros(1, 2, dtype=torch.long) for name in ("audio", "video")}
+    shown = {name: torch.full((1, 2), BACKGROUND) for name in indices}
+    assert agreement(indices, shown)["audio->video"] == {"share": 0.0, "chance": 0.0}

@@ -45,7 +45,8 @@ def test_no_codes_at_all() -> None:
 
 
 def metrics() -> dict[str, Any]:
-    clip = {"accuracy": 0.9, "chance": 0.1, "upper_bound": 0.96}
+    clip = {"accuracy": 0.9, "chance": 0.1, "upper_bound": 0.96, "token_accuracy": 0.88}
+    sharing = {"share": 0.5, "chance": 0.03}
     segment = {
         "segment_f1": 0.6,
         "precision": 0.7,
@@ -54,6 +55,7 @@ def metrics() -> dict[str, Any]:
         "chance": 0.5,
         "upper_bound": 0.75,
         "upper_bound_accuracy": 1.0,
+        "token_accuracy": 0.7,
     }
     return {
         "seed": 0,
@@ -63,6 +65,7 @@ def metrics() -> dict[str, Any]:
         "epochs": 2,
         "classification": {"audio->video": clip, "video->audio": clip | {"accuracy": 0.8}},
         "localization": {"audio->video": segment, "video->audio": segment},
+        "agreement": {"audio->video": sharing, "video->audio": sharing},
         "codebook": codebook_summary({"audio": torch.tensor([0, 1])}, 4),
     }
 
@@ -92,13 +95,13 @@ def test_metrics_json_takes_nothing_else(tmp_path: Path) -> None:
 def test_the_table_line_by_line() -> None:
     clip, segment = table(metrics()).split("\n\n")
     assert [line.split() for line in clip.split("\n")] == [
-        ["clip", "accuracy", "chance", "upper", "bound", "of", "bound"],
-        ["audio->video", "0.900", "0.100", "0.960", "94%"],
-        ["video->audio", "0.800", "0.100", "0.960", "83%"],
-        ["mean", "0.850", "0.100", "0.960", "89%"],
+        "clip accuracy chance upper bound of bound tokens same code by chance".split(),
+        ["audio->video", "0.900", "0.100", "0.960", "94%", "0.880", "0.500", "0.030"],
+        ["video->audio", "0.800", "0.100", "0.960", "83%", "0.880", "0.500", "0.030"],
+        ["mean", "0.850", "0.100", "0.960", "89%", "0.880", "0.500", "0.030"],
     ]
     assert segment.split("\n")[1].split() == [
-        *("audio->video", "0.800", "0.500", "1.000", "80%", "0.600", "0.750"),
+        *("audio->video", "0.800", "0.500", "1.000", "80%", "0.700", "0.600", "0.750"),
     ]
     assert len({len(line) for line in clip.split("\n")}) == 1
 
@@ -107,7 +110,7 @@ def test_the_table_with_the_reference() -> None:
     found = metrics()
     blocks = {name: found[name] for name in ("classification", "localization")}
     clip, segment = table(found, blocks | {"logistic_regression": blocks}).split("\n\n")
-    assert clip.split("\n")[1].split()[-2:] == ["0.900", "0.900"]
+    assert clip.split("\n")[1].split()[6:8] == ["0.900", "0.900"]
     assert segment.split("\n")[0].split()[-4:] == ["CCA", "CCA", "+", "LR"]
 
 

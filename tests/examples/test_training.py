@@ -34,8 +34,9 @@ FEATURES = {
 def trainer(folder: Path, seed: int = 0, config: Config = CONFIG, **recipe: Any) -> Trainer:
     torch.manual_seed(seed)
     identity = {"seed": seed, **config.json()}
-    rows = torch.arange(N - 3)
-    return Trainer(UniCode(config), FEATURES, rows, replace(RECIPE, **recipe), folder, identity)
+    rows, held_out = torch.arange(N).split([N - 3, 3])
+    settings = replace(RECIPE, **recipe)
+    return Trainer(UniCode(config), FEATURES, rows, held_out, settings, folder, identity)
 
 
 def fitted(folder: Path, seed: int = 0) -> Trainer:
@@ -129,7 +130,7 @@ def test_clips_must_be_long_enough_to_predict() -> None:
 
 def test_one_clip_is_no_batch(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="two clips of split 0 or more; got 1"):
-        Trainer(UniCode(CONFIG), FEATURES, torch.arange(1), RECIPE, tmp_path, {})
+        Trainer(UniCode(CONFIG), FEATURES, torch.arange(1), torch.arange(1), RECIPE, tmp_path, {})
 
 
 @pytest.mark.parametrize(("quiet", "said"), [(False, None), (True, True)])
@@ -158,7 +159,8 @@ def test_parts_can_be_left_out(tmp_path: Path, without: tuple[str, ...]) -> None
     assert all(len(values) == 4 and math.isfinite(values[-1]) for values in history.values())
     quantizer = t.model.quantizer
     joint = "mm-ema" not in without
-    assert quantizer.partner == ("attention" if joint else "none")
+    assert quantizer.partner == ("aligned" if joint else "none")
+    assert quantizer.assignment == ("mixed" if joint else "own")
     assert (quantizer.commitment.cross_ratio > 0) == joint
     assert (quantizer.ema_codebook.reset_after is None) == ("reset" in without)
 
@@ -178,6 +180,7 @@ def test_what_a_segment_holds_does_not_depend_on_its_clip() -> None:
     before, after = model.semantic["video"](x), model.semantic["video"](changed)
     assert torch.equal(before[:, 0, :8], after[:, 0, :8])
     assert not torch.allclose(before[:, 0, 8:], after[:, 0, 8:])
+    assert model.semantic["video"](x[:, :2]).shape == (N, 2, 16)  # any T
     torch.testing.assert_close(before.norm(dim=-1), torch.full((N, 6), CONFIG.dim**0.5))
 
 

@@ -5,7 +5,8 @@ PYTHONPATH=examples python -m experiments.followups runs/digits
 
 from __future__ import annotations
 
-from ..run import Task
+from cmg.run import Task
+
 from .channels import select_channels
 from .open_set import score_open_set
 

@@ -8,9 +8,9 @@ import sys
 
 from cmg.command import seed
 from cmg.errors import DataError
+from cmg.run import TrainedRun
 from cmg.sources import open_data
 
-from ..run import TrainedRun
 from . import all_followups
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from cmg.evaluation import classification
-
-from ..run import TrainedRun
+from cmg.run import TrainedRun
 
 
 def channel_scores(codebook: Tensor) -> Tensor:
@@ -62,10 +61,10 @@ def select_channels(run: TrainedRun, share: float = 0.5, draws: int = 3) -> dict
 
     def accuracy(chosen: Tensor) -> dict[str, float]:
         part = {name: x[..., chosen] for name, x in codes.items()}
-        scores = classification(part, run.clips, run.seed)
+        scores = classification(part, run.clips)
         return {way: own["accuracy"] for way, own in scores.items()}
 
-    every = classification(codes, run.clips, run.seed)
+    every = classification(codes, run.clips)
     selected = accuracy(best_channels(codebook, keep))
     at_random = [accuracy(pick) for pick in picks]
     return {

@@ -12,12 +12,11 @@ accepted. No clip of an unknown class and no test clip is used for it.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmg.data import TEST, TRAIN
-from cmg.evaluation import ClipHead, Scores, directions, fit_head
-
-from ..run import TrainedRun
+from cmg.evaluation import Head, Scores, directions, over_time
+from cmg.run import TrainedRun
 
 UNKNOWN = -1
 
@@ -43,16 +42,15 @@ def score_open_set(run: TrainedRun, known: float = 0.6, accept: float = 0.9) -> 
     held_out, learned = train[::4], train[torch.arange(len(train)) % 4 != 0]
     test = clips.rows(TEST)
     scores: dict[tuple[str, str], dict[str, float]] = {}
-    with torch.random.fork_rng(devices=[]):
-        for a, x in codes.items():
-            torch.manual_seed(run.seed)
-            head = fit_head(ClipHead(x.shape[-1], K), x[learned], truth[learned])
-            confidence, _ = _answer(head, x[held_out])
-            threshold = confidence.quantile(1 - accept)
-            for b, there in codes.items():
-                confidence, answer = _answer(head, there[test])
-                answer[confidence < threshold] = UNKNOWN
-                scores[a, b] = open_scores(answer, truth[test])
+    described = {name: over_time(x) for name, x in codes.items()}
+    for a, x in described.items():
+        head = Head(x[learned], truth[learned])
+        confidence, _ = _answer(head, x[held_out])
+        threshold = confidence.quantile(1 - accept)
+        for b, there in described.items():
+            confidence, answer = _answer(head, there[test])
+            answer[confidence < threshold] = UNKNOWN
+            scores[a, b] = open_scores(answer, truth[test])
     return directions(scores, {"upper_bound": "h_score"})
 
 
@@ -88,8 +86,8 @@ def open_scores(answer: Tensor, truth: Tensor) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def _answer(head: nn.Module, codes: Tensor) -> tuple[Tensor, Tensor]:
+def _answer(head: Head, x: Tensor) -> tuple[Tensor, Tensor]:
     """The highest probability and its class, both [n]."""
-    confidence, answer = head(codes.float()).softmax(-1).max(-1)
-    return confidence, answer
+    classes, shares = head.probabilities(x)
+    confidence, place = shares.max(-1)
+    return confidence, classes[place]

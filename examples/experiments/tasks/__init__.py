@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..run import Task
+from cmg.run import Task
+
 from .across_sets import localize_across
 from .retrieval import retrieve
 from .segmentation import segment

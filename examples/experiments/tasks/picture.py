@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cmg.figures import require_matplotlib, write_figure
+from cmg.run import TrainedRun
 
-from ..run import TrainedRun
 from .segmentation import fit_mask_head, masks, scenes
 
 

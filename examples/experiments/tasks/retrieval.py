@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from cmg.data import TEST, TRAIN
 from cmg.errors import DataError
-from cmg.evaluation import Scale, Scores, descend, directions
+from cmg.evaluation import Scores, directions
+from cmg.run import TrainedRun
 from cmg.standardize import Standardizer
 from mmvq.functional import info_nce
 
-from ..run import TrainedRun
+from ..descent import Scale, descend
 
 RANKS = (5, 10)
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from cmg import digits
 from cmg.data import TEST, TRAIN, load_clips
 from cmg.errors import DataError
-from cmg.evaluation import Scale, Scores, descend, directions
+from cmg.evaluation import Scores, directions
+from cmg.run import TrainedRun
 from cmg.standardize import Standardizer
 
-from ..run import TrainedRun
+from ..descent import Scale, descend
 from .masks import mask_scores
 
 

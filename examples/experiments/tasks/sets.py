@@ -9,8 +9,7 @@ from cmg.data import Clips, load_clips
 from cmg.digits import clips as plots
 from cmg.errors import DataError
 from cmg.evaluation import Pairs, Scores
-
-from ..run import TrainedRun
+from cmg.run import TrainedRun
 
 
 def away(run: TrainedRun) -> Clips:

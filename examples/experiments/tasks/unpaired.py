@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from cmg.data import TEST, TRAIN, Clips
-from cmg.evaluation import ClipHead, Labelled, Scores, clip_scores, transfer
+from cmg.evaluation import Head, Labelled, Scores, clip_scores, over_time, transfer
+from cmg.run import TrainedRun
 
-from ..run import TrainedRun
 from .sets import away, between_sets, encode
 
 
@@ -46,7 +46,7 @@ def classify_unpaired(
     train, test = (
         [_part(codes, clips, split, shared) for codes, clips in coded] for split in (TRAIN, TEST)
     )
-    heads = (ClipHead, clip_scores, len(shared), run.seed)
+    heads = (Head, clip_scores)
     found: dict[str, Scores] = {}
     for way, source, target in (("first->second", 0, 1), ("second->first", 1, 0)):
         across = transfer(train[source], test[target], *heads)
@@ -60,4 +60,5 @@ def _part(codes: dict[str, Tensor], clips: Clips, split: int, shared: Tensor) ->
     rows = clips.rows(split)
     rows = rows[torch.isin(clips.labels[rows], shared)]
     labels = torch.searchsorted(shared, clips.labels[rows])
-    return Labelled({name: x[rows] for name, x in codes.items()}, dict.fromkeys(codes, labels))
+    described = {name: over_time(x[rows]) for name, x in codes.items()}
+    return Labelled(described, dict.fromkeys(codes, labels))

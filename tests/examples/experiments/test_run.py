@@ -10,7 +10,7 @@ import torch
 
 from cmg.data import Clips, load_clips
 from cmg.errors import DataError
-from experiments.run import TrainedRun
+from cmg.run import TrainedRun
 
 
 def test_a_loaded_run_quantizes_as_the_trained_one_did(clips_path: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import torch
 from cmg.checkpoint import load_model
 from cmg.data import load_clips
 from cmg.errors import DataError
+from cmg.run import TrainedRun
 from experiments import runner
 from experiments.matrix import EVALUATED, EXPERIMENTS, Experiment
 from experiments.results import read_results
-from experiments.run import TrainedRun
 from experiments.train import evaluate_stored, identity, read_result, train, write_result
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from cmg.checkpoint import load_model
-from cmg.data import Clips
-from cmg.model import Config, UniCode
-from cmg.standardize import Standardizer
+from .checkpoint import load_model
+from .data import Clips
+from .errors import DataError
+from .model import Config, UniCode
+from .standardize import Standardizer
 
 Codes = tuple[dict[str, Tensor], dict[str, Tensor]]  # name -> codes [N, T, D], indices [N, T]
 
@@ -41,9 +42,12 @@ class TrainedRun:
         """Load a model folder.
 
         Raises:
-            DataError: There is no model in the folder, or the clips do not fit it.
+            DataError: There is no model in the folder, it is of an earlier version of this example,
+                or the clips do not fit it.
         """
         tensors, content = load_model(folder)
+        if "assignment" not in content:
+            raise DataError(f"{folder}: a model of an earlier version. Hint: train it again.")
         shapes = {name: (cells, channels) for name, (cells, channels) in content["shapes"].items()}
         config = Config(**content | {"shapes": shapes, "without": tuple(content["without"])})
         standardizer = Standardizer.from_tensors(tensors)
@@ -64,6 +68,10 @@ class TrainedRun:
             Name -> quantized vectors [N, T, D], and name -> int64 indices [N, T].
         """
         return self.model.quantize(self.standardizer.cells(features))
+
+    def semantic(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Semantic features z [N, T, D] of raw features [N, T, ..., C]."""
+        return self.model.semantic_features(self.standardizer.cells(features))
 
     @cached_property
     def codes(self) -> Codes:

@@ -1,0 +1,59 @@
+"""The number of codes that the data ask for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmg.codebook_size import SIZES, choose_codes, first_codes, held_out_information
+
+
+def views(events: int, clips: int, noise: float = 0.3, seed: int = 0) -> dict[str, Tensor]:
+    """Two modalities that show the same events at random places, each with its own noise."""
+    generator = torch.Generator().manual_seed(seed)
+    places = 3 * torch.randn(events, 8, generator=torch.Generator().manual_seed(9))
+    shown = torch.randint(events, (clips, 5), generator=generator)
+    return {
+        name: places[shown] + noise * torch.randn(clips, 5, 8, generator=generator)
+        for name in ("audio", "video")
+    }
+
+
+@pytest.mark.parametrize("events", [8, 16, 32])
+def test_the_size_is_that_of_the_shared_events(events: int) -> None:
+    codes = choose_codes(views(events, 200), views(events, 200, seed=1))
+    assert codes.shape == (events, 8)
+
+
+def test_noise_asks_for_fewest_codes() -> None:
+    apart = {name: torch.randn(100, 5, 8) for name in ("audio", "video")}
+    assert len(choose_codes(apart, {name: torch.randn_like(x) for name, x in apart.items()})) <= 16
+
+
+def test_one_modality_has_no_partner_to_tell_about() -> None:
+    alone = {"audio": torch.randn(60, 5, 8)}
+    assert len(choose_codes(alone, alone)) == 128
+
+
+def test_fewer_segments_than_codes_still_give_codes() -> None:
+    few = {name: x[:1] for name, x in views(8, 2).items()}
+    assert len(choose_codes(few, few)) in SIZES
+    assert first_codes(few, 24).isfinite().all()
+
+
+def test_information_by_hand() -> None:
+    """Two codes, always the same in both modalities: ln 2, less what the priors take."""
+    same = torch.arange(2).repeat(500, 1)
+    both = {"audio": same, "video": same}
+    assert held_out_information(both, 2) == pytest.approx(math.log(2), abs=5e-3)
+    apart = {"audio": same, "video": torch.randint(2, (500, 2))}
+    assert held_out_information(apart, 2) == pytest.approx(0, abs=5e-3)
+
+
+def test_the_order_of_the_modalities_does_not_matter() -> None:
+    some = views(8, 100)
+    back = dict(reversed(some.items()))
+    assert torch.equal(choose_codes(some, some), choose_codes(back, back))
