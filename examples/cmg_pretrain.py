@@ -70,10 +70,10 @@ def run(args: argparse.Namespace) -> None:
     model = UniCode(config).to(device)
     rows = clips.rows(PRETRAIN)
     recipe = Recipe(**training)
+    if "epochs" not in training:
+        recipe = recipe.lasting(len(rows))
     if args.epochs:
         recipe = replace(recipe, epochs=args.epochs)
-    elif "epochs" not in training:
-        recipe = recipe.lasting(len(rows))
     identity = {
         "data": f"{name} {standardizer.fingerprint():08x}",
         "seed": args.seed,
@@ -144,7 +144,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--epochs",
         type=positive_int,
-        help="by default those of the preset; for digits, at least as many as make 420 steps",
+        help="by default those of the preset; for digits, as many as make 840 steps, or more if "
+        "there are more than 700 clips",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of weights, batches and heads")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/NAME-OF-DATA")

@@ -285,7 +285,7 @@ class UniCode(nn.Module):
         if len(z) == 1:
             return cpc(z, start="all").loss
         a, b = zip(*combinations(z, 2), strict=True)
-        batch = gather_batch_sizes("UniCode", z[a[0]], None, names=z, T=self.config.segments)
+        batch = gather_batch_sizes("UniCode", z[a[0]], None, names=z, T=z[a[0]].shape[1])
         query, key = (
             torch.stack([rearrange(z[m], "b t d -> t b d") for m in side]) for side in (a, b)
         )

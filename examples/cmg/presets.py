@@ -30,6 +30,7 @@ _SIZES = {
 _RECIPE = {
     "epochs": 5,
     "batch_size": 80,
+    "segments": 1.0,
     "learning_rate": 4e-4,
     "weight_decay": 0.0,
     "schedule": "constant",

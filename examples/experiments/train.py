@@ -83,7 +83,7 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
     features = standardizer.cells(clips.features)
     config = Config.of(features, **{**PAPER, **experiment.config})
     repeats = 1 if experiment.clips is None else CLIPS / experiment.clips
-    recipe = Recipe(epochs=round(experiment.epochs * repeats), club=CLUB)
+    recipe = Recipe(epochs=round(experiment.epochs * repeats), segments=1.0, club=CLUB)
     for seed in seeds:
         began, name = time.monotonic(), run_name(experiment, seed)
         torch.manual_seed(seed)

@@ -39,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "reset, all": {"init": "uniform", "reset_after": 2},
     "reset, any": {"init": "kmeans", "reset_after": 2, "reset_rule": "any"},
     "aligned, one updates": {"partner": "aligned", "update_from": ["audio"]},
+    "mixed": {"assignment": "mixed", "reset_after": 2},
+    "mixed, one updates": {"assignment": "mixed", "partner": "aligned", "update_from": ["audio"]},
     "no partner": {"partner": "none", "init": "samples"},
     "float32": {"init": "kmeans", "reset_after": 2},
     "manual": {"update": "manual"},

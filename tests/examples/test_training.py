@@ -113,11 +113,29 @@ def test_a_run_of_one_epoch_has_a_codebook(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("clips", "epochs"), [(1, 420), (64, 420), (200, 140), (699, 42), (700, 42), (40_000, 42)]
+    ("clips", "epochs"), [(1, 840), (64, 840), (200, 280), (700, 84), (2800, 40), (70_000, 8)]
 )
 def test_few_clips_are_seen_more_often(clips: int, epochs: int) -> None:
-    """The digits have 700, and 42 epochs of 10 batches."""
+    """The digits have 700, and 84 epochs of 10 batches."""
     assert Recipe().lasting(clips) == Recipe(epochs=epochs)
+
+
+def test_a_step_sees_some_segments_the_same_of_all_modalities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = trainer(tmp_path, segments=0.5)
+    seen: list[dict[str, torch.Tensor]] = []
+    encode = t.model.encode
+    monkeypatch.setattr(t.model, "encode", lambda x: seen.append(x) or encode(x))
+    times = torch.arange(6.0).view(1, 6, 1, 1)
+    for _ in range(5):
+        t._step({m: times.expand(8, 6, *shape) for m, shape in CONFIG.shapes.items()}, t._weights())
+    drawn = {tuple(x["audio"][0, :, 0, 0].tolist()) for x in seen}
+    assert len(drawn) > 1
+    for x in seen:
+        assert torch.equal(x["audio"][0, :, 0, 0], x["video"][3, :, 2, 1])
+        assert x["audio"].shape[1] == 3
+        assert (x["audio"][0, 1:, 0, 0] > x["audio"][0, :-1, 0, 0]).all()
 
 
 def test_clips_must_be_long_enough_to_predict() -> None:

@@ -70,6 +70,7 @@ SIGNATURES: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, Any]]] = {
             "partner": "attention",
             "partner_weight": 0.5,
             "partner_temperature": None,
+            "assignment": "own",
             "update_from": None,
             "reset_after": 100,
             "reset_rule": "all",

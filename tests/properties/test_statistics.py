@@ -72,6 +72,29 @@ def test_each_code_gets_its_vectors(
 
 
 @every_wiring
+@given(draw=draws(), weight=WEIGHTS)
+def test_mixed_assignment_gives_each_code_the_mixtures_nearest_to_it(
+    names: Sequence[str], partner: Any, draw: Draw, weight: float
+) -> None:
+    """Mixtures are counted and summed at their own nearest codes, and vectors counted at theirs."""
+    settings = {"partner": partner, "partner_weight": weight, "assignment": "mixed"}
+    module = draw.quantizer(names, update="manual", **settings)
+    z, masks = draw.features(names), draw.masks(names)
+    indices = module(z, masks).indices
+    _, counts, sums = pending(module)
+    own, mixed = counts.chunk(2)
+    expected = torch.zeros_like(sums)
+    mixtures = contributions(partner, weight, z, masks)
+    for row, row_of_mixtures, name in zip(own, mixed, sorted(names), strict=True):
+        chosen = indices[name][masks[name]]
+        assert torch.equal(row, torch.bincount(chosen, minlength=draw.L).double())
+        nearest = nearest_code_ref(mixtures[name], module.codebook)
+        assert torch.equal(row_of_mixtures, torch.bincount(nearest, minlength=draw.L).double())
+        expected.index_add_(0, nearest, mixtures[name])
+    close(sums, expected, draw.slack(z))
+
+
+@every_wiring
 @given(draw=draws(), decay=st.sampled_from((0.5, 0.9, 0.99)), eps=st.sampled_from((0.0, 1e-5, 0.1)))
 def test_the_average_follows_its_recurrence(
     names: Sequence[str], partner: Any, draw: Draw, decay: float, eps: float
