@@ -80,7 +80,7 @@ def diagnose(
             return found
 
         z, quantized, bare = ({m: describe(x[m]) for m in labels} for x in (features, codes, raw))
-        of_raw = score(bare, Head, across=False)
+        of_raw = score(bare, partial(Head, iterations=100), across=False)
         of_z, of_codes = score(z, Head), score(quantized, Head)
         weak, tokens = score(quantized, partial(Head, weight=1.0)), score(indices, table)
         result = {}

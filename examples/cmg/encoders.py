@@ -19,7 +19,8 @@ class SemanticEncoder(nn.Module):
     describes the segment and depends on this segment alone. The second half describes the clip: a
     pre-norm Transformer layer computes it from the first halves of all segments, without positions,
     so that T may vary. No gradient flows back into these, so that the clip is described by what
-    other modalities can also know, which reduces overfitting to few clips.
+    other modalities can also know, which reduces overfitting to few clips. The first half has three
+    quarters of the squared length, so that codes differ first in what their segments show.
 
     Args:
         channels: number of channels C.
@@ -64,7 +65,7 @@ class SemanticEncoder(nn.Module):
             hidden = hidden + self.pool(x)
         segment = self.segment(hidden)  # [B, T, D / 2]
         context = self.context(self.recall(segment.detach()))  # [B, T, D]
-        return torch.cat([segment, self.clip(context)], -1)
+        return torch.cat([1.5**0.5 * segment, 0.5**0.5 * self.clip(context)], -1)
 
 
 class Pool(nn.Module):

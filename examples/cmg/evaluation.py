@@ -59,13 +59,16 @@ class Head:
         x: Vectors [n, D], or [n, T, D] to classify segments.
         labels: int64 [n] or [n, T].
         weight: Weight of a clip's log-likelihood; sklearn's C.
+        iterations: Most steps of L-BFGS.
     """
 
-    def __init__(self, x: Tensor, labels: Tensor, weight: float = 0.1) -> None:
+    def __init__(
+        self, x: Tensor, labels: Tensor, weight: float = 0.1, iterations: int = 300
+    ) -> None:
         rows = x.detach().double().flatten(0, -2)
         self.mean = rows.mean(0)
         self.deviation = rows.var(0, correction=0).mean().sqrt().clamp(min=1e-12)
-        model = LogisticRegression(C=weight * len(x) / len(rows), max_iter=1000)
+        model = LogisticRegression(C=weight * len(x) / len(rows), max_iter=iterations)
         self.model = model.fit(self._scaled(rows), labels.flatten().numpy())
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ _RECIPE = {
     "epochs": 5,
     "batch_size": 80,
     "segments": 1.0,
+    "most_segments": 1000,
     "learning_rate": 4e-4,
     "weight_decay": 0.0,
     "schedule": "constant",

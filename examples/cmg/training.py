@@ -31,8 +31,9 @@ class Recipe:
     Attributes:
         epochs: Number of passes over the clips of split 0.
         batch_size: Clips in a batch; all clips if there are fewer.
-        segments: Fraction of the segments of each batch, drawn at random, that a step uses. Fewer
-            segments make steps shorter, and clips harder to recognise by rote.
+        segments: Fraction of the segments of a clip, drawn at random, that a step uses. Fewer make
+            steps shorter, and clips harder to recognise by rote.
+        most_segments: Number of segments that a step uses at most.
         learning_rate: Learning rate of AdamW, which trains all parameters except those of CLUB.
         weight_decay: Weight decay of AdamW.
         schedule: Schedule of the learning rate. "cosine" is a short warm-up, then cosine decay.
@@ -53,6 +54,7 @@ class Recipe:
     epochs: int = 84
     batch_size: int = 64
     segments: float = 0.5
+    most_segments: int = 10
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -191,7 +193,8 @@ class Trainer:
     def _step(self, x: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Update the networks of CLUB, then the other parameters, on some of the segments."""
         T = next(iter(x.values())).shape[1]
-        chosen = torch.randperm(T)[: math.ceil(T * self.recipe.segments)].sort().values
+        S = min(math.ceil(T * self.recipe.segments), self.recipe.most_segments)
+        chosen = torch.randperm(T)[:S].sort().values
         x = {name: v[:, chosen.to(v.device)] for name, v in x.items()}
         features = self.model.encode(x)
         if self.club_optimizer is not None:
@@ -253,7 +256,8 @@ class Trainer:
                 )
         try:
             self.epoch, self.history = state["epoch"], state["history"]
-            self.model.resize_codebook(len(state["model"]["quantizer.ema_codebook.codes"]))
+            if state["model"]["quantizer.ema_codebook.initialized"]:
+                self.model.resize_codebook(len(state["model"]["quantizer.ema_codebook.codes"]))
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.club_optimizer is not None:

@@ -55,8 +55,9 @@ def test_a_run_from_file_to_figures(
     assert metrics["seconds"] > 0
     for task in ("classification", "localization"):
         assert len(metrics[task]) == 6
-    for way in metrics["classification"].values():
-        assert set(way) == {"accuracy", "chance", "upper_bound"}
+    for way, scores in metrics["classification"].items():
+        assert set(scores) == {"accuracy", "chance", "upper_bound", "token_accuracy"}
+        assert set(metrics["agreement"][way]) == {"share", "chance"}
     mean = sum(way["accuracy"] for way in metrics["classification"].values()) / 6
     assert mean > 0.8  # chance is 0.35; a head that ignores its input cannot pass
     assert set(metrics["codebook"]["per_modality"]) == {"audio", "video", "text"}
@@ -67,7 +68,8 @@ def test_a_run_from_file_to_figures(
     assert tensors["standardizer/mean/video"].shape == (6,)
 
     printed = capsys.readouterr().out
-    for text in ("audio->video", "text->audio", "upper bound", "of bound", "CCA", "codes in use"):
+    titles = ("upper bound", "of bound", "CCA", "codes in use", "tokens", "same code", "by chance")
+    for text in ("audio->video", "text->audio", *titles):
         assert text in printed
 
 
