@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
 
     settings, training = PRESETS[args.preset]
     torch.manual_seed(args.seed)
-    config = Config.of(features, without=tuple(sorted(set(args.without))), **settings)
+    without = tuple(sorted({*args.without, *settings.get("without", ())}))
+    config = Config.of(features, **{**settings, "without": without})
     model = UniCode(config).to(device)
     rows = clips.rows(PRETRAIN)
     recipe = Recipe(**training)
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
     if not is_first():
         return
 
+    save_model(folder, model.state_dict() | standardizer.tensors(), model.config.json())
     codes, indices = model.quantize(features)
     size = model.quantizer.codebook_size
     scores = evaluate(codes, indices, clips, size)
@@ -98,7 +100,6 @@ def run(args: argparse.Namespace) -> None:
         "codebook": codebook_summary(held_out, size),
         "seconds": time.monotonic() - began,
     }
-    save_model(folder, model.state_dict() | standardizer.tensors(), model.config.json())
     plot_codes(folder / "codes.png", model.quantizer.codebook, code_counts(held_out, size))
     plot_training(folder / "training.png", history)
     write_metrics(folder / "metrics.json", metrics)
@@ -147,7 +148,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="by default those of the preset; for digits, as many as make 840 steps, or more if "
         "there are more than 700 clips",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of weights, batches and heads")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights and batches")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/NAME-OF-DATA")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the checkpoint in --output"

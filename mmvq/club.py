@@ -1,4 +1,4 @@
-"""CLUB: an upper bound of mutual information, which training minimises."""
+"""CLUB: an upper bound of mutual information, and the penalty that encoders minimise."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class CLUBEstimator(OverRanks, Pretrained):
             1.00
         """
         x, y, mask = self._check(x, y, mask)
-        mu, _ = self.posterior(x)
+        mu = self.p_mu(x.to(next(self.parameters()).dtype))
         return functional.club_penalty(mu, y, mask, batch=self._batch(y))
 
     def log_likelihood(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:

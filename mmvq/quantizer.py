@@ -84,8 +84,9 @@ class MultiModalEMAQuantizer(Pretrained):
     keeps its e. In eval mode nothing is written.
 
     All arguments from `decay` to `process_group`, except `assignment`, `update_from` and
-    `commitment`, may be read and set at any time; those of the codebook in either place. Rows of its `ages` and `usage`
-    are in the sorted order of the names; with `assignment="mixed"`, rows of the mixtures follow.
+    `commitment`, may be read and set at any time; those of the codebook in either place. Rows of
+    its `ages` and `usage` are in the sorted order of the names; with `assignment="mixed"`, rows of
+    the mixtures follow.
 
     With several ranks, the codebook is that of one process on the clips of all ranks, up to
     floating-point error. It is bit-identical on all ranks. A step takes one all-reduce of one flat
@@ -106,21 +107,22 @@ class MultiModalEMAQuantizer(Pretrained):
             same segment, as in the released code), `"none"` (r = z, ordinary EMA), or a callable
             `(z_a, others, masks) -> r` of tensors `[B, T, D]` and bool masks `[B, T]`, which is
             called if there are others.
-        partner_weight: weight w of the partner. Without a partner, r = z. With M aligned modalities,
-            1 - 1/M weighs all of them equally.
+        partner_weight: weight w of the partner. Without a partner, r = z. With M aligned
+            modalities, 1 - 1/M weighs all of them equally.
         partner_temperature: divisor of the dot products of `partner="attention"`; the paper has
             `dim ** 0.5`. None: the scores are sqrt(D) times the cosine, which does not depend on
             the scale of the features.
         assignment: code whose N and o a mixture $(1 - w) z + w r$ enters: `"own"`, the code that
-            quantizes z (Eq. 7); `"mixed"`, the nearest code of the mixture. If features of different
-            modalities lie apart, `"own"` can keep a code of each modality around the same mixtures;
-            `"mixed"` makes the codes cluster centres of the mixtures, which modalities then share.
+            quantizes z (Eq. 7); `"mixed"`, the nearest code of the mixture. If modalities lie
+            apart, `"own"` can keep a code of each around the same mixtures; `"mixed"` makes the
+            codes cluster centres of the mixtures, which modalities then share.
         update_from: names of the modalities whose vectors enter N and o and count for the reset of
             dead codes (None: all). Every modality is quantized.
         reset_after: number of training batches after which an unchosen code is reset; None: never.
         reset_rule: `"all"`: a code survives only if every modality chose it within `reset_after`
             batches (the paper); `"any"`: it survives if any did (the released code). For each
             modality only the batches that contain it count. Modalities not yet seen are ignored.
+            With `assignment="mixed"` the choices are those of the mixtures.
         init: `"kmeans"` or `"samples"` of those vectors of the first training batch that enter o,
             or `"uniform"` in (-1/L, 1/L) with N = 0. For given codes, see `set_codes`.
         commitment: loss function (features, codes, masks) -> scalar; `"default"`:
@@ -212,6 +214,7 @@ class MultiModalEMAQuantizer(Pretrained):
             raise ValueError(
                 message(where, rule, hint=hint, update_from=update_from, modalities=self.modalities)
             )
+        self._update_from = None if update_from is None else tuple(sorted({*sources}))
         called = callable(commitment) and not isinstance(commitment, type)
         if not (called or commitment in ("default", None)):
             rule = "commitment must be a callable (features, codes, masks) -> loss, or None"
@@ -252,10 +255,7 @@ class MultiModalEMAQuantizer(Pretrained):
     @property
     def update_from(self) -> tuple[str, ...] | None:
         """Names of the modalities whose vectors enter N and o, sorted; None: all."""
-        groups, M = self.ema_codebook.update_from, len(self._sorted)
-        if groups is None or (self.assignment == "mixed" and len(groups) == M):
-            return None
-        return tuple(self._sorted[group % M] for group in groups)
+        return self._update_from
 
     @property
     def assignment(self) -> Literal["own", "mixed"]:
@@ -319,9 +319,11 @@ class MultiModalEMAQuantizer(Pretrained):
         if first is not None:  # written after the loss, as a commitment may raise
             book.take_first_codes(first)
         if updating:
-            book.add_rows(values, index, owners)  # the sums of Eq. 7
-            if self.assignment == "mixed":
-                book.add_rows(values, book.nearest(values, weight), sources)
+            if self.assignment == "mixed":  # vectors are counted, mixtures counted and summed
+                index_of = torch.cat([index, book.nearest(values, weight)])
+                book.add_rows(values.repeat(2, 1), index_of, torch.cat([owners, sources]))
+            else:
+                book.add_rows(values, index, owners)  # the sums of Eq. 7
             if self.update == "auto":
                 book.apply()  # Eq. 7
         indices = unpack(index, [x.shape[:2] for x in z.values()], "*")
@@ -533,8 +535,8 @@ class MultiModalEMAQuantizer(Pretrained):
         """The settings."""
         return (
             f"modalities={self.modalities}, partner={self.partner!r}, "
-            f"partner_weight={self.partner_weight}, gradient={self.gradient!r}, "
-            f"update={self.update!r}"
+            f"partner_weight={self.partner_weight}, assignment={self.assignment!r}, "
+            f"gradient={self.gradient!r}, update={self.update!r}"
         )
 
 

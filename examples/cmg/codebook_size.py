@@ -8,13 +8,14 @@ of one modality given that of another, and the other half measures
 
     I = mean over segments of ln P(b | a) / P(b)    [nats]
 
-which estimates the mutual information. It falls where there are too many codes for the data.
+a held-out estimate of the mutual information, which is usually too low. It falls where there are
+too many codes for the data. The weight of the prior of P(b | a) is the best of a few.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import permutations
 
 import torch
 from einops import rearrange
@@ -23,22 +24,18 @@ from torch import Tensor
 from mmvq.functional import kmeans, nearest_code
 
 SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_SEGMENTS = 20_000  # the most to measure on; more change little and take time
 _GAIN = 0.01  # nats that a larger size must add; less can be sampling error
 _PRIORS = (1.0, 3.0, 10.0, 30.0)  # weight of P(b) in P(b | a), in segments
 
 
 def choose_codes(features: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> Tensor:
-    """The first codes [L, D], with the L of SIZES that has the highest I, the smallest on ties.
+    """The first codes [L, D]. L is the smallest of SIZES whose I is about the highest.
 
     Args:
         features: Name -> features [N, T, D] of the clips to train on. The codes are k-means centres
             of the means over the modalities.
-        held_out: Name -> features [N', T, D] of other clips, to measure I on. With one modality
-            only, L is 128.
+        held_out: Name -> features [N', T, D] of other clips, to measure I on.
     """
-    if len(features) == 1:
-        return first_codes(features, 128)
     best, chosen = 0.0, first_codes(features, SIZES[0])
     for L in SIZES:
         codes = first_codes(features, L)
@@ -50,26 +47,25 @@ def choose_codes(features: Mapping[str, Tensor], held_out: Mapping[str, Tensor])
 
 def first_codes(features: Mapping[str, Tensor], codebook_size: int) -> Tensor:
     """Centres [L, D] of k-means on the means over the modalities."""
-    clips = max(1, _SEGMENTS // next(iter(features.values())).shape[1])
-    mean = torch.stack([x[:clips] for x in features.values()]).mean(0)
+    mean = torch.stack([*features.values()]).mean(0)
     return kmeans(rearrange(mean, "n t d -> (n t) d"), codebook_size)
 
 
 def held_out_information(indices: Mapping[str, Tensor], codebook_size: int) -> float:
-    """I in nats, the mean over the pairs of modalities: indices int64 [N, T] each."""
-    pairs = [*combinations(indices, 2)]
+    """I in nats, the mean over the directions: indices int64 [N, T] of each modality."""
+    pairs = [*permutations(indices, 2)]
     return sum(_information(indices[a], indices[b], codebook_size) for a, b in pairs) / len(pairs)
 
 
 def _information(a: Tensor, b: Tensor, L: int) -> float:
-    """I of one pair, the mean of both halves, with the best of the priors."""
+    """I of one direction, the mean of both halves, with the best of the priors."""
     halves = slice(0, None, 2), slice(1, None, 2)
     found = torch.zeros(len(_PRIORS), dtype=torch.double)
     for seen, held in (halves, halves[::-1]):
         joint = torch.zeros(L, L, dtype=torch.double)
         ones = torch.ones(a[seen].shape, dtype=torch.double)
         joint.index_put_((a[seen].cpu(), b[seen].cpu()), ones, accumulate=True)
-        marginal = (joint.sum(0) + 0.5) / (joint.sum() + 0.5 * L)  # P(b)
+        marginal = (joint.sum(0) + 1 / L) / (joint.sum() + 1)  # P(b)
         i, j = a[held].flatten().cpu(), b[held].flatten().cpu()
         for k, prior in enumerate(_PRIORS):
             conditional = (joint + prior * marginal) / (joint.sum(1, keepdim=True) + prior)

@@ -8,7 +8,7 @@ tested on b:
     quantization  codes of b, less z of b            (labels of b)
     crossing      codes, labels of a, less labels of b
     head          codes, labels of a: the head of the run, less a weaker penalty of sklearn
-    tokens        `TokenTable`, less the head
+    tokens        `TokenNaiveBayes`, less the head
 
 Raw features of grids are the mean and maximum over their cells. To choose settings, measure by
 cross-validation on split 1, and leave split 2 for the end.
@@ -24,15 +24,17 @@ import torch
 from torch import Tensor
 
 from .data import PRETRAIN, TEST, TRAIN, Clips
+from .errors import DataError
 from .evaluation import (
     Fit,
     Head,
     Labelled,
-    TokenTable,
+    TokenNaiveBayes,
     over_time,
     segment_classes,
     transfer,
 )
+from .reference import pool_cells
 
 Tensors = Mapping[str, Tensor]
 Rows = list[dict[str, float | str]]
@@ -61,11 +63,14 @@ def diagnose(
 
     Returns:
         {"clips" and, with segment labels, "segments": {"a->b": {stage or loss: value}}}.
+
+    Raises:
+        DataError: Split 1 has too few clips for cross-validation.
     """
     raw = _raw(clips)
     labels = dict.fromkeys(codes, clips.labels)
     splits = _splits(clips, test)
-    table = partial(TokenTable, codebook_size=codebook_size)
+    table = partial(TokenNaiveBayes, codebook_size=codebook_size)
 
     def stages(
         labels: Tensors, describe: Callable[[Tensor], Tensor]
@@ -124,10 +129,7 @@ def _raw(clips: Clips) -> dict[str, Tensor]:
     """Raw features [N, T, C], or [N, T, 2 C] of grids, standardised on splits 0 and 1."""
     rows = clips.rows(PRETRAIN, TRAIN)
     raw: dict[str, Tensor] = {}
-    for name, x in clips.features.items():
-        if x.ndim > 3:
-            pooled = [x[i : i + 1].flatten(2, -2).float() for i in range(len(x))]
-            x = torch.cat([torch.cat([p.mean(2), p.amax(2)], -1) for p in pooled])
+    for name, x in pool_cells(clips).items():
         deviation, mean = torch.std_mean(x[rows].float(), dim=(0, 1), correction=0)
         raw[name] = (x - mean) / deviation.clamp(min=1e-6)
     return raw
@@ -141,7 +143,10 @@ def _splits(clips: Clips, test: bool) -> list[tuple[Tensor, Tensor]]:
     fold = torch.empty(len(rows), dtype=torch.long)
     order = clips.labels[rows].argsort(stable=True)
     fold[order] = torch.arange(len(rows)) % FOLDS  # every class in every fold
-    return [(rows[fold != k], rows[fold == k]) for k in range(FOLDS)]
+    folds = [(rows[fold != k], rows[fold == k]) for k in range(FOLDS) if (fold == k).any()]
+    if len(folds) < 2 or any(len(clips.labels[seen].unique()) < 2 for seen, _ in folds):
+        raise DataError("split 1 has too few clips for cross-validation. Hint: --test.")
+    return folds
 
 
 def _accuracy(

@@ -2,18 +2,21 @@
 
 The encoders are frozen. A head is trained on the quantized vectors of one modality of the labelled
 clips (split 1) and tested once on every modality of the held-out clips (split 2). The upper bound
-of "a->b" is the same head trained and tested on b. A second classifier, `TokenTable`, sees nothing
-but the indices of the codes.
+of "a->b" is the same head trained and tested on b. A second classifier, `TokenNaiveBayes`, sees
+nothing but the indices of the codes.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
+from sklearn.dummy import DummyClassifier
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
@@ -69,7 +72,11 @@ class Head:
         self.mean = rows.mean(0)
         self.deviation = rows.var(0, correction=0).mean().sqrt().clamp(min=1e-12)
         model = LogisticRegression(C=weight * len(x) / len(rows), max_iter=iterations)
-        self.model = model.fit(self._scaled(rows), labels.flatten().numpy())
+        if len(labels.unique()) == 1:  # nothing to tell apart
+            model = DummyClassifier()
+        with warnings.catch_warnings():  # that the last step was taken is no news
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self.model = model.fit(self._scaled(rows), labels.flatten().numpy())
 
     def __call__(self, x: Tensor) -> Tensor:
         """Predict the classes of [..., D]: int64 [...]."""
@@ -90,14 +97,14 @@ def over_time(codes: Tensor) -> Tensor:
     return torch.cat([codes.mean(1), codes.amax(1)], -1)
 
 
-class TokenTable:
+class TokenNaiveBayes:
     r"""A naive Bayes classifier on code indices alone: the log-probability of each code by class.
 
-    $$\ln P(l | c) = \ln \frac{n_{cl} + s\, p_l}{n_c + s}, \quad
-      p_l = \frac{n_l + 1}{n + L}$$
+    $$\hat c = \mathrm{argmax}_c\, \ln m_c + \sum_t \ln P(l_t | c), \quad
+      P(l | c) = \frac{n_{cl} + s\, p_l}{n_c + s}, \quad p_l = \frac{n_l + 1}{n + L}$$
 
-    n_cl counts the segments of class c with code l. The smoothing s draws rare classes and codes to
-    the frequency p of the code in all classes.
+    n_cl counts the segments of class c with code l, and m_c the clips (or segments) of class c. The
+    smoothing s draws rare classes and codes to the frequency p of the code in all classes.
 
     Args:
         indices: int64 [n, T].
@@ -173,9 +180,9 @@ def evaluate(
 
     Returns:
         The results of `classification` and `localization`, each with "token_accuracy" (of
-        `TokenTable`), and of `agreement`, by name.
+        `TokenNaiveBayes`), and of `agreement`, by name.
     """
-    table = partial(TokenTable, codebook_size=codebook_size)
+    table = partial(TokenNaiveBayes, codebook_size=codebook_size)
     of_clips, of_segments = classification(codes, clips), localization(codes, clips)
     labels = dict.fromkeys(codes, clips.labels)
     tokens = _tested(indices, labels, clips, table, clip_scores)
@@ -250,7 +257,7 @@ def transfer(train: Labelled, test: Labelled, fit: Fit, score: Score) -> Pairs:
     Args:
         train: Clips to train on, one classifier for each modality.
         test: Clips to test all classifiers on, of the same data set or another.
-        fit: Trains a classifier, such as `Head` or `TokenTable`.
+        fit: Trains a classifier, such as `Head` or `TokenNaiveBayes`.
         score: Computes scores from predicted and true labels.
     """
     scores: dict[tuple[str, str], dict[str, float]] = {}

@@ -26,7 +26,7 @@ from .encoders import Decoder, SemanticEncoder, SpecificEncoder
 from .errors import DataError
 from .ranks import from_first_rank
 
-PARTS = ("club", "cpc", "mm-ema", "reset", "matching")  # what --without can leave out
+PARTS = ("club", "contrast", "cpc", "mm-ema", "reset", "matching")  # what --without can leave out
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Config:
         beta: Weight of the commitment loss.
         cross_ratio: Weight of its cross-modal term relative to its own.
         temperature: Temperature of the contrast and of Cross-CPC.
-        cpc: Arguments of `CrossCPC` over whole features, with one random start in each batch and
-            without the contrast. None: over all segments, see `UniCode`.
+        cpc: Arguments of `CrossCPC`, with one random start in each batch. None: each segment is
+            predicted from the segments of another modality up to that time, at all times.
         partner: Partner of the moving average: "attention", "aligned" or "none".
         partner_weight: Weight of the partner. None: 1 - 1/M, the mean of all M modalities.
         assignment: Codes that the moving average updates: those of the features ("own") or those
@@ -193,10 +193,9 @@ class UniCode(nn.Module):
 
     def resize_codebook(self, codebook_size: int) -> None:
         """Replace the codebook by a new one of this size."""
-        like = self.quantizer
+        device = self.quantizer.ema_codebook.codes.device
         self.config = replace(self.config, codebook_size=codebook_size)
-        self.quantizer = self._quantizer(codebook_size).to(like.codebook.device)
-        self.quantizer.train(like.training)
+        self.quantizer = self._quantizer(codebook_size).to(device).train(self.training)
 
     def encode(self, x: Mapping[str, Tensor]) -> Features:
         """Semantic and specific features of a batch `[B, T, P, C]` (Eq. 1)."""
@@ -222,19 +221,23 @@ class UniCode(nn.Module):
         if quantize:
             decoded, _, terms["commitment"] = self.quantizer(z)  # Eq. 2, 7, 8
             if "matching" not in self.config.without:
-                terms["matching"] = self.matching(_some_segments(z), self.quantizer.codebook)
+                terms["matching"] = self.matching(_as_clips(z), self.quantizer.codebook)
         power = {name: v.square().mean() for name, v in x.items()}
         average_(power.values())
         errors = [
-            (self.decoder[name](decoded[name], specific[name]) - v).square().mean() / power[name]
+            (self.decoder[name](decoded[name], specific[name]) - v).square().mean()
+            / power[name].where(power[name] > 0, torch.inf)
             for name, v in x.items()
         ]
         terms["reconstruction"] = torch.stack(errors).mean()  # Eq. 3
         if self.cpc is not None:
-            terms["cpc"] = self._cross_cpc(z, self.cpc)  # Eq. 6
+            start = "all" if self.config.cpc is None else None
+            terms["cpc"] = self.cpc(z, start=start).loss  # Eq. 6
+        if "contrast" not in self.config.without:
+            terms["contrast"] = self._contrast(z)
         if self.club:
             shared = [self._club(club, z[name], specific[name]) for name, club in self.club.items()]
-            terms["club"] = torch.stack(shared).mean()  # Eq. 5
+            terms["club"] = torch.stack(shared).mean()  # Sec. 4.2
         return terms
 
     @torch.no_grad()
@@ -273,23 +276,18 @@ class UniCode(nn.Module):
         ]
         return torch.stack(losses).sum()
 
-    def _cross_cpc(self, z: Mapping[str, Tensor], cpc: CrossCPC) -> Tensor:
-        """Cross-CPC, alone if the config has its arguments.
+    def _contrast(self, z: Mapping[str, Tensor]) -> Tensor:
+        """InfoNCE of the features themselves, in addition to the paper.
 
-        Otherwise it predicts each segment from the segments of another modality up to that time,
-        and half the weight is a contrast without context or parameters: features of two modalities
-        at the same segment identify each other among all clips of the batch.
+        Features of two modalities at the same segment identify each other among all clips of the
+        batch. Cross-CPC, which compares through a network, leaves them apart.
         """
-        if self.config.cpc is not None:
-            return cpc(z).loss
-        if len(z) == 1:
-            return cpc(z, start="all").loss
         a, b = zip(*combinations(z, 2), strict=True)
         batch = gather_batch_sizes("UniCode", z[a[0]], None, names=z, T=z[a[0]].shape[1])
         query, key = (
             torch.stack([rearrange(z[m], "b t d -> t b d") for m in side]) for side in (a, b)
         )
-        contrast = info_nce(
+        return info_nce(
             query,
             key,
             temperature=self.config.temperature,
@@ -297,11 +295,8 @@ class UniCode(nn.Module):
             symmetric=True,
             batch=batch,
         )
-        return contrast + cpc(z, start="all").loss / 2
 
 
-def _some_segments(z: Mapping[str, Tensor], most: int = 10) -> dict[str, Tensor]:
-    """Treat segments as clips, `[B, T, D]` -> `[B S, 1, D]`: S = `most` at random, or all."""
-    T = next(iter(z.values())).shape[1]
-    chosen = torch.arange(T) if T <= most else torch.randperm(T)[:most].sort().values
-    return {name: rearrange(x[:, chosen], "b t d -> (b t) 1 d") for name, x in z.items()}
+def _as_clips(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Treat every segment as a clip: `[B, T, D]` -> `[B T, 1, D]`."""
+    return {name: rearrange(v, "b t d -> (b t) 1 d") for name, v in z.items()}

@@ -94,7 +94,7 @@ def _candidates(clips: Clips) -> Iterator[tuple[dict[str, Any], Views]]:
     rows = clips.rows(PRETRAIN).numpy()
     grids = any(x.ndim > 3 for x in clips.features.values())
     for cell_components in (None, _CELL_COMPONENTS) if grids else (None,):
-        pooled = _pool(clips, cell_components)
+        pooled = pool_cells(clips, cell_components)
         x = {name: _principal(features, rows) for name, features in pooled.items()}
         for ridge in _RIDGES:
             maps = multiset_cca({name: v[rows] for name, v in x.items()}, ridge)
@@ -127,7 +127,7 @@ def multiset_cca(views: Mapping[str, Array], ridge: float) -> Views:
     return {name: U[owner == m] for m, name in enumerate(flat)}
 
 
-def _pool(clips: Clips, components: int | None) -> dict[str, Tensor]:
+def pool_cells(clips: Clips, components: int | None = None) -> dict[str, Tensor]:
     """Pool grids by the maximum and the mean of their cells, [N, T, 2 C]; vectors are unchanged.
 
     With `components`, cells are first projected onto that many principal axes and back. This

@@ -101,9 +101,9 @@ def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
 def table(metrics: Mapping[str, Any], reference: Mapping[str, Any] | None = None) -> str:
     """The table printed at the end: a line for each direction.
 
-    "of bound" is accuracy / upper bound. "tokens" is the accuracy of `evaluation.TokenTable`, from
-    the indices of the codes alone. "same code" is the agreement of the two modalities where both
-    show the same event, and "by chance" what it would be if they chose codes independently.
+    "of bound" is accuracy / upper bound. "tokens" is the accuracy of `evaluation.TokenNaiveBayes`,
+    from the indices of the codes alone. "same code" is the agreement of the two modalities where
+    both show the same event, and "by chance" what it would be if they chose codes independently.
 
     Args:
         metrics: "classification", "localization" and "agreement", as `evaluation.evaluate` returns
@@ -113,7 +113,7 @@ def table(metrics: Mapping[str, Any], reference: Mapping[str, Any] | None = None
     """
     sharing = {"same code": "share", "by chance": "chance"}
     sharing_columns = {
-        name: [scores[key] for scores in metrics["agreement"].values()]
+        name: [metrics["agreement"][way][key] for way in metrics["classification"]]
         for name, key in sharing.items()
     }
     clips = _columns("classification", "clip accuracy", "accuracy", "upper_bound", metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,23 @@ class TrainedRun:
         """Load a model folder.
 
         Raises:
-            DataError: There is no model in the folder, it is of an earlier version of this example,
+            DataError: There is no model in the folder, it is of another version of this example,
                 or the clips do not fit it.
         """
         tensors, content = load_model(folder)
-        if "assignment" not in content:
-            raise DataError(f"{folder}: a model of an earlier version. Hint: train it again.")
-        shapes = {name: (cells, channels) for name, (cells, channels) in content["shapes"].items()}
-        config = Config(**content | {"shapes": shapes, "without": tuple(content["without"])})
         standardizer = Standardizer.from_tensors(tensors)
+        try:
+            config = Config(**content)
+            shapes = {name: (cells, channels) for name, (cells, channels) in config.shapes.items()}
+            config = replace(config, shapes=shapes, without=tuple(config.without))
+            model = UniCode(config)
+            model.semantic.load_state_dict(_part(tensors, "semantic."))
+            model.quantizer.load_state_dict(_part(tensors, "quantizer."))
+        except (TypeError, ValueError, RuntimeError) as error:
+            rule = "a model of another version of this example"
+            raise DataError(f"{folder}: {rule} ({error}). Hint: train it again.") from error
         for name, mean in standardizer.mean.items():
             clips.require(name, config.segments, len(mean), f"{folder}")
-        model = UniCode(config)
-        model.semantic.load_state_dict(_part(tensors, "semantic."))
-        model.quantizer.load_state_dict(_part(tensors, "quantizer."))
         return cls(clips, config, seed, model.eval().requires_grad_(False), standardizer)
 
     def quantize(self, features: Mapping[str, Tensor]) -> Codes:

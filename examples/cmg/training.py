@@ -33,7 +33,7 @@ class Recipe:
         batch_size: Clips in a batch; all clips if there are fewer.
         segments: Fraction of the segments of a clip, drawn at random, that a step uses. Fewer make
             steps shorter, and clips harder to recognise by rote.
-        most_segments: Number of segments that a step uses at most.
+        most_segments: Number of segments that a step uses at most; None: no limit.
         learning_rate: Learning rate of AdamW, which trains all parameters except those of CLUB.
         weight_decay: Weight decay of AdamW.
         schedule: Schedule of the learning rate. "cosine" is a short warm-up, then cosine decay.
@@ -42,6 +42,7 @@ class Recipe:
         clip_norm: Maximum norm of the gradient.
         reconstruction: Weight of the reconstruction error.
         cpc: Weight of Cross-CPC.
+        contrast: Weight of the contrast between the features themselves.
         club: Weight of CLUB.
         commitment: Weight of the commitment loss.
         matching: Weight of code matching.
@@ -54,7 +55,7 @@ class Recipe:
     epochs: int = 84
     batch_size: int = 64
     segments: float = 0.5
-    most_segments: int = 10
+    most_segments: int | None = 10
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -62,7 +63,8 @@ class Recipe:
     club_steps: int = 1
     clip_norm: float = 5.0
     reconstruction: float = 1.0
-    cpc: float = 1.0
+    cpc: float = 0.5
+    contrast: float = 1.0
     club: float = 1.0
     commitment: float = 0.5
     matching: float = 0.6
@@ -70,10 +72,7 @@ class Recipe:
     ramp: float = 0.15
 
     def lasting(self, clips: int) -> Recipe:
-        """The same settings, with 840 steps for 700 clips or fewer, and sqrt(clips) times as many.
-
-        With twice the clips, each is seen less often, but there are more steps.
-        """
+        """The same settings; 840 steps for up to 700 clips, and 840 sqrt(clips / 700) for more."""
         steps = 840 * max(1.0, clips / 700) ** 0.5
         epoch = max(1, clips // self.batch_size)  # in steps
         return replace(self, epochs=math.ceil(steps / epoch))
@@ -112,7 +111,7 @@ class Trainer:
         self.model, self.features, self.recipe = model, features, recipe
         self.rows, self.held_out = rows, held_out
         self.folder = folder
-        self.identity = {**identity, **asdict(recipe)}
+        self.identity = {**identity, **{f"recipe.{k}": x for k, x in asdict(recipe).items()}}
         if len(rows) < 2:
             raise DataError(f"pre-training takes two clips of split 0 or more; got {len(rows)}.")
         self.batch_size = min(recipe.batch_size, len(rows))
@@ -169,11 +168,7 @@ class Trainer:
         batches = order[: self.steps * self.batch_size].split(self.batch_size)
         weights = self._weights()
         if "commitment" in weights and not self.model.quantizer.ema_codebook.ready:
-            clips = (
-                {name: x[rows] for name, x in self.features.items()}
-                for rows in (self.rows, self.held_out)
-            )
-            self.model.start_codebook(*clips)
+            self.model.start_codebook(self._some(self.rows), self._some(self.held_out))
         self.model.quantizer.usage(reset=True)
         total: dict[str, Tensor] = {}
         for batch in batches:
@@ -190,10 +185,17 @@ class Trainer:
         record["codes shared"] = float(usage.shared.sum())
         return record
 
+    def _some(self, rows: Tensor, most: int = 20_000) -> dict[str, Tensor]:
+        """Features of clips spread evenly over `rows`, of at most `most` segments."""
+        T = next(iter(self.features.values())).shape[1]
+        count = min(len(rows), max(2, most // T))
+        rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
+        return {name: x[rows] for name, x in self.features.items()}
+
     def _step(self, x: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Update the networks of CLUB, then the other parameters, on some of the segments."""
         T = next(iter(x.values())).shape[1]
-        S = min(math.ceil(T * self.recipe.segments), self.recipe.most_segments)
+        S = min(math.ceil(T * self.recipe.segments), self.recipe.most_segments or T)
         chosen = torch.randperm(T)[:S].sort().values
         x = {name: v[:, chosen.to(v.device)] for name, v in x.items()}
         features = self.model.encode(x)
@@ -218,7 +220,8 @@ class Trainer:
         progress = self.epoch / r.epochs
         begun = max(0.0, progress - r.spread + 1 / r.epochs)
         grown = min(1.0, begun / r.ramp) if r.ramp else float(begun > 0)
-        weights = {"reconstruction": r.reconstruction, "cpc": r.cpc, "club": r.club * grown}
+        weights = {"reconstruction": r.reconstruction, "cpc": r.cpc, "contrast": r.contrast}
+        weights["club"] = r.club * grown
         if progress >= r.spread or self.epoch == r.epochs - 1:
             weights |= {"commitment": r.commitment * grown, "matching": r.matching * grown}
         return weights
@@ -250,8 +253,9 @@ class Trainer:
             raise DataError(f"{path}: not a checkpoint of a run.")
         for name, value in self.identity.items():
             if (was := state["identity"].get(name)) != value:
+                setting = name.removeprefix("recipe.")
                 raise DataError(
-                    f"{path}: the checkpoint is of another run: {name} was {was}, now it is "
+                    f"{path}: the checkpoint is of another run: {setting} was {was}, now it is "
                     f"{value}. Hint: use the same arguments, or another --output."
                 )
         try:

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cmg.model import PARTS
+from cmg import model
 
 from .systems import ALIGNMENTS
 
 AV = ("audio", "video")
 AVT = ("audio", "video", "text")
 CLIPS = 700  # clips of split 0 in a rendering of the digits
-EPOCHS = 21  # half of those of the demo
+EPOCHS = 21
+PARTS = tuple(part for part in model.PARTS if part != "contrast")  # of the paper
 DCID = ("club", "cpc")
 
-CLUB = 0.02  # weight of CLUB's bound; 1, as in Sec. 4.4, destroys training
+CLUB = 0.02  # weight of CLUB's bound; at 1, as in Sec. 4.4, other losses suffer
 PAPER = {  # of codebook and CLUB, as in Sec. 4.2 and 4.3 where the demo departs
     "codebook_size": 128,
     "partner": "attention",
@@ -52,6 +53,11 @@ class Experiment:
         """The settings as stored in the identity of its results."""
         return asdict(self) | {"modalities": list(self.modalities), "config": dict(self.config)}
 
+    def settings(self) -> dict[str, Any]:
+        """The fields of `cmg.model.Config` that differ from its defaults."""
+        without = {"contrast", *self.config.get("without", ())}
+        return {**PAPER, **self.config, "without": tuple(sorted(without))}
+
     def scaled(self, factor: float) -> Experiment:
         """The same experiment with `factor` times the epochs."""
         return replace(self, epochs=max(1, round(self.epochs * factor)))
@@ -75,7 +81,7 @@ def _systems() -> list[Experiment]:
 
 
 def _longer(*names: str) -> list[Experiment]:
-    """The best systems with the epochs of the demo, to see if their order changes."""
+    """The best systems with twice the epochs, to see if their order changes."""
     return [
         replace(e, name=f"long-{e.name}", epochs=2 * EPOCHS) for e in _systems() if e.name in names
     ]

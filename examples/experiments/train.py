@@ -25,12 +25,13 @@ from cmg.training import CHECKPOINT, Recipe, Trainer
 
 from . import data
 from .followups import all_followups
-from .matrix import CLIPS, CLUB, PAPER, Experiment, tasks_of
+from .matrix import CLIPS, CLUB, Experiment, tasks_of
 from .systems import build
 from .tasks import all_tasks
 from .tasks.picture import draw_segmentation
 
 ALIGNMENT = 1.0  # weight of the alignment of a system
+RECIPE = 2  # version of encoders, losses and heads; results of another are measured again
 
 
 class SystemTrainer(Trainer):
@@ -44,7 +45,7 @@ class SystemTrainer(Trainer):
 
 def identity(experiment: Experiment, seed: int) -> dict[str, Any]:
     """The settings of a run, stored in its result; with other settings it is run again."""
-    return {**experiment.json(), "seed": seed, "rendering": VERSION}
+    return {**experiment.json(), "seed": seed, "rendering": VERSION, "recipe": RECIPE}
 
 
 def run_name(experiment: Experiment, seed: int) -> str:
@@ -81,9 +82,9 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
     clips = data.load(experiment)
     standardizer = Standardizer.fit(clips)
     features = standardizer.cells(clips.features)
-    config = Config.of(features, **{**PAPER, **experiment.config})
+    config = Config.of(features, **experiment.settings())
     repeats = 1 if experiment.clips is None else CLIPS / experiment.clips
-    recipe = Recipe(epochs=round(experiment.epochs * repeats), segments=1.0, club=CLUB)
+    recipe = Recipe(epochs=round(experiment.epochs * repeats), segments=1.0, cpc=1.0, club=CLUB)
     for seed in seeds:
         began, name = time.monotonic(), run_name(experiment, seed)
         torch.manual_seed(seed)

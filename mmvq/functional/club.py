@@ -172,8 +172,10 @@ def club_penalty(
     squares = v.square().flatten(1, -2).sum(1)
     total, count, squares = batch.sum(v.sum(1), weight.sum(0), squares)  # [2, T, D], [T, 1], [2, D]
     v = (weight * (v - (total / count.clamp(min=1))[:, None])).flatten(1, -2)
+    # at a scale of 1, which changes no penalty, no ratio of variances overflows
+    v = v / squares.detach().sqrt().clamp(min=torch.finfo(v.dtype).tiny)[:, None]
     variance, covariance = batch.sum(v.square().sum(1), (v[0] * v[1]).sum(0))
-    rounding = (64 * torch.finfo(v.dtype).eps) ** 2 * squares
+    rounding = (64 * torch.finfo(v.dtype).eps) ** 2
     slope = covariance / variance.where(variance > rounding, torch.inf)  # y on mu, and mu on y
     return (slope[0] * slope[1]).mean()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cmg.data import BACKGROUND, Clips
 from cmg.diagnosis import STAGES, diagnose, diagnosis_table
+from cmg.errors import DataError
 
 LOSSES = {"encoder", "quantization", "crossing", "head", "tokens"}
 Tensors = dict[str, Tensor]
@@ -63,6 +65,16 @@ def test_cross_validation_reads_nothing_of_splits_0_and_2(clips: Clips) -> None:
         for x in codes.values():
             x[clips.rows(split)] = torch.nan
     assert diagnose(clips, codes, codes, indices, clips.num_classes + 1) == first
+
+
+def test_too_few_clips_to_cross_validate(clips: Clips) -> None:
+    codes, indices = ideal(clips)
+    split = clips.split.clone()
+    split[clips.rows(1)[2:]] = 0
+    few = dataclasses.replace(clips, split=split)
+    with pytest.raises(DataError, match="too few clips for cross-validation"):
+        diagnose(few, codes, codes, indices, clips.num_classes + 1)
+    assert diagnose(few, codes, codes, indices, clips.num_classes + 1, test=True)
 
 
 def test_the_table_has_a_line_for_each_direction_and_the_mean(clips: Clips) -> None:

@@ -12,7 +12,7 @@ from cmg.data import BACKGROUND, Clips
 from cmg.evaluation import (
     Head,
     Scores,
-    TokenTable,
+    TokenNaiveBayes,
     agreement,
     clip_scores,
     evaluate,
@@ -161,18 +161,22 @@ def test_a_head_knows_only_the_classes_that_it_saw() -> None:
     assert head(x[:4]).tolist() == [2, 2, 5, 5]
 
 
-def test_the_token_table_by_hand() -> None:
+def test_a_head_of_one_class_predicts_it() -> None:
+    assert Head(torch.randn(5, 4), torch.full((5,), 3))(torch.randn(2, 4)).tolist() == [3, 3]
+
+
+def test_token_naive_bayes_by_hand() -> None:
     indices, labels = torch.tensor([[0, 0, 1], [2, 2, 1]]), torch.tensor([0, 1])
-    table = TokenTable(indices, labels, codebook_size=3)
+    table = TokenNaiveBayes(indices, labels, codebook_size=3)
     frequency = torch.tensor([3.0, 3.0, 3.0]).double() / 9
     counts = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]).double()
     torch.testing.assert_close(table.table.exp(), (counts + 10 * frequency) / 13)
     assert table(torch.tensor([[0, 1, 1], [2, 1, 0], [1, 2, 2]])).tolist() == [0, 0, 1]
 
 
-def test_the_token_table_of_segments() -> None:
+def test_token_naive_bayes_of_segments() -> None:
     indices, labels = torch.tensor([[0, 1], [1, 2]]), torch.tensor([[0, 0], [1, 1]])
-    table = TokenTable(indices, labels, codebook_size=3)
+    table = TokenNaiveBayes(indices, labels, codebook_size=3)
     assert table(torch.tensor([[0, 2]])).tolist() == [[0, 1]]
 
 

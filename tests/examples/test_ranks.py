@@ -31,22 +31,21 @@ from cmg.training import CHECKPOINT, History, Recipe, Trainer
 ATOL = 1e-7
 RANKS = 2
 PATIENCE = 300  # seconds; nothing may wait for the 1,800 after which torch gives up
-CONFIG = Config(
-    {"audio": (1, 7), "video": (4, 5)}, 6, dim=16, specific_dim=8, width=8, codebook_size=24
-)
+CONFIG = Config({"audio": (1, 7), "video": (4, 5)}, 6, dim=16, specific_dim=8, width=8)
 RECIPE = Recipe(epochs=4, batch_size=8)
-N = 24
+N, HELD_OUT = 24, 12
 CODES = "quantizer.ema_codebook.codes"
 
 
 def trainer(folder: Path) -> Trainer:
     torch.manual_seed(0)
     features = {
-        name: torch.randn(N, 6, *shape, dtype=torch.float64)
+        name: torch.randn(N + HELD_OUT, 6, *shape, dtype=torch.float64)
         for name, shape in CONFIG.shapes.items()
     }
     model = UniCode(CONFIG).double()
-    return Trainer(model, features, torch.arange(N), RECIPE, folder, {})
+    rows, held_out = torch.arange(N + HELD_OUT).split([N, HELD_OUT])
+    return Trainer(model, features, rows, held_out, RECIPE, folder, {})
 
 
 def work(rank: int, folder: Path) -> None:

@@ -39,8 +39,8 @@ def trainer(folder: Path, seed: int = 0, config: Config = CONFIG, **recipe: Any)
     return Trainer(UniCode(config), FEATURES, rows, held_out, settings, folder, identity)
 
 
-def fitted(folder: Path, seed: int = 0) -> Trainer:
-    t = trainer(folder, seed)
+def fitted(folder: Path, seed: int = 0, config: Config = CONFIG) -> Trainer:
+    t = trainer(folder, seed, config)
     t.fit()
     return t
 
@@ -75,6 +75,22 @@ def test_an_interrupted_run_goes_on_to_the_bit(
     assert same(state(resumed.model), state(whole.model))
 
 
+@pytest.mark.parametrize("stopped", [1, 3])  # the codebook starts in the third epoch
+def test_a_chosen_codebook_size_is_kept_or_chosen_again(tmp_path: Path, stopped: int) -> None:
+    config = replace(CONFIG, codebook_size=None)
+    whole = trainer(tmp_path / "whole", config=config, spread=0.5)
+    whole.fit()
+    cut = trainer(tmp_path / "cut", config=config, spread=0.5)
+    cut._step = before_call(stopped * cut.steps + 2, interrupt, cut._step)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    resumed = trainer(tmp_path / "cut", config=config, spread=0.5)
+    resumed.fit(resume=True)
+    assert resumed.model.config == whole.model.config
+    assert resumed.model.config.codebook_size == resumed.model.quantizer.codebook_size
+    assert same(state(resumed.model), state(whole.model))
+
+
 def test_resuming_a_finished_run_changes_nothing(whole: Trainer) -> None:
     again = trainer(whole.folder)
     again.fit(resume=True)
@@ -88,6 +104,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, seed=1, epochs=1).fit(resume=True)
     with pytest.raises(DataError, match="of another run: epochs was 1, now it is 4"):
         trainer(tmp_path).fit(resume=True)
+    bound = replace(CONFIG, club="bound")  # the recipe has a setting of this name, too
+    with pytest.raises(DataError, match="of another run: club was penalty, now it is bound"):
+        trainer(tmp_path, config=bound, epochs=1).fit(resume=True)
     with pytest.raises(DataError, match="no such file"):
         trainer(tmp_path / "empty").fit(resume=True)
     save_checkpoint(tmp_path / CHECKPOINT, {"epoch": 1})
@@ -118,6 +137,16 @@ def test_a_run_of_one_epoch_has_a_codebook(tmp_path: Path) -> None:
 def test_few_clips_are_seen_more_often(clips: int, epochs: int) -> None:
     """The digits have 700, and 84 epochs of 10 batches."""
     assert Recipe().lasting(clips) == Recipe(epochs=epochs)
+
+
+@pytest.mark.parametrize(("most", "seen"), [(None, 6), (4, 4), (10, 6)])
+def test_a_step_sees_at_most_so_many_segments(tmp_path: Path, most: int | None, seen: int) -> None:
+    t = trainer(tmp_path, segments=1.0, most_segments=most)
+    lengths: list[int] = []
+    encode = t.model.encode
+    t.model.encode = lambda x: lengths.append(x["audio"].shape[1]) or encode(x)  # type: ignore[func-returns-value, method-assign]
+    t._step({name: x[:8] for name, x in FEATURES.items()}, t._weights())
+    assert lengths == [seen]
 
 
 def test_a_step_sees_some_segments_the_same_of_all_modalities(
@@ -172,7 +201,9 @@ def test_a_progress_bar_unless_quiet(
 def test_parts_can_be_left_out(tmp_path: Path, without: tuple[str, ...]) -> None:
     t = trainer(tmp_path, config=replace(CONFIG, without=without))
     history = t.fit()
-    terms = {"reconstruction", "commitment"} | ({"cpc", "club", "matching"} - set(without))
+    terms = {"reconstruction", "commitment"} | (
+        {"cpc", "contrast", "club", "matching"} - set(without)
+    )
     assert set(history) == terms | {"codes in use", "codes shared"}
     assert all(len(values) == 4 and math.isfinite(values[-1]) for values in history.values())
     quantizer = t.model.quantizer

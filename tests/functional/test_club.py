@@ -220,3 +220,19 @@ def test_gradient() -> None:
     assert torch.autograd.gradcheck(lambda *x: club_shuffled(*x, order, mask), inputs)
     assert torch.autograd.gradcheck(lambda mu, _, y: club_penalty(mu, y, mask), inputs)
     assert torch.autograd.gradcheck(lambda *x: gaussian_log_likelihood(*x, mask), inputs)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-9, 1e9, 1e15])
+def test_the_gradient_of_the_penalty_is_finite_at_any_scale(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mu, y = torch.randn(2, 32, 5, 4, generator=generator)
+    y = y + mu
+    plain = club_penalty(mu, y)
+    mu.requires_grad_()
+    scaled = (scale * y).requires_grad_()
+    value = club_penalty(mu, scaled)
+    value.backward()
+    torch.testing.assert_close(value, plain, atol=1e-6, rtol=0)
+    for x in (mu, scaled):
+        assert x.grad is not None
+        assert x.grad.isfinite().all()

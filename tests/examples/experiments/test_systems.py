@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmg.model import Config, UniCode
 from cmg.training import Recipe
-from experiments.matrix import ALL, AV, PAPER, Experiment
+from experiments.matrix import ALL, AV, Experiment
 from experiments.systems import ALIGNMENTS, System, build
 from experiments.systems.base import TEMPERATURE, margin_softmax
 from experiments.systems.codis import MOMENTUM, transport_plan
@@ -69,7 +69,7 @@ def test_every_experiment_builds_and_its_terms_have_weights(
 ) -> None:
     x = {name: torch.randn(B, T, 1, 6) for name in experiment.modalities}
     sizes = {"dim": 16, "width": 8, "codebook_size": 8}
-    config = Config(dict.fromkeys(x, (1, 6)), T, **{**PAPER, **sizes, **experiment.config})
+    config = Config(dict.fromkeys(x, (1, 6)), T, **{**experiment.settings(), **sizes})
     model = build(config, experiment.alignment)
     terms = model.losses(x, model.encode(x), quantize=True)
     objectives = {"club", "cpc", "matching"} - set(experiment.config.get("without", ()))
