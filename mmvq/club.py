@@ -179,7 +179,7 @@ class CLUBEstimator(OverRanks, Pretrained):
             TypeError: x or y is not a floating point tensor.
 
         Source: not in the paper, whose encoders minimise Eq. 5 (Sec. 4.4). With q fixed, Eq. 5 has
-        no minimum in y: beside other losses y runs away, and training fails.
+        no minimum in y: y can grow without limit, and the other losses suffer.
 
         Examples:
             >>> club, x = CLUBEstimator(8, 4, hidden_dim=16), torch.randn(32, 10, 8)

@@ -319,11 +319,11 @@ class MultiModalEMAQuantizer(Pretrained):
         if first is not None:  # written after the loss, as a commitment may raise
             book.take_first_codes(first)
         if updating:
+            at, groups = index, owners
             if self.assignment == "mixed":  # vectors are counted, mixtures counted and summed
-                index_of = torch.cat([index, book.nearest(values, weight)])
-                book.add_rows(values.repeat(2, 1), index_of, torch.cat([owners, sources]))
-            else:
-                book.add_rows(values, index, owners)  # the sums of Eq. 7
+                at = torch.cat([index, book.nearest(values, weight)])
+                values, groups = values.repeat(2, 1), torch.cat([owners, sources])
+            book.add_rows(values, at, groups)  # the sums of Eq. 7
             if self.update == "auto":
                 book.apply()  # Eq. 7
         indices = unpack(index, [x.shape[:2] for x in z.values()], "*")

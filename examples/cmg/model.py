@@ -224,9 +224,9 @@ class UniCode(nn.Module):
                 terms["matching"] = self.matching(_as_clips(z), self.quantizer.codebook)
         power = {name: v.square().mean() for name, v in x.items()}
         average_(power.values())
+        scale = {name: p.where(p > 0, torch.inf) for name, p in power.items()}  # 0 if constant
         errors = [
-            (self.decoder[name](decoded[name], specific[name]) - v).square().mean()
-            / power[name].where(power[name] > 0, torch.inf)
+            (self.decoder[name](decoded[name], specific[name]) - v).square().mean() / scale[name]
             for name, v in x.items()
         ]
         terms["reconstruction"] = torch.stack(errors).mean()  # Eq. 3
@@ -242,14 +242,13 @@ class UniCode(nn.Module):
 
     @torch.no_grad()
     def quantize(
-        self, features: Mapping[str, Tensor], batch_size: int = 100
+        self, features: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Codes [N, T, D] and indices [N, T] of clips [N, T, P, C], on the CPU, in eval mode."""
         z = self.semantic_features(features)
-        indices = {name: self.quantizer.encode(x).cpu() for name, x in z.items()}
-        return {
-            name: self.quantizer.decode(i.to(z[name].device)).cpu() for name, i in indices.items()
-        }, indices
+        indices = {name: self.quantizer.encode(x) for name, x in z.items()}
+        codes = {name: self.quantizer.decode(i).cpu() for name, i in indices.items()}
+        return codes, {name: i.cpu() for name, i in indices.items()}
 
     @torch.no_grad()
     def semantic_features(

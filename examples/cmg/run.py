@@ -26,7 +26,7 @@ class TrainedRun:
     Attributes:
         clips: Clips of the data set that it was trained on, with raw features.
         config: Settings of the model.
-        seed: Seed of training, also used for the heads of the tasks.
+        seed: Seed of training, also used for the tasks.
         model: Model with the trained semantic encoders and codebook; its other parts are untrained.
         standardizer: Standardizer of the features.
     """

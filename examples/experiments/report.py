@@ -10,7 +10,7 @@ from cmg.files import write_atomic
 
 from . import figures
 from .claims import CLAIMS, QUESTIONS, SHARING, SYSTEMS, Claim
-from .matrix import CLIPS, EXPERIMENTS
+from .matrix import CLIPS, EXPERIMENTS, RECIPE
 from .paper import PAPER, paper_contrast
 from .report_tasks import task_sections
 from .results import (
@@ -69,13 +69,26 @@ def _head(results: Results) -> str:
 <!-- written by examples/cmg_experiments.py --report from docs/experiments/results -->
 Which results of the paper (Xia et al. 2023) are reproduced on the built-in digits. The page covers
 its systems, ablations, tasks and figures. Training uses {CLIPS} unlabelled clips; the paper uses 24
-to 81 thousand. So compare the order of systems, not the values.{notes}
+to 81 thousand. So compare the order of systems, not the values.
+
+{_version(results)}{notes}
 
 ```bash
 python examples/cmg_experiments.py                  # what there is, and what has no result yet
 python examples/cmg_experiments.py --run --jobs 2   # trains and tests that
 python examples/cmg_experiments.py --report         # this page
 ```"""
+
+
+def _version(results: Results) -> str:
+    """Whether the results are of the present recipe."""
+    recipes = {run["identity"].get("recipe", 1) for x in results.values() for run in x.values()}
+    if recipes == {RECIPE}:
+        return "All results are of the present encoders, losses and heads."
+    return (
+        "**These results are of an earlier version of the demo**, with other encoders, another\n"
+        "contrastive loss and another head. `--run` measures them again with the present version."
+    )
 
 
 def _summary(results: Results) -> str:

@@ -25,13 +25,12 @@ from cmg.training import CHECKPOINT, Recipe, Trainer
 
 from . import data
 from .followups import all_followups
-from .matrix import CLIPS, CLUB, Experiment, tasks_of
+from .matrix import CLIPS, CLUB, RECIPE, Experiment, tasks_of
 from .systems import build
 from .tasks import all_tasks
 from .tasks.picture import draw_segmentation
 
 ALIGNMENT = 1.0  # weight of the alignment of a system
-RECIPE = 2  # version of encoders, losses and heads; results of another are measured again
 
 
 class SystemTrainer(Trainer):

@@ -17,7 +17,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", help="the --output of cmg_pretrain.py")
 parser.add_argument("--data", default="digits", help="as in cmg_pretrain.py")
 parser.add_argument("--modalities", nargs="+", metavar="NAME", help="as in cmg_pretrain.py")
-parser.add_argument("--seed", type=seed, default=0, help="of the heads")
+parser.add_argument("--seed", type=seed, default=0, help="of the tasks")
 args = parser.parse_args()
 try:
     _, clips = open_data(args.data, args.modalities)
