@@ -176,6 +176,19 @@ def test_inductor_agrees() -> None:
     agree(state(module), state(eager), ATOL)
 
 
+def test_mixed_assignment_is_one_graph() -> None:
+    module = MultiModalEMAQuantizer(
+        D, L, NAMES, init="uniform", partner="aligned", assignment="mixed", reset_after=2
+    )
+    eager = deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+    for seed, size in enumerate(sizes(4)):
+        z, masks = batch(*size, seed=seed)
+        assert torch.equal(compiled(z, masks).loss, eager(z, masks).loss)
+    assert graphs() == 1
+    agree(state(module), state(eager))
+
+
 @pytest.fixture
 def as_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs hold the operators that they would hold on a GPU; on a CPU these run in torch."""

@@ -138,6 +138,7 @@ CASES = {
     "sum": Case({"commitment": CrossModalCommitmentLoss(0.01, 2.0, "sum")}, masked=True),
     "any": Case({"reset_rule": "any"}, masked=True),
     "aligned": Case({"partner": "aligned"}, masked=True),
+    "mixed": Case({"assignment": "mixed"}, masked=True),
     "no partner": Case({"partner": "none"}, masked=True),
     "a temperature": Case({"partner_temperature": 1.0, "partner_weight": 0.25}, masked=True),
     "another partner": Case({"partner": middle}, masked=True, mixes=False),
