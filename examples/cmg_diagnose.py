@@ -1,10 +1,12 @@
 """Take a run apart: what encoders, quantization, crossing and head lose, in each direction.
 
-    python examples/cmg_diagnose.py runs/digits                     by cross-validation on split 1
-    python examples/cmg_diagnose.py RUN --data clips.npz --test     trained on split 1, tested on 2
+    python examples/cmg_diagnose.py runs/digits                          the demo's digits
+    python examples/cmg_diagnose.py runs/clips --data clips.npz          your own file
+    python examples/cmg_diagnose.py runs/clips --data clips.npz --test   once, at the end
 
-RUN is the --output of cmg_pretrain.py. Choose settings by cross-validation, and leave split 2 for
-the end. What the columns mean:
+RUN is the --output of cmg_pretrain.py. It measures by cross-validation on split 1, or with --test
+on split 2. "raw", "z" and "codes" are trained and tested on b; "z across" and "codes across" are
+trained on a; "weak penalty" is "codes across" with a tenth of the head's penalty.
 
 """
 
@@ -47,7 +49,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--data", default="digits", help="the --data of the run")
+    parser.add_argument("--data", default="digits", help="the --data of the run; default: digits")
     parser.add_argument("--test", action="store_true", help="test on split 2")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--text-encoder", default="bert-base-uncased", help="see cmg_pretrain.py")
