@@ -36,10 +36,9 @@ def run(args: argparse.Namespace) -> None:
     _, clips = open_data(args.data, None, args.text_encoder)
     trained = TrainedRun.load(args.run, clips, seed=0)
     clips = clips.only(trained.config.shapes)
-    quantizer, z = trained.model.quantizer, trained.semantic(clips.features)
-    indices = {name: quantizer.encode(x) for name, x in z.items()}
-    codes = {name: quantizer.decode(i) for name, i in indices.items()}
-    found = diagnose(clips, z, codes, indices, quantizer.codebook_size, test=args.test)
+    z = trained.semantic(clips.features, clips.masks)
+    size = trained.model.quantizer.codebook_size
+    found = diagnose(clips, z, *trained.quantize(clips.features, clips.masks), size, test=args.test)
     print(json.dumps(found, indent=2) if args.json else diagnosis_table(found))
 
 

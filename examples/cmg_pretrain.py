@@ -26,12 +26,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cmg import data as generic
+from cmg.batches import IN_MEMORY, Batches
 from cmg.checkpoint import save_model
-from cmg.command import exit_code, positive_int, seed
+from cmg.command import exit_code, positive_float, positive_int, seed
 from cmg.data import PRETRAIN, TEST, TRAIN
-from cmg.evaluation import evaluate
+from cmg.evaluation import Codes, Scores, evaluate
 from cmg.figures import plot_codes, plot_training, require_matplotlib
 from cmg.files import make_writable, write_atomic
 from cmg.model import PARTS, Config, UniCode
@@ -39,10 +41,10 @@ from cmg.presets import PRESETS
 from cmg.ranks import is_first, joined, local_device
 from cmg.reference import cca_reference
 from cmg.released import SETS
-from cmg.report import code_counts, codebook_summary, headline, table, write_metrics
+from cmg.report import code_counts, codebook_summary, description, headline, table, write_metrics
 from cmg.sources import open_data, open_downstream
 from cmg.standardize import Standardizer
-from cmg.training import Recipe, Trainer
+from cmg.training import Execution, Recipe, Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,35 +63,39 @@ def run(args: argparse.Namespace) -> None:
     downstream = {x: open_downstream(x, clips, args.text_encoder) for x in args.downstream}
     folder = args.output or Path("runs") / name
     make_writable(folder)
-    standardizer = Standardizer.fit(clips)
-    features = standardizer.cells(clips.features)
+    if is_first():
+        print(description(name, clips), flush=True)
+    standardizer = Standardizer.of(clips)
+    batches = Batches(clips, standardizer, args.in_memory)
 
     settings, training = PRESETS[args.preset]
     torch.manual_seed(args.seed)
     without = tuple(sorted({*args.without, *settings.get("without", ())}))
-    config = Config.of(features, **{**settings, "without": without})
+    config = Config.of(batches, **{**settings, "without": without})
     model = UniCode(config).to(device)
     rows = clips.rows(PRETRAIN)
-    recipe = Recipe(**training)
+    recipe = Recipe(**training, accumulate=args.accumulate)
     if "epochs" not in training:
         recipe = recipe.lasting(len(rows))
     if args.epochs:
         recipe = replace(recipe, epochs=args.epochs)
+    execution = Execution(args.precision, args.compile, args.workers)
     identity = {
         "data": f"{name} {standardizer.fingerprint():08x}",
         "seed": args.seed,
         **config.json(),
     }
     with joined(device):
-        trainer = Trainer(model, features, rows, clips.rows(TRAIN), recipe, folder, identity)
+        trainer = Trainer(
+            model, batches, rows, clips.validation_rows(), recipe, folder, identity, execution
+        )
         history = trainer.fit(resume=args.resume)
     if not is_first():
         return
 
     save_model(folder, model.state_dict() | standardizer.tensors(), model.config.json())
-    codes, indices = model.quantize(features)
-    size = model.quantizer.codebook_size
-    scores = evaluate(codes, indices, clips, size)
+    codebook = model.quantizer.codebook
+    indices, scores = _scores(model, batches)
     held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
     metrics = {
         "dataset": name,
@@ -97,16 +103,15 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "epochs": recipe.epochs,
         **scores,
-        "codebook": codebook_summary(held_out, size),
+        "codebook": codebook_summary(held_out, len(codebook)),
         "seconds": time.monotonic() - began,
     }
-    plot_codes(folder / "codes.png", model.quantizer.codebook, code_counts(held_out, size))
+    plot_codes(folder / "codes.png", codebook, code_counts(held_out, len(codebook)))
     plot_training(folder / "training.png", history)
     write_metrics(folder / "metrics.json", metrics)
     transferred = {}
     for data, others in downstream.items():
-        coded = model.quantize(standardizer.cells(others.features))
-        transferred[data] = evaluate(*coded, others, size)
+        transferred[data] = _scores(model, Batches(others, standardizer, args.in_memory))[1]
     if transferred:
         write_atomic(folder / "downstream.json", json.dumps(transferred, indent=2).encode())
     else:  # remove the file of an earlier run, which would pass for this model's
@@ -116,6 +121,15 @@ def run(args: argparse.Namespace) -> None:
     print(table(metrics, reference))
     for data, found in transferred.items():
         print(f"\n{data}, without further pre-training:\n\n{table(found)}")
+
+
+def _scores(model: UniCode, batches: Batches) -> tuple[dict[str, Tensor], dict[str, Scores]]:
+    """Codes of the clips of splits 1 and 2, and their scores."""
+    clips = batches.clips
+    indices = model.quantize(batches, clips.rows(TRAIN, TEST))
+    codebook = model.quantizer.codebook
+    codes = {name: Codes(i, codebook) for name, i in indices.items()}
+    return indices, evaluate(codes, indices, clips, len(codebook))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -152,6 +166,36 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/NAME-OF-DATA")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the checkpoint in --output"
+    )
+    parser.add_argument(
+        "--in-memory",
+        type=positive_float,
+        default=IN_MEMORY,
+        metavar="GIB",
+        help="standardised features up to this size are kept in memory (default: 1 GiB); larger "
+        "ones are read and standardised batch by batch",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read batches ahead; default: none if features are in memory, else 2",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="bf16: autocast of encoders, decoders and losses; auto: bf16 on a GPU that has it",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile encoders and decoders with torch.compile"
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="batches whose gradients and codebook statistics make one step (default: 1)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument(

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from itertools import permutations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from mmvq.functional import kmeans, nearest_code
@@ -28,31 +27,50 @@ _GAIN = 0.01  # nats that a larger size must add; less can be sampling error
 _PRIORS = (1.0, 3.0, 10.0, 30.0)  # weight of P(b) in P(b | a), in segments
 
 
-def choose_codes(features: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> Tensor:
+def choose_codes(
+    features: Mapping[str, Tensor],
+    held_out: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None = None,
+    held_out_masks: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """The first codes [L, D]. L is the smallest of SIZES whose I is about the highest.
 
     Args:
         features: Name -> features [N, T, D] of the clips to train on. The codes are k-means centres
             of the means over the modalities.
         held_out: Name -> features [N', T, D] of other clips, to measure I on.
+        masks: Name -> bool [N, T], True = valid; None: all.
+        held_out_masks: Name -> bool [N', T], True = valid; None: all.
     """
-    best, chosen = 0.0, first_codes(features, SIZES[0])
+    best, chosen = 0.0, first_codes(features, SIZES[0], masks)
     for L in SIZES:
-        codes = first_codes(features, L)
+        codes = first_codes(features, L, masks)
         indices = {name: nearest_code(x, codes) for name, x in held_out.items()}
+        if held_out_masks is not None:
+            indices = {m: torch.where(held_out_masks[m], i, -1) for m, i in indices.items()}
         if (information := held_out_information(indices, L)) > best + _GAIN:
             best, chosen = information, codes
     return chosen
 
 
-def first_codes(features: Mapping[str, Tensor], codebook_size: int) -> Tensor:
-    """Centres [L, D] of k-means on the means over the modalities."""
-    mean = torch.stack([*features.values()]).mean(0)
-    return kmeans(rearrange(mean, "n t d -> (n t) d"), codebook_size)
+def first_codes(
+    features: Mapping[str, Tensor],
+    codebook_size: int,
+    masks: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Centres [L, D] of k-means on the means over the modalities that are valid."""
+    z = torch.stack([*features.values()])
+    if masks is None:
+        mean = z.mean(0).flatten(0, 1)
+    else:
+        valid = torch.stack([masks[name] for name in features])[..., None]
+        count = valid.sum(0)
+        mean = (torch.where(valid, z, 0).sum(0) / count.clamp(min=1))[count.squeeze(-1) > 0]
+    return kmeans(mean, codebook_size)
 
 
 def held_out_information(indices: Mapping[str, Tensor], codebook_size: int) -> float:
-    """I in nats, the mean over the directions: indices int64 [N, T] of each modality."""
+    """I in nats, the mean over the directions: indices int64 [N, T], -1 where not valid."""
     pairs = [*permutations(indices, 2)]
     return sum(_information(indices[a], indices[b], codebook_size) for a, b in pairs) / len(pairs)
 
@@ -64,11 +82,19 @@ def _information(a: Tensor, b: Tensor, L: int) -> float:
     found = torch.zeros(len(_PRIORS), dtype=torch.double)
     for seen, held in (halves, halves[::-1]):
         joint = torch.zeros(L, L, dtype=torch.double)
-        ones = torch.ones(a[seen].shape, dtype=torch.double)
-        joint.index_put_((a[seen].cpu(), b[seen].cpu()), ones, accumulate=True)
+        i, j = _both_valid(a[seen], b[seen])
+        joint.index_put_((i, j), torch.ones(len(i), dtype=torch.double), accumulate=True)
         marginal = (joint.sum(0) + 1 / L) / (joint.sum() + 1)  # P(b)
-        i, j = a[held].flatten().cpu(), b[held].flatten().cpu()
+        i, j = _both_valid(a[held], b[held])
+        if not len(i):
+            return 0.0
         for k, prior in enumerate(_PRIORS):
             conditional = (joint + prior * marginal) / (joint.sum(1, keepdim=True) + prior)
             found[k] += (conditional[i, j] / marginal[j]).log().mean() / 2
     return float(found.max())
+
+
+def _both_valid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes [n] of the segments that are valid in both modalities."""
+    both = (a >= 0) & (b >= 0)
+    return a[both].cpu(), b[both].cpu()

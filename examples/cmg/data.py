@@ -1,34 +1,45 @@
-"""The generic data file: time-aligned clips of several modalities in one npz.
+"""The data set: time-aligned clips of several modalities, as PATH.npz or as a folder of .npy files.
 
     <modality>              float [N, T, ..., C]  e.g. audio [N, 10, 128], video [N, 10, 7, 7, 512]
     labels                  int   [N]             event class of the clip
+    <modality>              float [N, T, ..., C]  e.g. audio [N, 10, 128], video [N, 10, 7, 7, 512]
+                                                  3 validation (optional)
     seg_labels_<modality>   int   [N, T]          class per segment, -1 = background (optional)
-    split                   int   [N]             0 pre-train, 1 downstream train, 2 downstream test
+    mask_<modality>         bool  [N, T]          True = valid; all False where a clip does not have
+                                                  the modality (optional)
     video_box               int   [N, T, 4]       where the event is seen (optional)
+    ids                     text  [N]             names of the clips (optional)
+
+A folder has <name>.npy for each, and optionally meta.json with "version" (1), "modalities" (names),
+"encoders" (modality -> name) and "class_names". Features in a folder are read batch by batch, so
+that they may be larger than memory. Without "modalities" every float array of three or more
+dimensions is one. Other arrays are listed and not used.
 
 The labels of split 0 are never used: they are replaced by -1 when the file is read.
 """
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .containers import Array, Arrays, Folder, Header, NpzFile, Rows
 from .errors import DataError
 
-PRETRAIN, TRAIN, TEST = 0, 1, 2
+PRETRAIN, TRAIN, TEST, VALIDATION = 0, 1, 2, 3
+SPLITS = {"pre-train": 0, "downstream train": 1, "downstream test": 2, "validation": 3}
 BACKGROUND = -1
+META, VERSION = "meta.json", 1
 _CLASSES = 1 << 12  # limit of class numbers: heads have an output for each
-_SEGMENTS = "seg_labels_"
-_RESERVED = ("labels", "split", "video_box")
-_Array = np.ndarray[Any, np.dtype[Any]]
+_SEGMENTS, _MASK = "seg_labels_", "mask_"
+_RESERVED = ("labels", "split", "video_box", "ids")
+_LARGEST_META = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
@@ -39,26 +50,78 @@ class Clips:
         features: Name -> [N, T, ..., C], float32, or float16 where the file holds float16.
         labels: int64 [N], the class of each clip; -1 in split 0.
         segment_labels: Name -> int64 [N, T], -1 for background and in split 0; may be empty.
-        split: int64 [N], one of PRETRAIN, TRAIN and TEST.
+        split: int64 [N], one of PRETRAIN, TRAIN, TEST and VALIDATION.
         video_box: int64 [N, T, 4] or None.
         num_classes: Number of classes; labels are 0 to num_classes - 1.
+        masks: Name -> bool [N, T], True = valid. A modality that is always valid has none.
+        ids: Names of the clips; may be empty.
+        class_names: Names of the classes; may be empty.
+        encoders: Name -> name of the encoder of the features; may be empty.
+        folder: Folder of the data set, in which what is measured on it can be stored; or None.
+        unused: What else the data set holds: name -> type and shape.
     """
 
-    features: dict[str, Tensor]
+    features: Mapping[str, Rows]
     labels: Tensor
     segment_labels: dict[str, Tensor]
     split: Tensor
     video_box: Tensor | None
     num_classes: int
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    ids: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    encoders: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    unused: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, features: Mapping[str, Rows], masks: Mapping[str, Tensor] | None = None) -> Clips:
+        """Clips without labels, all of split 0."""
+        N = next(iter(features.values())).shape[0]
+        none = torch.full((N,), -1)
+        return cls(features, none, {}, torch.zeros(N).long(), None, 0, dict(masks or {}))
 
     @property
     def modalities(self) -> tuple[str, ...]:
         """The names of the modalities, in order."""
         return tuple(self.features)
 
+    @property
+    def segments(self) -> int:
+        """Number of segments T."""
+        return next(iter(self.features.values())).shape[1]
+
     def rows(self, *splits: int) -> Tensor:
         """Indices of the clips in any of `splits`, ascending."""
         return torch.isin(self.split, torch.tensor(splits)).nonzero().squeeze(1)
+
+    def validation_rows(self) -> Tensor:
+        """Indices of the clips for choices: split 3, or split 1 if there is no split 3."""
+        rows = self.rows(VALIDATION)
+        return rows if len(rows) else self.rows(TRAIN)
+
+    def valid(self, name: str, rows: Tensor | None = None) -> Tensor:
+        """The mask of a modality, bool [n, T], of some clips; None: of all."""
+        n = len(self.split) if rows is None else len(rows)
+        if name not in self.masks:
+            return torch.ones(n, self.segments, dtype=torch.bool)
+        return self.masks[name] if rows is None else self.masks[name][rows]
+
+    def read(self, name: str, rows: Tensor) -> Tensor:
+        """Read clips of a modality, [n, T, ..., C], with zeros where they are not valid.
+
+        Raises:
+            DataError: A valid element is NaN or Inf. (Features in memory were checked before.)
+        """
+        x = self.features[name]
+        found = _only_valid(x[rows], self.masks[name][rows] if name in self.masks else None)
+        if not isinstance(x, Tensor):
+            check_finite(f"{self.folder or 'clips'}: {name}", found, rows)
+        return found
+
+    def labels_of(self, name: str) -> Tensor:
+        """The class of each clip, int64 [N]; -1 in split 0 and for clips without the modality."""
+        return torch.where(self.valid(name).any(1), self.labels, -1)
 
     def require(self, name: str, segments: int, channels: int, where: str) -> None:
         """Check that a modality has the shape that a model was trained on.
@@ -72,6 +135,10 @@ class Clips:
             got = "none" if x is None else list(x.shape)
             raise DataError(f"{where}: the model takes {name} {shape}; got {got}.")
 
+    def with_features(self, features: Mapping[str, Rows]) -> Clips:
+        """The same clips with other features of the same modalities."""
+        return replace(self, features=features)
+
     def only(self, names: Iterable[str]) -> Clips:
         """The same clips, in the modalities `names` only."""
         names = tuple(names)
@@ -81,140 +148,284 @@ class Clips:
             segment_labels={
                 name: self.segment_labels[name] for name in names if name in self.segment_labels
             },
+            masks={name: self.masks[name] for name in names if name in self.masks},
         )
 
 
-def load_clips(path: str | Path, modalities: Sequence[str] | None = None) -> Clips:
-    """Read and check a data file, without pickle.
+def _only_valid(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Replace segments of [n, T, ..., C] by zeros where the mask bool [n, T] is False."""
+    return x if mask is None else torch.where(mask.view(*mask.shape, *[1] * (x.ndim - 2)), x, 0)
+
+
+def check_finite(where: str, x: Tensor, rows: Tensor | None = None) -> None:
+    """Check clips [n, ...].
 
     Args:
-        path: The npz file.
-        modalities: The modalities to read, in this order. None reads all: the float arrays of
-            three or more dimensions, in file order.
+        where: The modality, for messages.
+        x: The clips.
+        rows: Their indices, for messages; None: 0 to n - 1.
 
     Raises:
-        DataError: The file cannot be read, or an array is missing or malformed.
+        DataError: An element is NaN or Inf.
+    """
+    for n, clip in enumerate(x):  # a sum is much faster than `isfinite`
+        if not clip.sum(dtype=torch.float32).isfinite() and not clip.isfinite().all():
+            clip_number = n if rows is None else int(rows[n])
+            raise DataError(f"{where}: must be finite; got NaN or Inf in clip {clip_number}.")
+
+
+def load_clips(path: str | Path, modalities: Sequence[str] | None = None) -> Clips:
+    """Read and check a data set, without pickle.
+
+    Args:
+        path: The npz file, or the folder of .npy files. Features of a folder are left on disk.
+        modalities: The modalities to read, in this order. None reads all, in the order of the file
+            or of meta.json.
+
+    Raises:
+        DataError: The data cannot be read, or an array is missing or malformed.
     """
     path = Path(path)
+    if path.is_dir():
+        folder = Folder(path)
+        if not folder.names:
+            rule = "has no .npy files, so it is not a data set"
+            raise DataError(f"{path}: {rule}. Hint: see --data in --help.")
+        return read_clips(folder, read_meta(path), modalities)
+    return read_clips(NpzFile(path), Meta(), modalities)
+
+
+def read_clips(arrays: Arrays, meta: Meta, modalities: Sequence[str] | None = None) -> Clips:
+    """Check arrays, and make clips of them.
+
+    Args:
+        arrays: The arrays, of any kind.
+        meta: Names of modalities, encoders and classes.
+        modalities: The modalities to read; None: all.
+
+    Raises:
+        DataError: An array cannot be read, is missing or malformed.
+    """
+    return _Reader(arrays, meta).clips(modalities)
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The content of meta.json.
+
+    Attributes:
+        version: Version of the format.
+        modalities: Names of the modalities, in order; empty: all arrays that may be one.
+        encoders: Name -> name of the encoder of the features.
+        class_names: Names of the classes.
+    """
+
+    version: int = VERSION
+    modalities: tuple[str, ...] = ()
+    encoders: dict[str, str] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+
+
+def read_meta(folder: Path) -> Meta:
+    """Read meta.json; the defaults if there is none.
+
+    Raises:
+        DataError: The file is damaged, or of a newer version.
+    """
+    path = folder / META
     if not path.is_file():
-        what = "a folder, not an npz file" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {what}. Hint: see --data in --help.")
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path}: not an npz file, or cut short. Hint: write it with numpy.savez.")
+        return Meta()
     try:
-        file = np.load(path, allow_pickle=False)
-    except Exception as error:  # zipfile and numpy raise many types for damaged bytes
-        raise DataError(f"{path}: the npz file is damaged ({error}).") from error
-    with file as arrays:
-        return _Reader(path, arrays).clips(modalities)
+        if path.stat().st_size > _LARGEST_META:
+            raise ValueError(f"more than {_LARGEST_META} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        version, names = found.get("version", VERSION), found.get("modalities") or []
+        encoders, classes = found.get("encoders") or {}, found.get("class_names") or []
+        texts = [*names, *encoders, *encoders.values(), *classes]
+        lists = isinstance(names, list) and isinstance(classes, list)
+        if not (type(version) is int and lists and all(isinstance(x, str) for x in texts)):
+            raise TypeError("a value has another type")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        rule = "must be a JSON object of version, modalities, encoders and class_names"
+        raise DataError(f"{path}: {rule} ({error}).") from error
+    if version > VERSION:
+        rule = f"is of version {version}; this release reads up to {VERSION}"
+        raise DataError(f"{path}: {rule}. Hint: update mmvq.")
+    return Meta(version, tuple(names), dict(encoders), tuple(classes))
 
 
 class _Reader:
-    """Reads the arrays of an open npz file and checks each."""
+    """Reads the arrays of a data set and checks each."""
 
-    def __init__(self, path: Path, arrays: Any) -> None:
-        self.path = path
-        self.arrays = arrays
-        self.cache: dict[str, _Array] = {}
+    def __init__(self, arrays: Arrays, meta: Meta) -> None:
+        self.arrays, self.meta, self.path = arrays, meta, arrays.path
 
     def clips(self, modalities: Sequence[str] | None) -> Clips:
+        """All clips in these modalities; None: in all."""
         split = self.split()
-        features = self.features(modalities, len(split))
-        T = next(iter(features.values())).shape[1]
+        N, names = len(split), self.names(modalities)
+        headers = {name: self.feature_header(name, N) for name in names}
+        T = headers[names[0]].shape[1]
+        for name, header in headers.items():
+            if header.shape[1] != T:
+                rule = f"must have T = {T} segments, as {names[0]} has"
+                raise self.error(name, rule, header)
+        masks = {name: mask for name in names if (mask := self.mask(name, split, T)) is not None}
+        features = {name: self.features(name, masks.get(name)) for name in names}
 
-        labels = self.classes("labels", split, split.shape, lowest=0)
-        segment_labels: dict[str, _Array] = {}
-        for name in features:
-            if (key := _SEGMENTS + name) in self.arrays:
-                shape = (len(split), T)
-                segment_labels[name] = self.classes(key, split, shape, lowest=BACKGROUND)
+        labels = self.classes("labels", split, (N,), lowest=0)
+        segment_labels: dict[str, Array] = {}
+        for name in names:
+            if (key := _SEGMENTS + name) in self.arrays.names:
+                segment_labels[name] = self.classes(key, split, (N, T), lowest=BACKGROUND)
         box = None
-        if "video_box" in self.arrays:
-            box = torch.from_numpy(self.integers("video_box", (len(split), T, 4)).astype(np.int64))
-        return Clips(
+        if "video_box" in self.arrays.names:
+            box = torch.from_numpy(self.integers("video_box", (N, T, 4)).astype(np.int64))
+        num_classes = 1 + max(int(x.max()) for x in (labels, *segment_labels.values()))
+        if self.meta.class_names and num_classes > len(self.meta.class_names):
+            raise DataError(
+                f"{self.path / META}: class_names has {len(self.meta.class_names)} names; "
+                f"the labels go up to {num_classes - 1}."
+            )
+        clips = Clips(
             features=features,
             labels=torch.from_numpy(labels),
             segment_labels={name: torch.from_numpy(x) for name, x in segment_labels.items()},
             split=torch.from_numpy(split),
             video_box=box,
-            num_classes=1 + max(int(x.max()) for x in (labels, *segment_labels.values())),
+            num_classes=max(num_classes, len(self.meta.class_names)),
+            masks=masks,
+            ids=self.ids(N),
+            class_names=self.meta.class_names,
+            encoders={m: x for m, x in self.meta.encoders.items() if m in features},
+            folder=self.path if self.path.is_dir() else None,
+            unused=self.unused(names),
         )
+        self.check_present(clips)
+        return clips
 
-    def split(self) -> _Array:
+    def split(self) -> Array:
         split = self.read("split")
         if split.ndim != 1 or split.dtype.kind not in "iu":
             raise self.error("split", "must be int [N]", split)
-        odd = split[(split < 0) | (split > 2)]
+        odd = split[(split < 0) | (split > VALIDATION)]
         if odd.size:
-            raise self.error("split", "must hold only 0, 1 and 2", f"{odd[0]}")
-        for number, use in enumerate(("pre-train", "downstream train", "downstream test")):
-            if not (split == number).any():
+            raise self.error("split", "must hold only 0, 1, 2 and 3", f"{odd[0]}")
+        for use, number in SPLITS.items():
+            if number != VALIDATION and not (split == number).any():
                 raise self.error("split", f"must have clips of split {number} ({use})", "none")
         return split.astype(np.int64)
 
-    def features(self, modalities: Sequence[str] | None, N: int) -> dict[str, Tensor]:
-        names = self.expected() if modalities is None else tuple(modalities)
+    def names(self, modalities: Sequence[str] | None) -> tuple[str, ...]:
+        """The modalities to read, checked as names."""
+        if modalities is None:
+            names = self.meta.modalities or self.expected()
+        else:
+            names = tuple(modalities)
         if not names:
             raise DataError(f"{self.path}: has no modality: no float array [N, T, ..., C].")
-        repeated = {name for name in names if names.count(name) > 1}
-        if repeated:
+        if len(set(names)) < len(names):
             raise DataError(f"modalities: each name once; got {' '.join(names)}.")
-        features: dict[str, Tensor] = {}
-        T = None
         for name in names:
-            if "." in name or hasattr(nn.ModuleDict, name):
+            if not name or "." in name or hasattr(nn.ModuleDict, name):
                 rule = "cannot name a modality: torch modules reserve it. Hint: rename the array"
                 raise DataError(f"{self.path}: '{name}' {rule}.")
-            if name not in self.arrays or self.reserved(name):
+            if name not in self.arrays.names or self.reserved(name):
                 offered = ", ".join(self.offered()) or "none"
                 missing = f"no modality '{name}'"
                 if modalities is None:
-                    missing += f", though the file has {_SEGMENTS}{name}"
+                    described = [x for x in (_SEGMENTS, _MASK) if x + name in self.arrays.names]
+                    source = f"the file has {described[0]}{name}" if described else f"{META} has it"
+                    missing += f", though {source}"
                 raise DataError(f"{self.path}: {missing}. Modalities in the file: {offered}.")
-            array = self.read(name)
-            if array.dtype.kind != "f" or array.ndim < 3 or 0 in array.shape:
-                raise self.error(name, "must be float [N, T, ..., C], none of them 0", array)
-            if len(array) != N:
-                raise self.error(name, f"must have N = {N} clips, as split has", array)
-            T = T or array.shape[1]
-            if array.shape[1] != T:
-                raise self.error(name, f"must have T = {T} segments, as {names[0]} has", array)
-            with np.errstate(over="ignore"):  # overflow gives Inf, which is refused below
-                array = array.astype("=f2" if array.dtype.itemsize == 2 else "=f4", copy=False)
-            for n, clip in enumerate(array):
-                if not np.isfinite(clip).all():
-                    raise self.error(name, "must be finite", f"NaN or Inf in clip {n}")
-            features[name] = torch.from_numpy(array)
-        return features
+        return names
+
+    def feature_header(self, name: str, N: int) -> Header:
+        header: Header = self.arrays.header(name)
+        if header.dtype.hasobject:
+            self.read(name)  # raises
+        if header.dtype.kind != "f" or len(header.shape) < 3 or 0 in header.shape:
+            raise self.error(name, "must be float [N, T, ..., C], none of them 0", header)
+        if header.shape[0] != N:
+            raise self.error(name, f"must have N = {N} clips, as split has", header)
+        return header
+
+    def mask(self, name: str, split: Array, T: int) -> Tensor | None:
+        """The mask of a modality; None if all is valid."""
+        if (key := _MASK + name) not in self.arrays.names:
+            return None
+        mask, shape = self.read(key), (len(split), T)
+        if mask.dtype.kind != "b" or mask.shape != shape:
+            raise self.error(key, f"must be bool {list(shape)}", mask)
+        return None if mask.all() else torch.from_numpy(mask)
+
+    def features(self, name: str, mask: Tensor | None) -> Rows:
+        x: Rows = self.arrays.features(name)
+        if isinstance(x, Tensor):
+            x = _only_valid(x, mask)
+            check_finite(self.arrays.where(name), x)
+        return x
+
+    def ids(self, N: int) -> tuple[str, ...]:
+        if "ids" not in self.arrays.names:
+            return ()
+        array = self.read("ids")
+        if array.dtype.kind != "U" or array.shape != (N,):
+            raise self.error("ids", f"must be text [{N}]", array)
+        ids = tuple(map(str, array))
+        if len(set(ids)) < N:
+            raise self.error("ids", "must name each clip once", f"{N - len(set(ids))} repeated")
+        return ids
+
+    def check_present(self, clips: Clips) -> None:
+        """Check that each modality with a mask has clips to train on and to test on."""
+        for name in clips.masks:
+            there = clips.valid(name).any(1)
+            for use, number in SPLITS.items():
+                rows = clips.split == number
+                if rows.any() and not (rows & there).any():
+                    rule = f"must have a valid segment in split {number} ({use})"
+                    hint = "leave the modality out with --modalities"
+                    raise self.error(_MASK + name, rule, f"none. Hint: {hint}")
+            shown = clips.labels_of(name)[clips.rows(TRAIN)]
+            if len(shown[shown >= 0].unique()) < 2:
+                rule = "must be valid for two classes or more in split 1"
+                raise self.error(_MASK + name, rule, "one")
 
     def offered(self) -> tuple[str, ...]:
         """Names of the arrays that may be modalities."""
         return tuple(
             name
-            for name in self.arrays.files
+            for name in self.arrays.names
             if not self.reserved(name) and self.looks_like_features(name)
         )
 
     def looks_like_features(self, name: str) -> bool:
-        """Whether an array is float with three dimensions or more; False if unreadable."""
-        try:
-            array = self.read(name)
-        except DataError:
-            return False
-        return array.dtype.kind == "f" and array.ndim >= 3
+        """Whether an array is float with three dimensions or more."""
+        header = self.arrays.header(name)
+        return header.dtype.kind == "f" and len(header.shape) >= 3
 
     def expected(self) -> tuple[str, ...]:
-        """Names of the arrays that may be modalities, or that have segment labels."""
-        offered = self.offered()
-        described = [x.removeprefix(_SEGMENTS) for x in self.arrays if x.startswith(_SEGMENTS)]
-        return (*offered, *(name for name in described if name not in offered))
+        """Names of the arrays that may be modalities, or that have segment labels or a mask."""
+        described = [
+            name.removeprefix(prefix)
+            for prefix in (_SEGMENTS, _MASK)
+            for name in self.arrays.names
+            if name.startswith(prefix)
+        ]
+        return tuple(dict.fromkeys((*self.offered(), *described)))
+
+    def unused(self, names: Sequence[str]) -> dict[str, str]:
+        """The arrays that are not used: name -> type and shape."""
+        used = {*_RESERVED, *names, *(p + name for name in names for p in (_SEGMENTS, _MASK))}
+        return {x: str(self.arrays.header(x)) for x in self.arrays.names if x not in used}
 
     @staticmethod
     def reserved(name: str) -> bool:
-        return name in _RESERVED or name.startswith(_SEGMENTS)
+        return name in _RESERVED or name.startswith((_SEGMENTS, _MASK))
 
-    def classes(self, name: str, split: _Array, shape: tuple[int, ...], *, lowest: int) -> _Array:
-        """The labels of splits 1 and 2, checked; -1 in split 0, whose labels are ignored."""
+    def classes(self, name: str, split: Array, shape: tuple[int, ...], *, lowest: int) -> Array:
+        """The labels of all splits but 0, checked; -1 in split 0, whose labels are ignored."""
         labelled = split != PRETRAIN
         known = self.integers(name, shape)[labelled]
         odd = known[(known < lowest) | (known >= _CLASSES)]
@@ -227,28 +438,20 @@ class _Reader:
             raise self.error(name, "must have two classes or more in split 1", f"only {shown[0]}")
         return classes
 
-    def integers(self, name: str, shape: tuple[int, ...]) -> _Array:
+    def integers(self, name: str, shape: tuple[int, ...]) -> Array:
         array = self.read(name)
         if array.dtype.kind not in "iu" or array.shape != shape:
             raise self.error(name, f"must be int {list(shape)}", array)
         return array
 
-    def read(self, name: str) -> _Array:
-        if name not in self.arrays:
-            found = ", ".join(self.arrays.files) or "nothing"
+    def read(self, name: str) -> Array:
+        if name not in self.arrays.names:
+            found = ", ".join(self.arrays.names) or "nothing"
             raise DataError(f"{self.path}: array '{name}' is missing. Arrays: {found}.")
-        if name not in self.cache:
-            try:
-                array = self.arrays[name]
-            except Exception as error:  # also MemoryError: a header may claim any size
-                hint = " Hint: pad clips to one T." if "Object arrays" in str(error) else ""
-                raise DataError(f"{self.path}: {name}: cannot be read ({error}).{hint}") from error
-            if not isinstance(array, np.ndarray):
-                raise DataError(f"{self.path}: {name}: must be a numpy array; got other bytes.")
-            self.cache[name] = array
-        return self.cache[name]
+        array: Array = self.arrays.read(name)
+        return array
 
-    def error(self, name: str, rule: str, got: _Array | str) -> DataError:
-        if not isinstance(got, str):
-            got = f"{got.dtype}{list(got.shape)}"
-        return DataError(f"{self.path}: {name}: {rule}; got {got}.")
+    def error(self, name: str, rule: str, got: Array | Header | str) -> DataError:
+        if isinstance(got, np.ndarray):
+            got = Header(got.dtype, got.shape)
+        return DataError(f"{self.arrays.where(name)}: {rule}; got {got}.")

@@ -30,6 +30,7 @@ from .evaluation import (
     Head,
     Labelled,
     TokenNaiveBayes,
+    clip_scores,
     over_time,
     segment_classes,
     transfer,
@@ -68,12 +69,12 @@ def diagnose(
         DataError: Split 1 has too few clips for cross-validation.
     """
     raw = _raw(clips)
-    labels = dict.fromkeys(codes, clips.labels)
+    labels = {name: clips.labels_of(name) for name in codes}
     splits = _splits(clips, test)
     table = partial(TokenNaiveBayes, codebook_size=codebook_size)
 
     def stages(
-        labels: Tensors, describe: Callable[[Tensor], Tensor]
+        labels: Tensors, describe: Callable[[Tensor, Tensor], Tensor]
     ) -> dict[str, dict[str, float]]:
         def score(
             inputs: Tensors, fit: Fit, *, across: bool = True
@@ -84,7 +85,9 @@ def diagnose(
                 found |= _accuracy({m: inputs[m] for m in names}, labels, splits, fit)
             return found
 
-        z, quantized, bare = ({m: describe(x[m]) for m in labels} for x in (features, codes, raw))
+        z, quantized, bare = (
+            {m: describe(x[m], clips.valid(m)) for m in labels} for x in (features, codes, raw)
+        )
         of_raw = score(bare, partial(Head, iterations=100), across=False)
         of_z, of_codes = score(z, Head), score(quantized, Head)
         weak, tokens = score(quantized, partial(Head, weight=1.0)), score(indices, table)
@@ -104,7 +107,7 @@ def diagnose(
     result = {"clips": stages(labels, over_time)}
     segments = {m: y for m, y in segment_classes(clips).items() if m in codes}
     if len(segments) > 1:
-        result["segments"] = stages(segments, lambda x: x)
+        result["segments"] = stages(segments, lambda x, valid: x)
     return result
 
 
@@ -130,7 +133,8 @@ def _raw(clips: Clips) -> dict[str, Tensor]:
     rows = clips.rows(PRETRAIN, TRAIN)
     raw: dict[str, Tensor] = {}
     for name, x in pool_cells(clips).items():
-        deviation, mean = torch.std_mean(x[rows].float(), dim=(0, 1), correction=0)
+        seen = x[rows].float()[clips.valid(name, rows)]
+        deviation, mean = torch.std_mean(seen, dim=0, correction=0)
         raw[name] = (x - mean) / deviation.clamp(min=1e-6)
     return raw
 
@@ -160,7 +164,7 @@ def _accuracy(
             data.rows(train),
             data.rows(held),
             fit,
-            lambda predicted, truth: {"": (predicted == truth).double().mean().item()},
+            lambda predicted, truth: {"": clip_scores(predicted, truth)["accuracy"]},
         )
         for way, score in scores.items():
             found.setdefault(way, []).append(score[""])

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmvq.distributed import Ranks, rank, world_size
+from mmvq.functional import WHOLE
 
 
 class SemanticEncoder(nn.Module):
@@ -48,13 +49,18 @@ class SemanticEncoder(nn.Module):
         self.mix = nn.Linear(heads * width, dim)
         self.skip = nn.Linear(channels, dim)
         self.pool = Pool(channels, dim, width, self.drop) if cells > 1 else None
-        self.segment = nn.Sequential(nn.Linear(dim, dim // 2), Sphere(dim // 2))
+        self.segment = Sequence(nn.Linear(dim, dim // 2), Sphere(dim // 2))
         self.recall = nn.Linear(dim // 2, dim)
         self.context = Context(dim, heads, dropout)
-        self.clip = nn.Sequential(nn.Linear(dim, dim // 2), Sphere(dim // 2))
+        self.clip = Sequence(nn.Linear(dim, dim // 2), Sphere(dim // 2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Encode a batch of clips."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encode a batch of clips.
+
+        Args:
+            x: `[B, T, P, C]`.
+            mask: Padding mask, bool `[B, T]`, True = valid. Other segments have no influence.
+        """
         x = x * self.drop(torch.ones_like(x[:, :, :1]))
         cells = self.describe(x)  # [B, T, P, W]
         weights = self.attend(cells).softmax(2)  # [B, T, P, H]
@@ -63,9 +69,20 @@ class SemanticEncoder(nn.Module):
         hidden = self.skip(raw) + self.drop(self.mix(pooled))  # [B, T, D]
         if self.pool is not None:
             hidden = hidden + self.pool(x)
-        segment = self.segment(hidden)  # [B, T, D / 2]
-        context = self.context(self.recall(segment.detach()))  # [B, T, D]
-        return torch.cat([1.5**0.5 * segment, 0.5**0.5 * self.clip(context)], -1)
+        segment = self.segment(hidden, mask)  # [B, T, D / 2]
+        context = self.context(self.recall(segment.detach()), mask)
+        return torch.cat([1.5**0.5 * segment, 0.5**0.5 * self.clip(context, mask)], -1)
+
+
+class Sequence(nn.Sequential):
+    """A sequence of modules, whose last gets the mask too."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Apply all modules."""
+        *first, last = self
+        for module in first:
+            x = module(x)
+        return last(x, mask)
 
 
 class Pool(nn.Module):
@@ -99,13 +116,23 @@ class Context(nn.TransformerEncoderLayer):
         super().__init__(dim, heads, 2 * dim, dropout, gelu, batch_first=True, norm_first=True)
         self.dropout = self.dropout1 = self.dropout2 = Dropout(dropout)
 
-    def _sa_block(self, x: Tensor, *_: object, **__: object) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map `[B, T, D]`; the mask is bool `[B, T]`, True = valid."""
+        if mask is None:
+            return super().forward(x)
+        x = x + self._sa_block(self.norm1(x), mask=mask)
+        return x + self._ff_block(self.norm2(x))
+
+    def _sa_block(self, x: Tensor, *_: object, mask: Tensor | None = None, **__: object) -> Tensor:
         inner = self.self_attn
         x = rearrange(x, "b t d -> t b d")
         qkv = nn.functional.linear(x, inner.in_proj_weight, inner.in_proj_bias)
         q, k, v = rearrange(qkv, "t b (n h d) -> n b h t d", n=3, h=inner.num_heads)
         scale = q.shape[-1] ** -0.25
-        weights = self.dropout((q * scale @ (k * scale).mT).softmax(-1))
+        scores = q * scale @ (k * scale).mT  # [B, heads, T, T]
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
+        weights = self.dropout(scores.softmax(-1))
         x = inner.out_proj(rearrange(weights @ v, "b h t d -> t b (h d)"))
         return rearrange(self.dropout1(x, 1), "t b d -> b t d")
 
@@ -127,22 +154,24 @@ class Dropout(nn.Dropout):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over the rows of all ranks, which have equally many, on any device."""
+    """Batch normalisation over the valid rows of all ranks, on any device."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[N, D]`."""
-        if not self.training or world_size() == 1:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise `[N, D]`; mask is bool `[N]`. All ranks have the same N."""
+        if not self.training or (mask is None and world_size() == 1):
             return super().forward(x)
-        ranks = Ranks([len(x)] * world_size())
-        rows = sum(ranks.sizes)
-        (total,) = ranks.sum(x.sum(0))
-        x = x - total / rows
-        (squares,) = ranks.sum(x.square().sum(0))
+        ranks = WHOLE if world_size() == 1 else Ranks([len(x)] * world_size())
+        valid = x.new_ones(len(x), 1) if mask is None else mask[:, None].to(x)
+        total, count = ranks.sum((x * valid).sum(0), valid.sum())
+        count = count.clamp(min=1)
+        x = x - total / count
+        (squares,) = ranks.sum((x * valid).square().sum(0))
         with torch.no_grad():
-            self.running_mean.lerp_(total / rows, self.momentum)
-            self.running_var.lerp_(squares / (rows - 1), self.momentum)
-            self.num_batches_tracked += 1
-        return x * (squares / rows + self.eps).rsqrt() * self.weight + self.bias
+            known = count > 1  # otherwise there is no variance
+            self.running_mean.lerp_(total / count, self.momentum * known)
+            self.running_var.lerp_(squares / (count - 1).clamp(min=1), self.momentum * known)
+            self.num_batches_tracked += known
+        return x * (squares / count + self.eps).rsqrt() * self.weight + self.bias
 
 
 class Sphere(nn.Module):
@@ -156,9 +185,11 @@ class Sphere(nn.Module):
         super().__init__()
         self.spread = BatchNorm(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[B, T, D]` to `[B, T, D]`."""
-        x = self.spread(rearrange(x, "b t d -> (b t) d")).view_as(x)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map `[B, T, D]` to `[B, T, D]`, at least float32; mask is bool `[B, T]`."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        flat = rearrange(x, "b t d -> (b t) d")
+        x = self.spread(flat, None if mask is None else mask.flatten()).view_as(x)
         return nn.functional.normalize(x, dim=-1) * x.shape[-1] ** 0.5
 
 

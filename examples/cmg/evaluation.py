@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mmvq.functional import code_agreement
 
+from .containers import Rows
 from .data import BACKGROUND, TEST, TRAIN, Clips
 
 Score = Callable[[Tensor, Tensor], dict[str, float]]  # of predicted and true classes
@@ -37,7 +38,8 @@ class Labelled(NamedTuple):
 
     Attributes:
         inputs: Name -> what the classifier sees of each clip, [n, ...].
-        labels: Name -> classes, int64 [n] or [n, T]. Modalities without labels are not used.
+        labels: Name -> classes, int64 [n] or [n, T]; those below 0 are not used, and neither are
+            modalities without labels.
     """
 
     inputs: Mapping[str, Tensor]
@@ -60,7 +62,7 @@ class Head:
 
     Args:
         x: Vectors [n, D], or [n, T, D] to classify segments.
-        labels: int64 [n] or [n, T].
+        labels: int64 [n] or [n, T]; those below 0 are not used.
         weight: Weight of a clip's log-likelihood; sklearn's C.
         iterations: Most steps of L-BFGS.
     """
@@ -68,15 +70,17 @@ class Head:
     def __init__(
         self, x: Tensor, labels: Tensor, weight: float = 0.1, iterations: int = 300
     ) -> None:
-        rows = x.detach().double().flatten(0, -2)
+        used = labels >= 0
+        clips = used.flatten(1).any(1).sum().item() if used.ndim > 1 else used.sum().item()
+        rows, labels = x.detach()[used].double(), labels[used]
         self.mean = rows.mean(0)
         self.deviation = rows.var(0, correction=0).mean().sqrt().clamp(min=1e-12)
-        model = LogisticRegression(C=weight * len(x) / len(rows), max_iter=iterations)
+        model = LogisticRegression(C=weight * clips / len(rows), max_iter=iterations)
         if len(labels.unique()) == 1:  # nothing to tell apart
             model = DummyClassifier()
         with warnings.catch_warnings():  # that the last step was taken is no news
             warnings.simplefilter("ignore", ConvergenceWarning)
-            self.model = model.fit(self._scaled(rows), labels.flatten().numpy())
+            self.model = model.fit(self._scaled(rows), labels.numpy())
 
     def __call__(self, x: Tensor) -> Tensor:
         """Predict the classes of [..., D]: int64 [...]."""
@@ -92,9 +96,36 @@ class Head:
         return ((rows - self.mean) / self.deviation).numpy()
 
 
-def over_time(codes: Tensor) -> Tensor:
-    """Describe a clip by mean and maximum over its segments: [N, T, D] -> [N, 2 D]."""
-    return torch.cat([codes.mean(1), codes.amax(1)], -1)
+def over_time(codes: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Describe a clip by mean and maximum over its segments: [N, T, D] -> [N, 2 D].
+
+    Args:
+        codes: Vectors [N, T, D].
+        valid: bool [N, T], segments to use; None: all. A clip without any gets zeros.
+    """
+    if valid is None or valid.all():
+        return torch.cat([codes.mean(1), codes.amax(1)], -1)
+    use, count = valid[..., None], valid.sum(1)[:, None]
+    mean = codes.where(use, 0).sum(1) / count.clamp(min=1)
+    return torch.cat([mean, codes.where(use, -torch.inf).amax(1).where(count > 0, 0)], -1)
+
+
+class Codes:
+    """Quantized vectors [N, T, D] of code indices, made when indexed with clips.
+
+    Args:
+        indices: int64 [N, T]; -1 gives zeros.
+        codebook: Codes [L, D].
+    """
+
+    def __init__(self, indices: Tensor, codebook: Tensor) -> None:
+        self.indices, self.codebook = indices, codebook.detach().cpu()
+        self.shape = (*indices.shape, codebook.shape[1])
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        """Vectors [n, T, D] of the clips with these indices."""
+        chosen = self.indices[rows]
+        return self.codebook[chosen.clamp(min=0)].where(chosen[..., None] >= 0, 0)
 
 
 class TokenNaiveBayes:
@@ -107,8 +138,8 @@ class TokenNaiveBayes:
     smoothing s draws rare classes and codes to the frequency p of the code in all classes.
 
     Args:
-        indices: int64 [n, T].
-        labels: Classes, int64 [n] (of the whole clip) or [n, T].
+        indices: int64 [n, T], -1 where not valid.
+        labels: Classes, int64 [n] (of the whole clip) or [n, T]; those below 0 are not used.
         codebook_size: Number of codes L.
     """
 
@@ -118,24 +149,29 @@ class TokenNaiveBayes:
         num_classes = 1 + int(labels.max())
         counts = torch.zeros(num_classes, codebook_size, dtype=torch.double)
         each = labels if labels.ndim > 1 else labels[:, None].expand_as(indices)
-        ones = torch.ones(indices.shape, dtype=torch.double)
-        counts.index_put_((each, indices), ones, accumulate=True)
+        used = (each >= 0) & (indices >= 0)
+        ones = torch.ones(int(used.sum()), dtype=torch.double)
+        counts.index_put_((each[used], indices[used]), ones, accumulate=True)
         frequency = (counts.sum(0) + 1) / (counts.sum() + codebook_size)
         total = counts.sum(1, keepdim=True)
         self.table = (counts + self.smoothing * frequency).log() - (total + self.smoothing).log()
-        self.prior = labels.flatten().bincount(minlength=num_classes).double().log()
+        self.prior = labels[labels >= 0].bincount(minlength=num_classes).double().log()
         self.clips = labels.ndim == 1
 
     def __call__(self, indices: Tensor) -> Tensor:
         """Predict classes of [N, T]: int64 [N] by the sum over segments, or [N, T]."""
-        scores = self.table[:, indices]  # [classes, N, T]
+        scores = self.table[:, indices.clamp(min=0)].where(indices >= 0, 0)  # [classes, N, T]
         if self.clips:
             scores = scores.sum(-1)
         return (self.prior.view(-1, *[1] * (scores.ndim - 1)) + scores).argmax(0)
 
 
 def clip_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
-    """Accuracy, and as chance the accuracy of the best constant guess (the most common class)."""
+    """Accuracy, and as chance the accuracy of the best constant guess (the most common class).
+
+    Clips whose true class is below 0 do not count, here and in `segment_scores`.
+    """
+    predicted, truth = predicted[truth >= 0], truth[truth >= 0]
     return {
         "accuracy": (predicted == truth).double().mean().item(),
         "chance": truth.bincount().max().item() / len(truth),
@@ -152,8 +188,9 @@ def segment_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
 
     Args:
         predicted: int64 [N, T], 0 = background.
-        truth: int64 [N, T], 0 = background.
+        truth: int64 [N, T], 0 = background, below 0 = not valid.
     """
+    predicted, truth = predicted[truth >= 0], truth[truth >= 0]
     hits = ((truth > 0) & (predicted == truth)).sum().item()
     counts = truth.flatten().bincount(minlength=2).double()
     events, claims = (truth > 0).sum().item(), (predicted > 0).sum().item()
@@ -168,13 +205,14 @@ def segment_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def evaluate(
-    codes: Mapping[str, Tensor], indices: Mapping[str, Tensor], clips: Clips, codebook_size: int
+    codes: Mapping[str, Rows], indices: Mapping[str, Tensor], clips: Clips, codebook_size: int
 ) -> dict[str, Scores]:
     """Evaluate every direction of transfer, and how far codes are shared, for metrics.json.
 
     Args:
-        codes: Name -> quantized vectors [N, T, D] of all N clips, with one D for all.
-        indices: Name -> their codes, int64 [N, T].
+        codes: Name -> quantized vectors [N, T, D] of all N clips, with one D for all. Only those of
+            splits 1 and 2 are used.
+        indices: Name -> their codes, int64 [N, T], -1 where not valid.
         clips: Clips with labels and splits. Labels of split 0 are not used.
         codebook_size: Number of codes L.
 
@@ -184,7 +222,7 @@ def evaluate(
     """
     table = partial(TokenNaiveBayes, codebook_size=codebook_size)
     of_clips, of_segments = classification(codes, clips), localization(codes, clips)
-    labels = dict.fromkeys(codes, clips.labels)
+    labels = {name: clips.labels_of(name) for name in indices}
     tokens = _tested(indices, labels, clips, table, clip_scores)
     for way, found in directions(tokens, {}).items():
         of_clips[way]["token_accuracy"] = found["accuracy"]
@@ -200,14 +238,24 @@ def evaluate(
     }
 
 
-def classification(codes: Mapping[str, Tensor], clips: Clips) -> Scores:
+def classification(codes: Mapping[str, Rows], clips: Clips) -> Scores:
     """Classify clips: {"a->b": {"accuracy", "chance", "upper_bound"}}."""
-    described = {name: over_time(x) for name, x in codes.items()}
-    labels = dict.fromkeys(codes, clips.labels)
+    described = {name: _OverTime(x, clips.masks.get(name)) for name, x in codes.items()}
+    labels = {name: clips.labels_of(name) for name in codes}
     return directions(_tested(described, labels, clips, Head, clip_scores), CLIP_BOUNDS)
 
 
-def localization(codes: Mapping[str, Tensor], clips: Clips) -> Scores:
+class _OverTime(NamedTuple):
+    """`over_time` of the clips that it is indexed with."""
+
+    codes: Rows
+    valid: Tensor | None
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        return over_time(self.codes[rows], None if self.valid is None else self.valid[rows])
+
+
+def localization(codes: Mapping[str, Rows], clips: Clips) -> Scores:
     """Classify segments: the fields of `segment_scores`, and two upper bounds.
 
     "upper_bound" is that of segment_f1, "upper_bound_accuracy" that of segment_accuracy. The result
@@ -247,8 +295,11 @@ def agreement(indices: Mapping[str, Tensor], shown: Mapping[str, Tensor]) -> Sco
 
 
 def segment_classes(clips: Clips) -> dict[str, Tensor]:
-    """Name -> int64 [N, T], the classes of segments for heads: 0 = background."""
-    return {name: x - BACKGROUND for name, x in clips.segment_labels.items()}
+    """Name -> int64 [N, T], the classes of segments for heads: 0 = background, -1 = not valid."""
+    return {
+        name: torch.where(clips.valid(name), x - BACKGROUND, -1)
+        for name, x in clips.segment_labels.items()
+    }
 
 
 def transfer(train: Labelled, test: Labelled, fit: Fit, score: Score) -> Pairs:
@@ -269,9 +320,9 @@ def transfer(train: Labelled, test: Labelled, fit: Fit, score: Score) -> Pairs:
 
 
 def _tested(
-    inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], clips: Clips, fit: Fit, score: Score
+    inputs: Mapping[str, Any], labels: Mapping[str, Tensor], clips: Clips, fit: Fit, score: Score
 ) -> Pairs:
-    """`transfer` from split 1 to split 2."""
+    """`transfer` from split 1 to split 2; the inputs are read when indexed with clips."""
     data = Labelled(inputs, {name: y for name, y in labels.items() if name in inputs})
     return transfer(data.rows(clips.rows(TRAIN)), data.rows(clips.rows(TEST)), fit, score)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
@@ -21,6 +21,7 @@ from mmvq import (
 from mmvq.distributed import average_, gather_batch_sizes
 from mmvq.functional import info_nce
 
+from .batches import Batch, Batches
 from .codebook_size import choose_codes, first_codes
 from .encoders import Decoder, SemanticEncoder, SpecificEncoder
 from .errors import DataError
@@ -83,10 +84,9 @@ class Config:
     without: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, features: Mapping[str, Tensor], **settings: Any) -> Config:
-        """The config for features [N, T, P, C]; `settings` are the other fields."""
-        shapes = {name: (x.shape[2], x.shape[3]) for name, x in features.items()}
-        return cls(shapes, next(iter(features.values())).shape[1], **settings)
+    def of(cls, batches: Batches, **settings: Any) -> Config:
+        """The config for a data set; `settings` are the other fields."""
+        return cls(batches.shapes, batches.segments, **settings)
 
     def json(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -173,20 +173,20 @@ class UniCode(nn.Module):
         return cpc
 
     @torch.no_grad()
-    def start_codebook(
-        self, features: Mapping[str, Tensor], held_out: Mapping[str, Tensor]
-    ) -> None:
+    def start_codebook(self, batches: Batches, rows: Tensor, held_out: Tensor) -> None:
         """Begin the codebook from clips, with the size of the config or one chosen from the data.
 
         Args:
-            features: Name -> clips to train on, [N, T, P, C].
-            held_out: Name -> other clips, [N', T, P, C], to choose the size on.
+            batches: The data set.
+            rows: Indices of the clips to train on.
+            held_out: Indices of other clips, to choose the size on.
         """
-        z, size = self.semantic_features(features), self.config.codebook_size
+        (z, masks), size = self.semantic_features(batches, rows), self.config.codebook_size
         if size is None:
-            codes = choose_codes(z, self.semantic_features(held_out))
+            others, others_masks = self.semantic_features(batches, held_out)
+            codes = choose_codes(z, others, masks, others_masks)
         else:
-            codes = first_codes(z, size)
+            codes = first_codes(z, size, masks)
         codes = from_first_rank(codes)
         self.resize_codebook(len(codes))
         self.quantizer.set_codes(codes)
@@ -197,85 +197,141 @@ class UniCode(nn.Module):
         self.config = replace(self.config, codebook_size=codebook_size)
         self.quantizer = self._quantizer(codebook_size).to(device).train(self.training)
 
-    def encode(self, x: Mapping[str, Tensor]) -> Features:
-        """Semantic and specific features of a batch `[B, T, P, C]` (Eq. 1)."""
+    def encode(self, batch: Batch) -> Features:
+        """Semantic and specific features of a batch (Eq. 1)."""
+        x, masks = batch.features, batch.masks or {}
         return Features(
-            {name: self.semantic[name](v) for name, v in x.items()},
+            {name: self.semantic[name](v, masks.get(name)) for name, v in x.items()},
             {name: self.specific[name](v) for name, v in x.items()},
         )
 
-    def losses(
-        self, x: Mapping[str, Tensor], features: Features, *, quantize: bool
-    ) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, features: Features, *, quantize: bool) -> dict[str, Tensor]:
         """Compute each term of the objective; in training mode, also update the codebook.
 
         Args:
-            x: Name -> the batch, `[B, T, P, C]`.
+            batch: The batch.
             features: Features of the batch, as returned by `encode`.
             quantize: Whether to use the codebook. If False (early in training), decode from the
                 features and leave out the terms that need codes.
         """
+        x, masks = batch
         z, specific = features
         terms: dict[str, Tensor] = {}
         decoded = z
         if quantize:
-            decoded, _, terms["commitment"] = self.quantizer(z)  # Eq. 2, 7, 8
+            decoded, _, terms["commitment"] = self.quantizer(z, masks)  # Eq. 2, 7, 8
             if "matching" not in self.config.without:
-                terms["matching"] = self.matching(_as_clips(z), self.quantizer.codebook)
-        power = {name: v.square().mean() for name, v in x.items()}
-        average_(power.values())
-        scale = {name: p.where(p > 0, torch.inf) for name, p in power.items()}  # 0 if constant
-        errors = [
-            (self.decoder[name](decoded[name], specific[name]) - v).square().mean() / scale[name]
-            for name, v in x.items()
-        ]
-        terms["reconstruction"] = torch.stack(errors).mean()  # Eq. 3
+                terms["matching"] = self.matching(
+                    _as_clips(z), self.quantizer.codebook, masks and _as_clips(masks)
+                )
+        terms["reconstruction"] = self._reconstruction(x, decoded, specific, masks)  # Eq. 3
         if self.cpc is not None:
             start = "all" if self.config.cpc is None else None
-            terms["cpc"] = self.cpc(z, start=start).loss  # Eq. 6
+            terms["cpc"] = self.cpc(z, masks, start=start).loss  # Eq. 6
         if "contrast" not in self.config.without:
-            terms["contrast"] = self._contrast(z)
+            terms["contrast"] = self._contrast(z, masks)
         if self.club:
-            shared = [self._club(club, z[name], specific[name]) for name, club in self.club.items()]
+            shared = [
+                self._club(club, z[name], specific[name], masks and masks[name])
+                for name, club in self.club.items()
+            ]
             terms["club"] = torch.stack(shared).mean()  # Sec. 4.2
         return terms
 
     @torch.no_grad()
-    def quantize(
-        self, features: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Codes [N, T, D] and indices [N, T] of clips [N, T, P, C], on the CPU, in eval mode."""
-        z = self.semantic_features(features)
-        indices = {name: self.quantizer.encode(x) for name, x in z.items()}
-        codes = {name: self.quantizer.decode(i).cpu() for name, i in indices.items()}
-        return codes, {name: i.cpu() for name, i in indices.items()}
+    def quantize(self, batches: Batches, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """Codes of clips in eval mode: name -> int64 [N, T] on the CPU, -1 where not valid.
+
+        Args:
+            batches: The data set of N clips.
+            rows: Indices of the clips to quantize; the others get -1. None: all.
+        """
+        N = len(batches.clips.split)
+        rows = torch.arange(N) if rows is None else rows
+        indices = {name: torch.full((N, batches.segments), -1) for name in batches.shapes}
+        start = 0
+        for z, masks in self._in_eval_mode(batches, rows):
+            here = rows[start : start + len(next(iter(z.values())))]
+            start += len(here)
+            for name, x in z.items():
+                chosen = self.quantizer.encode(x)
+                if masks is not None:
+                    chosen = torch.where(masks[name], chosen, -1)
+                indices[name][here] = chosen.cpu()
+        return indices
 
     @torch.no_grad()
     def semantic_features(
-        self, features: Mapping[str, Tensor], batch_size: int = 100
-    ) -> dict[str, Tensor]:
-        """Semantic features [N, T, D] of clips [N, T, P, C], in eval mode."""
+        self, batches: Batches, rows: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """Semantic features [n, T, D] and masks [n, T] of clips, in eval mode."""
+        parts = [*self._in_eval_mode(batches, rows)]
+        z = {name: torch.cat([x[name] for x, _ in parts]) for name in batches.shapes}
+        if not batches.clips.masks:
+            return z, None
+        return z, {name: torch.cat([m[name] for _, m in parts if m]) for name in z}
+
+    def _in_eval_mode(
+        self, batches: Batches, rows: Tensor
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor] | None]]:
+        """Semantic features and masks, a batch at a time."""
         training, device = self.training, next(self.parameters()).device
         self.eval()
-        z = {
-            name: torch.cat([self.semantic[name](part.to(device)) for part in x.split(batch_size)])
-            for name, x in features.items()
-        }
-        self.train(training)
-        return z
+        try:
+            for x, masks in batches(rows, device):
+                given = masks or {}
+                yield (
+                    {name: self.semantic[name](v, given.get(name)) for name, v in x.items()},
+                    masks,
+                )
+        finally:
+            self.train(training)
 
-    def _club(self, club: CLUBEstimator, z: Tensor, specific: Tensor) -> Tensor:
-        return club.penalty(z, specific) if self.config.club == "penalty" else club(z, specific)
+    def _reconstruction(
+        self,
+        x: Mapping[str, Tensor],
+        semantic: Mapping[str, Tensor],
+        specific: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """Mean over the modalities of squared error / mean square, over valid segments."""
+        weight: dict[str, Tensor] = {}
+        if masks is not None:  # 1 / share of valid segments on all ranks, so that means stay means
+            share = {name: m.float().mean() for name, m in masks.items()}
+            average_(share.values())
+            weight = {m: masks[m] / s.where(s > 0, torch.inf) for m, s in share.items()}
 
-    def club_fit(self, features: Features) -> Tensor:
+        def mean(name: str, v: Tensor) -> Tensor:
+            if name not in weight:
+                return v.mean()
+            return (v.flatten(2).mean(2) * weight[name]).mean()
+
+        power = {name: mean(name, v.square()) for name, v in x.items()}
+        average_(power.values())
+        scale = {name: p.where(p > 0, torch.inf) for name, p in power.items()}  # 0 if constant
+        errors = []
+        for name, v in x.items():
+            error = self.decoder[name](semantic[name], specific[name]) - v
+            errors.append(mean(name, error.square()) / scale[name])
+        return torch.stack(errors).mean()
+
+    def _club(
+        self, club: CLUBEstimator, z: Tensor, specific: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        measure = club.penalty if self.config.club == "penalty" else club
+        return measure(z, specific, mask)
+
+    def club_fit(self, features: Features, masks: Mapping[str, Tensor] | None) -> Tensor:
         """The loss of CLUB's own networks, without a gradient to the features."""
         losses = [
-            club.learning_loss(features.semantic[name], features.specific[name])
+            club.learning_loss(
+                features.semantic[name], features.specific[name], masks and masks[name]
+            )
             for name, club in self.club.items()
         ]
         return torch.stack(losses).sum()
 
-    def _contrast(self, z: Mapping[str, Tensor]) -> Tensor:
+    def _contrast(self, z: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> Tensor:
         """InfoNCE of the features themselves, in addition to the paper.
 
         Features of two modalities at the same segment identify each other among all clips of the
@@ -286,9 +342,14 @@ class UniCode(nn.Module):
         query, key = (
             torch.stack([rearrange(z[m], "b t d -> t b d") for m in side]) for side in (a, b)
         )
+        mask = None
+        if masks is not None:
+            valid = [masks[m] & masks[n] for m, n in zip(a, b, strict=True)]
+            mask = rearrange(torch.stack(valid), "p b t -> p t b")
         return info_nce(
             query,
             key,
+            mask=mask,
             temperature=self.config.temperature,
             normalize=True,
             symmetric=True,
@@ -297,5 +358,5 @@ class UniCode(nn.Module):
 
 
 def _as_clips(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Treat every segment as a clip: `[B, T, D]` -> `[B T, 1, D]`."""
-    return {name: rearrange(v, "b t d -> (b t) 1 d") for name, v in z.items()}
+    """Treat every segment as a clip: `[B, T, ...]` -> `[B T, 1, ...]`."""
+    return {name: rearrange(v, "b t ... -> (b t) 1 ...") for name, v in z.items()}

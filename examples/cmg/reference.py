@@ -23,6 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from .data import BACKGROUND, PRETRAIN, TEST, TRAIN, Clips
+from .errors import DataError
 from .evaluation import (
     CLIP_BOUNDS,
     SEGMENT_BOUNDS,
@@ -48,12 +49,16 @@ def cca_reference(clips: Clips) -> dict[str, Any]:
     """Evaluate linear CCA in every direction.
 
     Args:
-        clips: Clips of two modalities or more, with raw features.
+        clips: Clips of two modalities or more, with raw features, all valid.
 
     Returns:
         "classification" and "localization" as in `evaluation.evaluate`, "logistic_regression" with
         the same two, and "settings" with the hyperparameters chosen for each.
     """
+    if clips.masks:
+        raise DataError(
+            f"--reference cca: takes clips without masks; got masks of {', '.join(clips.masks)}."
+        )
     train = clips.rows(TRAIN).numpy()
     labels = dict.fromkeys(clips.features, clips.labels.numpy())
     segments = {name: (x - BACKGROUND).numpy() for name, x in clips.segment_labels.items()}
@@ -92,7 +97,7 @@ class _Choice:
 def _candidates(clips: Clips) -> Iterator[tuple[dict[str, Any], Views]]:
     """Yield all hyperparameters, each with the CCA vectors of all clips."""
     rows = clips.rows(PRETRAIN).numpy()
-    grids = any(x.ndim > 3 for x in clips.features.values())
+    grids = any(len(x.shape) > 3 for x in clips.features.values())
     for cell_components in (None, _CELL_COMPONENTS) if grids else (None,):
         pooled = pool_cells(clips, cell_components)
         x = {name: _principal(features, rows) for name, features in pooled.items()}
@@ -133,15 +138,16 @@ def pool_cells(clips: Clips, components: int | None = None) -> dict[str, Tensor]
     With `components`, cells are first projected onto that many principal axes and back. This
     removes noise, which the maximum would pick.
     """
-    pooled = dict(clips.features)
+    pooled: dict[str, Tensor] = {}
     standardizer = None if components is None else Standardizer.fit(clips, width=components)
-    for name, grid in clips.features.items():
-        if grid.ndim == 3:
+    for name, features in clips.features.items():
+        N, T, *grid, C = features.shape
+        if not grid:
+            pooled[name] = clips.read(name, torch.arange(N))
             continue
-        cells = rearrange(grid, "n t ... c -> n t (...) c")
-        pooled[name] = torch.empty(*cells.shape[:2], 2 * cells.shape[-1])
-        for clip, out in zip(cells, pooled[name], strict=True):
-            x = clip.float()
+        pooled[name] = torch.empty(N, T, 2 * C)
+        for n, out in enumerate(pooled[name]):
+            x = rearrange(clips.read(name, torch.tensor([n])), "1 t ... c -> t (...) c").float()
             if standardizer is not None:
                 x = standardizer.denoise(name, x)
             out[:] = torch.cat([x.amax(1), x.mean(1)], dim=-1)

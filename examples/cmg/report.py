@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmvq.functional import code_usage
 
+from .data import SPLITS, Clips
 from .files import write_atomic
 
 _FIELDS = (
@@ -69,6 +70,37 @@ def codebook_summary(
             for name, n in counts.items()
         },
     }
+
+
+def description(name: str, clips: Clips) -> str:
+    """What a data set was taken as: clips, modalities, classes, splits, masks, unused arrays."""
+    lines = [f"{name}: {len(clips.split):,} clips of {clips.segments} segments"]
+    for m, x in clips.features.items():
+        encoder = f", features of {clips.encoders[m]}" if m in clips.encoders else ""
+        missing = ""
+        if m in clips.masks:
+            valid = clips.masks[m]
+            missing = (
+                f", {valid.double().mean():.0%} of the segments valid, "
+                f"{int((~valid.any(1)).sum()):,} clips without it"
+            )
+        labels = "labels of segments" if m in clips.segment_labels else "no labels of segments"
+        shape = " x ".join(map(str, x.shape[2:]))
+        lines.append(f"  {m}: {shape} per segment{encoder}, {labels}{missing}")
+    names = f" ({_some(clips.class_names)})" if clips.class_names else ""
+    lines.append(f"  classes: {clips.num_classes}{names}")
+    counts = {use: len(clips.rows(number)) for use, number in SPLITS.items()}
+    lines.append("  splits: " + ", ".join(f"{use} {n:,}" for use, n in counts.items()))
+    if clips.unused:
+        unused = _some([f"{x} {kind}" for x, kind in clips.unused.items()])
+        lines.append(f"  not used: {unused}")
+    return "\n".join(lines)
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    """The first names, and how many there are besides."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def headline(metrics: Mapping[str, Any], folder: Path) -> str:

@@ -8,15 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .batches import Batches
 from .checkpoint import load_model
+from .containers import Rows
 from .data import Clips
 from .errors import DataError
+from .evaluation import Codes
 from .model import Config, UniCode
 from .standardize import Standardizer
 
-Codes = tuple[dict[str, Tensor], dict[str, Tensor]]  # name -> codes [N, T, D], indices [N, T]
+Coded = tuple[dict[str, Tensor], dict[str, Tensor]]  # name -> codes [N, T, D], indices [N, T]
 
 
 @dataclass(frozen=True)
@@ -61,25 +65,36 @@ class TrainedRun:
             clips.require(name, config.segments, len(mean), f"{folder}")
         return cls(clips, config, seed, model.eval().requires_grad_(False), standardizer)
 
-    def quantize(self, features: Mapping[str, Tensor]) -> Codes:
+    def quantize(
+        self, features: Mapping[str, Rows], masks: Mapping[str, Tensor] | None = None
+    ) -> Coded:
         """Quantize clips in any modalities of the run.
 
         Args:
             features: Name -> raw features [N, T, ..., C], C as in training.
+            masks: Name -> bool [N, T], True = valid; modalities without one are valid.
 
         Returns:
-            Name -> quantized vectors [N, T, D], and name -> int64 indices [N, T].
+            Name -> quantized vectors [N, T, D], and name -> int64 indices [N, T], zeros and -1
+            where not valid.
         """
-        return self.model.quantize(self.standardizer.cells(features))
+        indices = self.model.quantize(Batches(Clips.of(features, masks), self.standardizer))
+        codebook = self.model.quantizer.codebook.cpu()
+        return {name: Codes(i, codebook)[:] for name, i in indices.items()}, indices
 
-    def semantic(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def semantic(
+        self, features: Mapping[str, Rows], masks: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Semantic features z [N, T, D] of raw features [N, T, ..., C]."""
-        return self.model.semantic_features(self.standardizer.cells(features))
+        batches = Batches(Clips.of(features, masks), self.standardizer)
+        rows = torch.arange(len(batches.clips.split))
+        return self.model.semantic_features(batches, rows)[0]
 
     @cached_property
-    def codes(self) -> Codes:
+    def codes(self) -> Coded:
         """The run's own clips quantized, in the modalities of the model."""
-        return self.quantize({name: self.clips.features[name] for name in self.config.shapes})
+        own = self.clips.only(self.config.shapes)
+        return self.quantize(own.features, own.masks)
 
 
 Task = Callable[[TrainedRun], dict[str, Any]]  # nested dicts of numbers

@@ -11,17 +11,24 @@ In a grid [N, T, 7, 7, C] every cell is such a vector. Training uses only the re
 
 from __future__ import annotations
 
+import math
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from .checkpoint import load_model, save_model
 from .data import PRETRAIN, TRAIN, Clips
+from .errors import DataError
+from .files import cache_folder
 
 _CLIPS_AT_ONCE = 32
+_VERSION = 1  # of stored maps
 _WIDE = 2048  # channels; with more, an exact decomposition takes minutes
 _CONSTANT = 1e-6  # relative to the mean; a smaller deviation is rounding error of float32
 
@@ -52,11 +59,10 @@ class Standardizer:
             samples: Maximum number of vectors of a modality to measure on, drawn at random with a
                 fixed seed. This limits memory.
         """
-        rows = clips.rows(PRETRAIN, TRAIN)
         mean: dict[str, Tensor] = {}
         axes: dict[str, Tensor] = {}
-        for name, features in clips.features.items():
-            x = _sample(features, rows, samples)  # [n, C]
+        for name in clips.modalities:
+            x = _sample(clips, name, samples)  # [n, C]
             deviation, mean[name] = torch.std_mean(x, dim=0, correction=0)
             deviation[deviation <= _CONSTANT * mean[name].abs()] = torch.inf  # drops the channel
             x = (x - mean[name]) / deviation
@@ -64,22 +70,43 @@ class Standardizer:
             axes[name] = vectors / deviation[:, None] / (values + shrink).sqrt()
         return cls(mean, axes)
 
-    def transform(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Map [N, T, ..., C], any float dtype, to float32 [N, T, ..., width], clip by clip."""
+    @classmethod
+    def of(cls, clips: Clips) -> Standardizer:
+        """The map of a data set: `fit`, but stored if the data set is a folder.
+
+        The map of each modality is stored in the subfolder "standardizer", or in the cache if the
+        folder cannot be written to. It is measured again if a file that it depends on has changed.
+        """
+        if clips.folder is None:
+            return cls.fit(clips)
+        store = clips.folder / "standardizer"
+        if not os.access(clips.folder, os.W_OK):
+            there = zlib.crc32(str(clips.folder.resolve()).encode())
+            store = cache_folder() / f"standardizer-{there:08x}"
+        found = cls({}, {})
+        for name in clips.modalities:
+            state = _state_of_files(clips.folder, name)
+            one = _stored(store / name, state)
+            if one is None:
+                one = cls.fit(clips.only([name]))
+                save_model(store / name, one.tensors(), state)
+            found.mean.update(one.mean)
+            found.axes.update(one.axes)
+        return found
+
+    def transform(self, clips: Clips) -> dict[str, Tensor]:
+        """Map all clips to float32 [N, T, ..., width], a few at a time."""
         reduced: dict[str, Tensor] = {}
-        for name, x in features.items():
-            mean, axes = self.mean[name], self.axes[name]
-            reduced[name] = y = torch.empty(*x.shape[:-1], axes.shape[1])
-            for part, out in zip(x.split(_CLIPS_AT_ONCE), y.split(_CLIPS_AT_ONCE), strict=True):
-                torch.matmul(part.float() - mean, axes, out=out)
+        for name, x in clips.features.items():
+            reduced[name] = y = torch.empty(*x.shape[:-1], self.axes[name].shape[1])
+            for rows in torch.arange(len(y)).split(_CLIPS_AT_ONCE):
+                self.apply(name, clips.read(name, rows), out=y[rows[0] : rows[-1] + 1])
         return reduced
 
-    def cells(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Map to [N, T, P, width], P the number of cells of a grid, 1 for a vector."""
-        return {
-            name: rearrange(x, "n t ... c -> n t (...) c")
-            for name, x in self.transform(features).items()
-        }
+    def apply(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Map vectors [..., C] of a modality, any float dtype, to float32 [..., width]."""
+        mean, axes = self.mean[name].to(x.device), self.axes[name].to(x.device)
+        return torch.matmul(x.float() - mean, axes, out=out)
 
     def denoise(self, name: str, x: Tensor) -> Tensor:
         """Centre float32 vectors [..., C] and project them onto the kept components and back."""
@@ -120,14 +147,38 @@ def _principal_axes(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return lengths[:width].square() / len(x), vectors[:, :width]
 
 
-def _sample(features: Tensor, rows: Tensor, samples: int) -> Tensor:
-    """Draw at most `samples` vectors of the clips `rows`, float32 [n, C]."""
-    vectors = rearrange(features, "... c -> (...) c")  # [N * per_clip, C]
-    per_clip = len(vectors) // len(features)
-    total = len(rows) * per_clip
+def _sample(clips: Clips, name: str, samples: int) -> Tensor:
+    """Draw at most `samples` valid vectors of splits 0 and 1, float32 [n, C]."""
+    rows, shape = clips.rows(PRETRAIN, TRAIN), clips.features[name].shape
+    P = math.prod(shape[2:-1])  # cells of a segment
+    clip, segment = clips.valid(name)[rows].nonzero(as_tuple=True)
+    total = len(clip) * P
     generator = torch.Generator().manual_seed(0)
     if total <= samples:
         chosen = torch.arange(total)
     else:
         chosen = torch.randint(total, (samples,), generator=generator)
-    return vectors[rows[chosen // per_clip] * per_clip + chosen % per_clip].float()
+    clip, segment, cell = clip[chosen // P], segment[chosen // P], chosen % P
+    needed, clip = clip.unique(return_inverse=True)
+    vectors = torch.empty(len(chosen), shape[-1])
+    for part in torch.arange(len(needed)).split(_CLIPS_AT_ONCE):
+        x = rearrange(clips.read(name, rows[needed[part]]), "n t ... c -> n t (...) c")
+        here = ((clip >= part[0]) & (clip <= part[-1])).nonzero().squeeze(1)
+        vectors[here] = x[clip[here] - part[0], segment[here], cell[here]].float()
+    return vectors
+
+
+def _state_of_files(folder: Path, name: str) -> dict[str, object]:
+    """Size and time of the files that the map of a modality depends on."""
+    files = (folder / f"{x}.npy" for x in (name, f"mask_{name}", "split"))
+    stats = {x.name: x.stat() for x in files if x.exists()}
+    return {"version": _VERSION} | {x: [s.st_size, s.st_mtime_ns] for x, s in stats.items()}
+
+
+def _stored(folder: Path, state: Mapping[str, object]) -> Standardizer | None:
+    """The map in a folder; None if there is none, or one of other files."""
+    try:
+        tensors, found = load_model(folder)
+    except DataError:
+        return None
+    return Standardizer.from_tensors(tensors) if found == state else None

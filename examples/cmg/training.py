@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +16,10 @@ from tqdm import tqdm
 
 from mmvq.distributed import average_, rank, world_size
 
+from .batches import Batch, Batches, Order, loader
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .errors import DataError
 from .model import UniCode
-from .ranks import local_part
 
 CHECKPOINT = "checkpoint.safetensors"
 _WARMUP = 20  # steps
@@ -31,6 +33,8 @@ class Recipe:
     Attributes:
         epochs: Number of passes over the clips of split 0.
         batch_size: Clips in a batch; all clips if there are fewer.
+        accumulate: Batches whose gradients and codebook statistics make one step. Negatives of
+            contrasts, and the statistics of batch normalisation, are of one batch.
         segments: Fraction of the segments of a clip, drawn at random, that a step uses. Fewer make
             steps shorter, and clips harder to recognise by rote.
         most_segments: Number of segments that a step uses at most; None: no limit.
@@ -54,6 +58,7 @@ class Recipe:
 
     epochs: int = 84
     batch_size: int = 64
+    accumulate: int = 1
     segments: float = 0.5
     most_segments: int | None = 10
     learning_rate: float = 1e-3
@@ -74,8 +79,38 @@ class Recipe:
     def lasting(self, clips: int) -> Recipe:
         """The same settings; 840 steps for up to 700 clips, and 840 sqrt(clips / 700) for more."""
         steps = 840 * max(1.0, clips / 700) ** 0.5
-        epoch = max(1, clips // self.batch_size)  # in steps
+        epoch = max(1, clips // (self.batch_size * self.accumulate))  # in steps
         return replace(self, epochs=math.ceil(steps / epoch))
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model is trained; up to floating-point error, the result is the same.
+
+    Attributes:
+        precision: "fp32", "bf16" (autocast of encoders, decoders and losses; weights, codebook and
+            search stay in float32), or "auto": bf16 on a GPU that has it, otherwise fp32.
+        compile: Whether to compile encoders and decoders with `torch.compile`.
+        workers: Processes that read batches ahead; None: 0 if features are in memory, otherwise
+            2, or as many as there are other CPU cores if they are fewer.
+    """
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    workers: int | None = None
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """The context of forward passes."""
+        bf16 = self.precision == "bf16"
+        if self.precision == "auto" and device.type == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+    def readers(self, batches: Batches) -> int:
+        """Number of worker processes for a data set."""
+        if self.workers is not None:
+            return self.workers
+        return min(2, max(1, (os.cpu_count() or 1) - 1)) if batches.streamed else 0
 
 
 class Trainer:
@@ -85,12 +120,13 @@ class Trainer:
 
     Args:
         model: Model to train, on its device.
-        features: Name -> standardised features [N, T, P, C] of all clips.
+        batches: The data set.
         rows: int64, indices of the clips to train on.
         held_out: int64, indices of other clips, to choose the size of the codebook on.
         recipe: Settings of training.
         folder: Folder of the checkpoint, and of the TensorBoard log if TensorBoard is installed.
         identity: Numbers and strings that must be the same if the run is resumed.
+        execution: Precision, compilation and reading.
 
     Raises:
         DataError: There are fewer than two clips, or a batch cannot be divided by the ranks.
@@ -101,14 +137,16 @@ class Trainer:
     def __init__(
         self,
         model: UniCode,
-        features: Mapping[str, Tensor],
+        batches: Batches,
         rows: Tensor,
         held_out: Tensor,
         recipe: Recipe,
         folder: Path,
         identity: Mapping[str, Any],
+        execution: Execution = Execution(),
     ) -> None:
-        self.model, self.features, self.recipe = model, features, recipe
+        self.model, self.batches, self.recipe = model, batches, recipe
+        self.execution = execution
         self.rows, self.held_out = rows, held_out
         self.folder = folder
         self.identity = {**identity, **{f"recipe.{k}": x for k, x in asdict(recipe).items()}}
@@ -120,7 +158,20 @@ class Trainer:
                 f"a batch of {self.batch_size} clips cannot be divided by {world_size()} ranks. "
                 "Hint: start a number of ranks that divides it."
             )
-        self.steps = len(rows) // self.batch_size  # in an epoch; an incomplete batch is dropped
+        self.device = next(model.parameters()).device
+        self.order = Order(rows, self.batch_size, recipe.accumulate)
+        self.steps = self.order.steps  # in an epoch
+        if not self.steps:
+            step = self.batch_size * recipe.accumulate
+            raise DataError(
+                f"a step of {recipe.accumulate} batches of {self.batch_size} clips takes {step} "
+                f"clips of split 0; got {len(rows)}. Hint: a smaller --accumulate."
+            )
+        self.loader = loader(batches, self.order, execution.readers(batches), self.device)
+        if execution.compile:
+            for part in (model.semantic, model.specific, model.decoder):
+                for network in part.values():
+                    network.compile()
         club = list(model.club.parameters())
         self.others = [p for part, p in model.named_parameters() if not part.startswith("club.")]
         self.optimizer = torch.optim.AdamW(
@@ -140,7 +191,7 @@ class Trainer:
         if resume:
             self._load(self.folder / CHECKPOINT)
         log = None if rank() else _tensorboard(self.folder, self.epoch)
-        clips = self.steps * self.batch_size
+        clips = len(self.order) * self.batch_size
         silent = {"disable": True} if self.quiet or rank() else {}  # otherwise by TQDM_DISABLE
         with tqdm(
             desc="pre-training",
@@ -163,19 +214,20 @@ class Trainer:
 
     def _train_epoch(self, bar: tqdm[Any]) -> dict[str, float]:
         self.model.train()
-        device = next(self.model.parameters()).device
-        order = self.rows[torch.randperm(len(self.rows))]
-        batches = order[: self.steps * self.batch_size].split(self.batch_size)
-        weights = self._weights()
+        self.order.shuffle()
+        weights, group = self._weights(), self.recipe.accumulate
         if "commitment" in weights and not self.model.quantizer.ema_codebook.ready:
-            self.model.start_codebook(self._some(self.rows), self._some(self.held_out))
+            rows, held_out = self._some(self.rows), self._some(self.held_out)
+            self.model.start_codebook(self.batches, rows, held_out)
+        self.model.quantizer.update = "auto" if group == 1 else "manual"
         self.model.quantizer.usage(reset=True)
         total: dict[str, Tensor] = {}
-        for batch in batches:
-            mine = local_part(batch)
-            terms = self._step({m: x[mine].to(device) for m, x in self.features.items()}, weights)
+        for n, batch in enumerate(self.loader):
+            terms = self._backward(batch, weights)
             for name, term in terms.items():
-                total[name] = total.get(name, 0) + term.detach() / len(batches)
+                total[name] = total.get(name, 0) + term.detach() / len(self.order)
+            if (n + 1) % group == 0:
+                self._step(weights)
             bar.update(self.batch_size)
         average_(total.values())
         record = {name: float(value) for name, value in total.items()}
@@ -185,34 +237,40 @@ class Trainer:
         record["codes shared"] = float(usage.shared.sum())
         return record
 
-    def _some(self, rows: Tensor, most: int = 20_000) -> dict[str, Tensor]:
-        """Features of clips spread evenly over `rows`, of at most `most` segments."""
-        T = next(iter(self.features.values())).shape[1]
-        count = min(len(rows), max(2, most // T))
-        rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
-        return {name: x[rows] for name, x in self.features.items()}
+    def _some(self, rows: Tensor, most: int = 20_000) -> Tensor:
+        """Clips spread evenly over `rows`, of at most `most` segments."""
+        count = min(len(rows), max(2, most // self.batches.segments))
+        return rows[torch.linspace(0, len(rows) - 1, count).long()]
 
-    def _step(self, x: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """Update the networks of CLUB, then the other parameters, on some of the segments."""
-        T = next(iter(x.values())).shape[1]
+    def _backward(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Update the networks of CLUB; compute the terms and their gradients on some segments."""
+        T = self.batches.segments
         S = min(math.ceil(T * self.recipe.segments), self.recipe.most_segments or T)
         chosen = torch.randperm(T)[:S].sort().values
-        x = {name: v[:, chosen.to(v.device)] for name, v in x.items()}
-        features = self.model.encode(x)
+        batch = self.batches.ready(batch, self.device, chosen)
+        with self.execution.autocast(self.device):
+            features = self.model.encode(batch)
         if self.club_optimizer is not None:
             for _ in range(self.recipe.club_steps):
                 self.club_optimizer.zero_grad()
-                self.model.club_fit(features).backward()
+                self.model.club_fit(features, batch.masks).backward()
                 average_([p.grad for p in self.model.club.parameters()])
                 self.club_optimizer.step()
-        terms = self.model.losses(x, features, quantize="commitment" in weights)
-        self.optimizer.zero_grad()
-        torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()
+        with self.execution.autocast(self.device):
+            terms = self.model.losses(batch, features, quantize="commitment" in weights)
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        (loss / self.recipe.accumulate).backward()
+        return terms
+
+    def _step(self, weights: Mapping[str, float]) -> None:
+        """Update the other parameters, and the codebook if that waits for several batches."""
         average_([p.grad for p in self.others if p.grad is not None])
         nn.utils.clip_grad_norm_(self.others, self.recipe.clip_norm)
         self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.recipe.accumulate > 1 and "commitment" in weights:
+            self.model.quantizer.update_codebook()
         self.schedule.step()
-        return terms
 
     def _weights(self) -> dict[str, float]:
         """The weight of every term in this epoch; without the codebook, its terms are absent."""

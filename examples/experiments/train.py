@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmg.batches import Batches
 from cmg.checkpoint import save_model
 from cmg.data import PRETRAIN, TEST, TRAIN
 from cmg.digits import VERSION
 from cmg.errors import DataError
-from cmg.evaluation import evaluate
+from cmg.evaluation import Codes, evaluate
 from cmg.files import write_atomic
 from cmg.model import Config
 from cmg.report import code_counts, codebook_summary
@@ -80,8 +81,8 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
     torch.set_num_threads(1)
     clips = data.load(experiment)
     standardizer = Standardizer.fit(clips)
-    features = standardizer.cells(clips.features)
-    config = Config.of(features, **experiment.settings())
+    batches = Batches(clips, standardizer)
+    config = Config.of(batches, **experiment.settings())
     repeats = 1 if experiment.clips is None else CLIPS / experiment.clips
     recipe = Recipe(epochs=round(experiment.epochs * repeats), segments=1.0, cpc=1.0, club=CLUB)
     for seed in seeds:
@@ -89,18 +90,18 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
         torch.manual_seed(seed)
         model = build(config, experiment.alignment)
         trainer = SystemTrainer(
-            model, features, clips.rows(PRETRAIN), clips.rows(TRAIN), recipe, runs / name, {}
+            model, batches, clips.rows(PRETRAIN), clips.rows(TRAIN), recipe, runs / name, {}
         )
         trainer.fit()
         (runs / name / CHECKPOINT).unlink()  # no longer needed
 
-        codes, indices = model.quantize(features)
-        size = model.quantizer.codebook_size
+        indices, codebook = model.quantize(batches), model.quantizer.codebook
+        codes = {m: Codes(i, codebook) for m, i in indices.items()}
         held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
         result = {
             "identity": identity(experiment, seed),
-            **evaluate(codes, indices, clips, size),
-            "codebook": codebook_summary(held_out, size),
+            **evaluate(codes, indices, clips, len(codebook)),
+            "codebook": codebook_summary(held_out, len(codebook)),
             "codes": _code_map(model.quantizer.codebook, held_out),
             "seconds": time.monotonic() - began,
         }

@@ -121,7 +121,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(
     ("arguments", "message"),
     [
         (["--data", "nowhere.npz"], "no such file"),
-        (["--data", "."], "a folder, not an npz file"),
+        (["--data", "."], "has no .npy files, so it is not a data set"),
         (["--data", "ave"], "ave:: ROOT in ave:ROOT must be a folder with visual_feature.h5 audio"),
         (["--modalities", "audio"], "two modalities or more; got audio"),
         (["--modalities", "audio", "smell"], "no modality 'smell'"),

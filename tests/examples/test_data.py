@@ -102,7 +102,7 @@ BAD: dict[str, tuple[Callable[[Arrays], object], str]] = {
     "T": (change("text", lambda x: x[:, 1:]), f"text: must have T = {T} segments"),
     "split rank": (change("split", lambda x: x[:, None]), "split: must be int [N]"),
     "split floats": (change("split", lambda x: x.astype(float)), "split: must be int [N]"),
-    "split number": (put("split", -1, 3), "split: must hold only 0, 1 and 2; got 3"),
+    "split number": (put("split", -1, 4), "split: must hold only 0, 1, 2 and 3; got 4"),
     "no split 0": (change("split", lambda x: x.clip(1)), "split: must have clips of split 0"),
     "no split 1": (put("split", slice(60, 100), 0), "split: must have clips of split 1"),
     "no split 2": (change("split", lambda x: x.clip(0, 1)), "split: must have clips of split 2"),

@@ -23,7 +23,9 @@ import torch.multiprocessing as mp
 from examples.conftest import before_call
 from support import once, run_python, start_method
 
+from cmg.batches import Batches
 from cmg.checkpoint import load_checkpoint
+from cmg.data import Clips
 from cmg.errors import DataError
 from cmg.model import Config, UniCode
 from cmg.training import CHECKPOINT, History, Recipe, Trainer
@@ -45,7 +47,7 @@ def trainer(folder: Path) -> Trainer:
     }
     model = UniCode(CONFIG).double()
     rows, held_out = torch.arange(N + HELD_OUT).split([N, HELD_OUT])
-    return Trainer(model, features, rows, held_out, RECIPE, folder, {})
+    return Trainer(model, Batches(Clips.of(features)), rows, held_out, RECIPE, folder, {})
 
 
 def work(rank: int, folder: Path) -> None:

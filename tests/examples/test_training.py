@@ -15,9 +15,11 @@ from examples.conftest import before_call, interrupt
 from support import same, state
 from tqdm import tqdm
 
+from cmg.batches import Batch, Batches
 from cmg.checkpoint import save_checkpoint
+from cmg.data import Clips
 from cmg.errors import DataError
-from cmg.model import PARTS, Config, UniCode
+from cmg.model import PARTS, Config, Features, UniCode
 from cmg.training import CHECKPOINT, Recipe, Trainer
 
 CONFIG = Config(
@@ -29,6 +31,7 @@ FEATURES = {
     name: torch.randn(N, 6, *shape, generator=torch.Generator().manual_seed(P))
     for P, (name, shape) in enumerate(CONFIG.shapes.items())
 }
+BATCHES = Batches(Clips.of(FEATURES))
 
 
 def trainer(folder: Path, seed: int = 0, config: Config = CONFIG, **recipe: Any) -> Trainer:
@@ -36,7 +39,7 @@ def trainer(folder: Path, seed: int = 0, config: Config = CONFIG, **recipe: Any)
     identity = {"seed": seed, **config.json()}
     rows, held_out = torch.arange(N).split([N - 3, 3])
     settings = replace(RECIPE, **recipe)
-    return Trainer(UniCode(config), FEATURES, rows, held_out, settings, folder, identity)
+    return Trainer(UniCode(config), BATCHES, rows, held_out, settings, folder, identity)
 
 
 def fitted(folder: Path, seed: int = 0, config: Config = CONFIG) -> Trainer:
@@ -140,12 +143,19 @@ def test_few_clips_are_seen_more_often(clips: int, epochs: int) -> None:
 
 
 @pytest.mark.parametrize(("most", "seen"), [(None, 6), (4, 4), (10, 6)])
-def test_a_step_sees_at_most_so_many_segments(tmp_path: Path, most: int | None, seen: int) -> None:
+def test_a_step_sees_at_most_so_many_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int | None, seen: int
+) -> None:
     t = trainer(tmp_path, segments=1.0, most_segments=most)
     lengths: list[int] = []
     encode = t.model.encode
-    t.model.encode = lambda x: lengths.append(x["audio"].shape[1]) or encode(x)  # type: ignore[func-returns-value, method-assign]
-    t._step({name: x[:8] for name, x in FEATURES.items()}, t._weights())
+
+    def watched(batch: Batch) -> Features:
+        lengths.append(batch.features["audio"].shape[1])
+        return encode(batch)
+
+    monkeypatch.setattr(t.model, "encode", watched)
+    t._backward(BATCHES[torch.arange(8)], t._weights())
     assert lengths == [seen]
 
 
@@ -155,10 +165,11 @@ def test_a_step_sees_some_segments_the_same_of_all_modalities(
     t = trainer(tmp_path, segments=0.5)
     seen: list[dict[str, torch.Tensor]] = []
     encode = t.model.encode
-    monkeypatch.setattr(t.model, "encode", lambda x: seen.append(x) or encode(x))
+    monkeypatch.setattr(t.model, "encode", lambda x: seen.append(x.features) or encode(x))
     times = torch.arange(6.0).view(1, 6, 1, 1)
     for _ in range(5):
-        t._step({m: times.expand(8, 6, *shape) for m, shape in CONFIG.shapes.items()}, t._weights())
+        x = {m: times.expand(8, 6, *shape) for m, shape in CONFIG.shapes.items()}
+        t._backward(Batch(x), t._weights())
     drawn = {tuple(x["audio"][0, :, 0, 0].tolist()) for x in seen}
     assert len(drawn) > 1
     for x in seen:
@@ -177,7 +188,7 @@ def test_clips_must_be_long_enough_to_predict() -> None:
 
 def test_one_clip_is_no_batch(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="two clips of split 0 or more; got 1"):
-        Trainer(UniCode(CONFIG), FEATURES, torch.arange(1), torch.arange(1), RECIPE, tmp_path, {})
+        Trainer(UniCode(CONFIG), BATCHES, torch.arange(1), torch.arange(1), RECIPE, tmp_path, {})
 
 
 @pytest.mark.parametrize(("quiet", "said"), [(False, None), (True, True)])
@@ -216,7 +227,7 @@ def test_parts_can_be_left_out(tmp_path: Path, without: tuple[str, ...]) -> None
 
 def test_clubs_own_step_reaches_only_club() -> None:
     model = UniCode(CONFIG)
-    model.club_fit(model.encode(FEATURES)).backward()
+    model.club_fit(model.encode(Batch(FEATURES)), None).backward()
     reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert reached == {"club"}
 

@@ -12,6 +12,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from cmg.batches import Batch
 from cmg.model import Config, Features, UniCode
 
 TEMPERATURE = 0.1
@@ -53,12 +54,11 @@ class System(UniCode):
         super().__init__(config)
         self.alignment = align(self)
 
-    def losses(
-        self, x: Mapping[str, Tensor], features: Features, *, quantize: bool
-    ) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, features: Features, *, quantize: bool) -> dict[str, Tensor]:
         """Compute the terms of Uni-Code, and "alignment"."""
-        terms = super().losses(x, features, quantize=quantize)
-        return terms | {"alignment": self.alignment(self, x, features, quantize=quantize)}
+        terms = super().losses(batch, features, quantize=quantize)
+        aligned = self.alignment(self, batch.features, features, quantize=quantize)
+        return terms | {"alignment": aligned}
 
 
 def clip_vectors(z: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def retrieve(run: TrainedRun, gallery: str = "audio") -> Scores:
             f"clips of {' '.join(run.clips.features)} and a run of {' '.join(run.config.shapes)}."
         )
     only = run.clips.only([gallery])
-    items = Standardizer.fit(only).transform(only.features)[gallery]
+    items = Standardizer.fit(only).transform(only)[gallery]
     items = rearrange(items, "n t ... -> n t (...)")
     train, test = run.clips.rows(TRAIN), run.clips.rows(TEST)
     scores: dict[tuple[str, str], dict[str, float]] = {}

@@ -127,7 +127,7 @@ def scenes(run: TrainedRun, path: str | Path | None = None) -> tuple[Frames, Fra
     clips = load_clips(path, [*names, "video"])
     codes, _ = run.quantize({name: clips.features[name] for name in names})
     video = clips.only(["video"])
-    cells = Standardizer.fit(video).transform(video.features)["video"]
+    cells = Standardizer.fit(video).transform(video)["video"]
     with np.load(path, allow_pickle=False) as file:
         drawn, pictures = (torch.from_numpy(file[key]) for key in ("masks", "frames"))
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cmg.batches import Batch, Batches
+from cmg.data import Clips
 from cmg.model import Config, UniCode
 from cmg.training import Recipe
 from experiments.matrix import ALL, AV, Experiment
@@ -43,7 +45,7 @@ def system(name: str) -> System:
 @each_system
 def test_an_alignment_is_finite_and_moves_every_encoder(name: str, quantize: bool) -> None:
     model, x = system(name), batch()
-    terms = model.losses(x, model.encode(x), quantize=quantize)
+    terms = model.losses(Batch(x), model.encode(Batch(x)), quantize=quantize)
     assert all(math.isfinite(term.item()) for term in terms.values())
     terms["alignment"].backward()
     for encoder in model.semantic.values():
@@ -55,8 +57,8 @@ def test_an_alignment_is_finite_and_moves_every_encoder(name: str, quantize: boo
 @each_system
 def test_an_alignment_only_looks_at_the_codebook(name: str) -> None:
     model, x = system(name), batch()
-    features = model.encode(x)
-    UniCode.losses(model, x, features, quantize=True)
+    features = model.encode(Batch(x))
+    UniCode.losses(model, Batch(x), features, quantize=True)
     before = {k: v.clone() for k, v in model.quantizer.state_dict().items()}
     model.alignment(model, x, features, quantize=True)
     for key, value in model.quantizer.state_dict().items():
@@ -71,12 +73,12 @@ def test_every_experiment_builds_and_its_terms_have_weights(
     sizes = {"dim": 16, "width": 8, "codebook_size": 8}
     config = Config(dict.fromkeys(x, (1, 6)), T, **{**experiment.settings(), **sizes})
     model = build(config, experiment.alignment)
-    terms = model.losses(x, model.encode(x), quantize=True)
+    terms = model.losses(Batch(x), model.encode(Batch(x)), quantize=True)
     objectives = {"club", "cpc", "matching"} - set(experiment.config.get("without", ()))
     objectives |= {"alignment"} if experiment.alignment else set()
     assert set(terms) == {"reconstruction", "commitment"} | objectives
     rows = torch.arange(B)
-    trainer = SystemTrainer(model, x, rows, rows, Recipe(spread=0), tmp_path, {})
+    trainer = SystemTrainer(model, Batches(Clips.of(x)), rows, rows, Recipe(spread=0), tmp_path, {})
     assert set(terms) <= set(trainer._weights())
 
 
@@ -104,7 +106,7 @@ def test_mst_shares_all_but_input_and_normalisation() -> None:
         assert audio.get_submodule(name) is not video.get_submodule(name)
     apart = build(model.config, None)
     apart.load_state_dict({k: v for k, v in model.state_dict().items() if "alignment" not in k})
-    x = batch()
+    x = Batch(batch())
     for one, other in zip(
         model.eval().encode(x).semantic.values(),
         apart.eval().encode(x).semantic.values(),
@@ -120,10 +122,10 @@ def test_codis_teachers_follow_slowly_and_only_in_training() -> None:
     with torch.no_grad():
         student += 1
     before = teacher.clone()
-    model.losses(x, model.encode(x), quantize=False)
+    model.losses(Batch(x), model.encode(Batch(x)), quantize=False)
     torch.testing.assert_close(teacher, MOMENTUM * before + (1 - MOMENTUM) * student.detach())
     after = teacher.clone()
-    model.eval().losses(x, model.encode(x), quantize=False)
+    model.eval().losses(Batch(x), model.encode(Batch(x)), quantize=False)
     torch.testing.assert_close(teacher, after, rtol=0, atol=0)
 
 

@@ -1,0 +1,159 @@
+"""Clips as the model takes them: standardised, a batch at a time, from memory or from disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .data import Clips
+from .ranks import local_part
+from .standardize import Standardizer
+
+IN_MEMORY = 1.0  # GiB of standardised features
+
+
+class Batch(NamedTuple):
+    """B clips.
+
+    Attributes:
+        features: Name -> [B, T, P, C], P cells of a segment.
+        masks: Name -> bool [B, T], True = valid; None if everything in the data set is valid.
+    """
+
+    features: dict[str, Tensor]
+    masks: dict[str, Tensor] | None = None
+
+
+class Batches(Dataset[Batch]):
+    """Gives standardised batches of clips.
+
+    Standardised features are computed once and kept in memory if they are small enough. Otherwise
+    each batch is read from the data set, and standardised on the device of the model.
+
+    Args:
+        clips: The clips.
+        standardizer: Their standardizer; None: the features of the clips are standardised.
+        in_memory: Maximum size of standardised features to keep in memory, in GiB.
+    """
+
+    def __init__(
+        self,
+        clips: Clips,
+        standardizer: Standardizer | None = None,
+        in_memory: float = IN_MEMORY,
+    ) -> None:
+        width = {
+            name: x.shape[-1] if standardizer is None else standardizer.axes[name].shape[1]
+            for name, x in clips.features.items()
+        }
+        cells = {name: math.prod(x.shape[2:-1]) for name, x in clips.features.items()}
+        self.shapes = {name: (cells[name], width[name]) for name in width}
+        self.segments, self.streamed = clips.segments, False
+        if standardizer is not None:
+            size = 4 * len(clips.split) * clips.segments * sum(map(math.prod, self.shapes.values()))
+            self.streamed = size > in_memory * 2**30
+            if not self.streamed:
+                clips = clips.with_features(standardizer.transform(clips))
+        self.clips = clips
+        self.standardizer = standardizer if self.streamed else None
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        """Read the clips with these indices: raw if they are streamed, see `ready`."""
+        clips = self.clips
+        features = {
+            name: rearrange(clips.read(name, rows), "b t ... c -> b t (...) c")
+            for name in clips.features
+        }
+        masks = {name: clips.valid(name, rows) for name in features} if clips.masks else None
+        return Batch(features, masks)
+
+    def __getitems__(self, rows: list[int]) -> Batch:
+        """As `__getitem__`, for a `DataLoader`."""
+        return self[torch.tensor(rows)]
+
+    def ready(self, batch: Batch, device: torch.device, segments: Tensor | None = None) -> Batch:
+        """Move a batch to the device, and standardise it if that has not been done.
+
+        Args:
+            batch: A batch of this data set.
+            device: Device of the model.
+            segments: int64, indices of the segments to keep; None: all.
+        """
+
+        def moved(x: Tensor) -> Tensor:
+            x = x.to(device, non_blocking=True)
+            return x if segments is None else x[:, segments.to(device)]
+
+        features = {name: moved(x) for name, x in batch.features.items()}
+        masks = None if batch.masks is None else {m: moved(x) for m, x in batch.masks.items()}
+        if self.standardizer is not None:
+            for name, x in features.items():
+                y = self.standardizer.apply(name, x)
+                if masks is not None:
+                    y = torch.where(masks[name][..., None, None], y, 0)
+                features[name] = y
+        return Batch(features, masks)
+
+    def __call__(self, rows: Tensor, device: torch.device, size: int = 100) -> Iterator[Batch]:
+        """Batches of `size` of the clips with these indices, in order, on the device."""
+        for part in rows.split(size):
+            yield self.ready(self[part], device)
+
+
+class Order(Sampler[list[int]]):
+    """The batches of an epoch in random order: this rank's equal part of each.
+
+    The order is drawn with torch's global generator, whose state is the same on all ranks and part
+    of the checkpoints.
+
+    Args:
+        rows: int64, indices of the clips.
+        batch_size: Clips in a batch, of all ranks together.
+        group: Batches in a step. Clips that do not fill a step are left out.
+    """
+
+    def __init__(self, rows: Tensor, batch_size: int, group: int = 1) -> None:
+        self.rows, self.order, self.batch_size = rows, rows, batch_size
+        self.steps, self.group = len(rows) // (batch_size * group), group
+
+    def __len__(self) -> int:
+        return self.steps * self.group
+
+    def shuffle(self) -> None:
+        """Draw the order of the next epoch."""
+        self.order = self.rows[torch.randperm(len(self.rows))]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        used = self.order[: len(self) * self.batch_size]
+        for batch in used.split(self.batch_size):
+            yield local_part(batch).tolist()
+
+
+def loader(batches: Batches, order: Order, workers: int, device: torch.device) -> DataLoader[Batch]:
+    """A DataLoader that draws nothing from torch's global generator.
+
+    Args:
+        batches: The data set.
+        order: Its batches.
+        workers: Number of processes that read ahead; 0: batches are read by this process.
+        device: Device of the model; for a GPU, batches are read into pinned memory.
+    """
+    return DataLoader(
+        batches,
+        batch_sampler=order,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
