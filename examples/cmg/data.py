@@ -2,7 +2,7 @@
 
     <modality>              float [N, T, ..., C]  e.g. audio [N, 10, 128], video [N, 10, 7, 7, 512]
     labels                  int   [N]             event class of the clip
-    <modality>              float [N, T, ..., C]  e.g. audio [N, 10, 128], video [N, 10, 7, 7, 512]
+    split                   int   [N]             0 pre-train, 1 downstream train, 2 test,
                                                   3 validation (optional)
     seg_labels_<modality>   int   [N, T]          class per segment, -1 = background (optional)
     mask_<modality>         bool  [N, T]          True = valid; all False where a clip does not have
