@@ -7,11 +7,13 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cmg_pretrain
+import h5py
 import numpy as np
 import pytest
 import released_files as released
@@ -19,10 +21,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import peak_growth
 
 from cmg.data import PRETRAIN, TEST, TRAIN
 from cmg.errors import DataError
-from cmg.released import SETS, arrays, load_released, sets
+from cmg.released import SETS, arrays, avs, load_released, sets
 from cmg.released.avs import AVSBenchS4
 from cmg.released.text import with_text
 
@@ -137,6 +140,29 @@ def test_avsbench_s4(tmp_path: Path, split: str, masks: int) -> None:
     assert clip.audio.shape == (5, 128)
     assert torch.equal(clip.audio[4], clip.audio[2])
     assert clip.prompt == "a dog"
+
+
+def test_images_that_are_not_small_png_of_one_size_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path in paths:
+        Image.new("RGB", (8, 6)).save(path)
+    assert avs._images(paths, "1").shape == (2, 6, 8)
+    Image.new("RGB", (8, 7)).save(paths[1])
+    with pytest.raises(DataError, match=r"1\.png: must be \[6, 8\] as the first; got \[7, 8\]"):
+        avs._images(paths, "1")
+    content = paths[0].read_bytes()
+    for i in range(0, len(content) // 2, 3):
+        paths[0].write_bytes(content[:i])
+        with pytest.raises(DataError, match=r"0\.png: missing, or not a png image"):
+            avs._images(paths, "RGB")
+    Image.new("RGB", (8, 7)).save(paths[0], format="BMP")
+    with pytest.raises(DataError, match=r"0\.png: missing, or not a png image"):
+        avs._images(paths, "RGB")
+    monkeypatch.setattr(avs, "_PIXELS", 55)
+    with pytest.raises(DataError, match=r"1\.png: must have at most 55 pixels; got \(8, 7\)"):
+        avs._images(paths[1:], "RGB")
 
 
 @pytest.fixture
@@ -275,6 +301,82 @@ def test_arrays_of_every_protocol_are_read(protocol: int, dtype: str) -> None:
     assert np.array_equal(back, array)
 
 
+PYTHON2 = {
+    0: b"cnumpy.core.multiarray\n_reconstruct\np0\n(cnumpy\nndarray\np1\n(I0\ntp2\nS'b'\np3\ntp4\n"
+    b"Rp5\n(I1\n(L3L\ntp6\ncnumpy\ndtype\np7\n(S'f4'\np8\nI0\nI1\ntp9\nRp10\n(I3\nS'<'\np11\nNNNI-1"
+    b"\nI-1\nI0\ntp12\nbI00\nS'\\x00\\x00\\x80\\xbf\\x00\\x00\\x00\\x00\\x00\\x00\\x80?'\np13\ntp14\nb.",
+    2: b"\x80\x02cnumpy.core.multiarray\n"
+    b"_reconstruct\nq\x00cnumpy\nndarray\nq\x01K\x00\x85q\x02U\x01bq"
+    b"\x03\x87q\x04Rq\x05(K\x01K\x03\x85q\x06cnumpy\ndtype\nq\x07U\x02f4q\x08K\x00K\x01\x87q\tRq\n(K"
+    b"\x03U\x01<q\x0bNNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tq\x0cb\x89U\x0c\x00\x00\x80\xbf\x00\x00"
+    b"\x00\x00\x00\x00\x80?q\rtq\x0eb.",
+}
+
+
+@pytest.mark.parametrize("protocol", PYTHON2)
+def test_arrays_of_python_2_are_read(protocol: int) -> None:
+    back = arrays.unpickle_array(io.BytesIO(PYTHON2[protocol]))
+    assert back.dtype == np.float32
+    assert back.tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_other_orders_are_read() -> None:
+    array = np.asfortranarray(np.arange(12.0).reshape(3, 4)).astype(">f8")
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        back = arrays.unpickle_array(io.BytesIO(pickle.dumps(array, protocol=protocol)))
+        assert back.dtype == np.float64
+        assert np.array_equal(back, array)
+
+
+GOOD = pickle.dumps(np.ones(3, np.float32), protocol=2)
+SPOILT = {
+    "an order that is two dtypes": (GOOD.replace(b"X\1\0\0\0<", b"X\3\0\0\0i4,"), "no numbers"),
+    "a shape of another size": (GOOD.replace(b"K\3\x85", b"K\4\x85"), "does not fit its 12 bytes"),
+    "a shape below 0": (GOOD.replace(b"K\3\x85", b"J\xff\xff\xff\xff\x85"), "is not one"),
+    "a huge shape": (GOOD.replace(b"K\3\x85", b"J\xff\xff\xff\x7f\x85"), "does not fit"),
+    "state of a name": (b"c_codecs\nencode\n}b.", "no EMPTY_DICT"),
+    "a state of a name": (b"c_codecs\nencode\n)b.", "changes something else"),
+    "many small objects": (b"]" * 4_000_000 + b".", "no EMPTY_LIST"),
+    "many tuples": (b")" * 4_000_000 + b".", "at most 256 opcodes"),
+    "doubling": (b")" + b"\x94h\x00h\x00\x86" * 100 + b".", "at most 256 opcodes"),
+    "a name of another module": (b"cos\nsystem\n.", "asks for 'os.system'"),
+    "lines in a name": (b"\x8c\x03a\nb\x8c\x01c\x93.", r"asks for 'a\\nb\.c'"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), SPOILT.values(), ids=SPOILT)
+def test_a_pickle_that_numpy_did_not_write_is_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    assert content != GOOD
+    released.zip_of(tmp_path / "x.zip", content)
+    with pytest.raises(DataError, match=message) as error:
+        arrays.read_zip(tmp_path / "x.zip")
+    assert "\n" not in str(error.value)
+
+
+def test_a_small_zip_takes_no_memory(tmp_path: Path) -> None:
+    """64 MiB of opcodes in 64 kB; and a size in the list of the zip that the content has not."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x.pkl", b")" * 2**26)
+    call = f"try: arrays.read_zip(Path({str(path)!r}))\nexcept DataError as e: said.append(e)\n"
+    setup = (
+        "import sys; sys.path.insert(0, 'examples'); said = []; from pathlib import Path\n"
+        "from cmg.released import arrays; from cmg.errors import DataError"
+    )
+    assert peak_growth(setup, f"{call}assert '256 opcodes' in str(said)") < 220  # MiB: the bytes
+    path.write_bytes(
+        path.read_bytes().replace((2**26).to_bytes(4, "little"), b"\xff" * 3 + b"\x7f")
+    )
+    with pytest.raises(DataError, match="2147483647 bytes are too many"):
+        arrays.read_zip(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("x.pkl", GOOD)
+    with pytest.raises(DataError, match="must be stored or deflated"):
+        arrays.read_zip(path)
+
+
 @settings(max_examples=int(os.environ.get("MMVQ_FUZZ", 50)), deadline=None)
 @given(st.data())
 def test_damaged_pickles_raise_one_error(data: st.DataObject) -> None:
@@ -350,6 +452,78 @@ def test_hdf5_that_does_not_fit_is_named(tmp_path: Path) -> None:
     released.h5(tmp_path / "val_order.h5", "order", np.array([99]))
     with pytest.raises(DataError, match=r"labels\.h5: must be"):
         sets.ave(tmp_path)
+
+
+def linked(file: h5py.File, other: Path) -> None:
+    file["here"] = np.ones(3)
+    file["order"] = h5py.SoftLink("/here")
+
+
+def virtual(file: h5py.File, other: Path) -> None:
+    layout = h5py.VirtualLayout((3,), "f8")
+    layout[:] = h5py.VirtualSource(str(other), "order", (3,))
+    file.create_virtual_dataset("order", layout)
+
+
+ORDERS: dict[str, tuple[Callable[[h5py.File, Path], object], str]] = {
+    "a soft link": (linked, "no array 'order', but SoftLink"),
+    "a link to a file": (
+        lambda file, other: file.__setitem__("order", h5py.ExternalLink(str(other), "order")),
+        "no array 'order', but ExternalLink",
+    ),
+    "another file's array": (virtual, "must be in this file"),
+    "another file's bytes": (
+        lambda file, other: file.create_dataset("order", (10,), "i1", external=[(other, 0, 10)]),
+        "must be in this file",
+    ),
+    "nothing stored": (
+        lambda file, other: file.create_dataset("order", (10**6, 1350), "f4", chunks=(10, 1350)),
+        "takes 5400000000 bytes, but only 0 are stored",
+    ),
+    "a group": (lambda file, other: file.create_group("order"), "but Group"),
+    "text": (lambda file, other: file.create_dataset("order", data=[b"a"]), "must be of numbers"),
+    "a number": (lambda file, other: file.create_dataset("order", data=3), r"order\.h5: .*read"),
+    "below 0": (lambda file, other: file.create_dataset("order", data=[-1]), "numbers of clips"),
+    "NaN": (lambda file, other: file.create_dataset("order", data=[np.nan]), "numbers of clips"),
+    "no clip": (
+        lambda file, other: file.create_dataset("order", data=np.ones(0)),
+        "takes 8 bytes, but only 0 are stored|numbers of clips",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), ORDERS.values(), ids=ORDERS)
+def test_hdf5_that_reads_elsewhere_or_claims_more_is_refused(
+    tmp_path: Path, make: Callable[[h5py.File, Path], object], message: str
+) -> None:
+    released.ave(tmp_path)
+    with h5py.File(tmp_path / "val_order.h5", "w") as file:
+        make(file, tmp_path / "train_order.h5")
+    with pytest.raises(DataError, match=message) as error:
+        sets.ave(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_hdf5_with_deflated_zeros_is_read(tmp_path: Path) -> None:
+    """The most that deflate can save."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        chunks = {"chunks": (1, 10**6), "compression": "gzip", "compression_opts": 9}
+        file.create_dataset("x", data=np.zeros((3, 10**6)), **chunks)
+    assert (tmp_path / "x.h5").stat().st_size < 30_000
+    assert not arrays.read_h5(tmp_path / "x.h5", "x")[:].any()
+
+
+def test_damaged_parts_of_hdf5_are_named_when_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=np.arange(1000), compression="gzip", chunks=(1000,))
+        chunk = file["x"].id.get_chunk_info(0)
+    content = bytearray(path.read_bytes())
+    content[chunk.byte_offset : chunk.byte_offset + 20] = bytes(20)
+    path.write_bytes(content)
+    found = arrays.read_h5(path, "x")
+    with pytest.raises(DataError, match=r"x\.h5: \[3\] cannot be read"):
+        found[3]
 
 
 @pytest.mark.parametrize(("field", "value"), [(2, "x"), (3, "1,2"), (1, "Cat")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from .arrays import fit_length, read_zip
 from .sets import read_table
 
 FRAMES = 5
+_PIXELS = 2**24  # maximum of an image; the released frames have 224 x 224
 
 
 class AVSClip(NamedTuple):
@@ -75,24 +77,40 @@ class AVSBenchS4:
             self.root / "s4_data" / kind / self.split / category / name
             for kind in ("visual_frames", "gt_masks")
         ]
-        frames = [_image(folders[0] / f"{name}_{i}.png", "RGB") for i in range(1, FRAMES + 1)]
         count = 1 if self.split == "train" else FRAMES
-        masks = [_image(folders[1] / f"{name}_{i}.png", "1") for i in range(1, count + 1)]
+        frames, masks = (
+            _images([folder / f"{name}_{i + 1}.png" for i in range(n)], mode)
+            for folder, n, mode in zip(folders, (FRAMES, count), ("RGB", "1"), strict=True)
+        )
         path = self.root / "audio" / self.split / "zip" / category / f"{name}.zip"
         audio = fit_length(f"{path}: audio", read_zip(path), (FRAMES, 128))
         return AVSClip(
             name,
             category,
             self.prompts[category],
-            torch.stack(frames),
-            torch.stack(masks),
+            frames,
+            masks,
             torch.from_numpy(audio),
         )
 
 
+def _images(paths: Sequence[Path], mode: str) -> Tensor:
+    """The png files of one size, stacked."""
+    images = [_image(path, mode) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            first = list(images[0].shape)
+            raise DataError(f"{path}: must be {first} as the first; got {list(image.shape)}.")
+    return torch.stack(images)
+
+
 def _image(path: Path, mode: str) -> Tensor:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > _PIXELS:
+                raise DataError(f"{path}: must have at most {_PIXELS} pixels; got {image.size}.")
             return torch.from_numpy(np.array(image.convert(mode)))
-    except OSError as error:
-        raise DataError(f"{path}: missing, or not an image ({error}).") from error
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises many types for damaged bytes
+        raise DataError(f"{path}: missing, or not a png image ({error}).") from error

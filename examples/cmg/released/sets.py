@@ -95,8 +95,8 @@ def vggsound_avel(root: Path) -> ReleasedSet:
 
 def ave(root: Path) -> ReleasedSet:
     """AVE, in the order of its train, val and test lists."""
-    orders = {x: read_h5(root / f"{x}_order.h5", "order")[:].astype(int) for x in _SPLITS}
-    rows = [int(n) for order in orders.values() for n in order]
+    orders = {x: _order(root / f"{x}_order.h5") for x in _SPLITS}
+    rows = [n for order in orders.values() for n in order]
     split = torch.tensor([_SPLITS[x] for x, order in orders.items() for _ in order])
     return _ave_clips(root, root / "labels.h5", rows, split)
 
@@ -121,7 +121,7 @@ def ave_avvp(root: Path, ave_root: Path, avvp_root: Path) -> tuple[ReleasedSet, 
         avvp_root: Folder with the features of AVVP, feature/{audio,video}/zip.
     """
     categories = read_lines(root / "AVE_AVVP_Categories.txt")
-    rows = [int(n) for n in read_h5(root / "ave_avvp_order.h5", "order")[:]]
+    rows = _order(root / "ave_avvp_order.h5")
     split = torch.full((len(rows),), TRAIN)
     train = _ave_clips(ave_root, root / "ave_avvp_labels.h5", rows, split, categories)
     return train, _parsed(root, "AVE_AVVP_eval", categories, avvp_root / "feature")
@@ -257,6 +257,14 @@ def _split(path: Path, name: str) -> int:
     return _SPLITS[name]
 
 
+def _order(path: Path) -> list[int]:
+    """The numbers of clips in an order file."""
+    order = read_h5(path, "order")[:]
+    if order.ndim != 1 or order.size == 0 or (order < 0).any() or (order % 1 != 0).any():
+        raise DataError(f"{path}: must be numbers of clips [N], from 0; got {list(order.shape)}.")
+    return [int(n) for n in order]
+
+
 def _ave_clips(
     root: Path, path: Path, rows: Sequence[int], split: Tensor, categories: tuple[str, ...] = ()
 ) -> ReleasedSet:
@@ -266,6 +274,9 @@ def _ave_clips(
         rule = f"must be [clips, {SEGMENTS}, K + 1], with all clips of the order file"
         raise DataError(f"{path}: {rule}; got {list(labels.shape)}.")
     events = torch.from_numpy(labels[rows][..., :-1] > 0)
+    if categories and len(categories) != events.shape[-1]:
+        rule = f"must have a column for each of {len(categories)} categories and the background"
+        raise DataError(f"{path}: {rule}; got {labels.shape[-1]} columns.")
     files = {"audio": root / "audio_feature.h5", "video": root / "visual_feature.h5"}
     return ReleasedSet(
         ids=tuple(map(str, rows)),

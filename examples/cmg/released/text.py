@@ -31,7 +31,7 @@ def with_text(released: ReleasedSet, encoder: str) -> ReleasedSet:
         raise DataError("text: needs transformers. Hint: pip install transformers") from error
     try:
         tokenizer, model = (x.from_pretrained(encoder) for x in (AutoTokenizer, AutoModel))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files raise many types
         first = str(error).partition("\n")[0]
         raise DataError(f"--text-encoder {encoder}: cannot be loaded ({first}).") from error
     K = len(released.categories)
