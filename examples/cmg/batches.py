@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .data import Clips
+from .errors import DataError
 from .ranks import local_part
 from .standardize import Standardizer
 
@@ -73,9 +74,12 @@ class Batches(Dataset[Batch]):
         masks = {name: clips.valid(name, rows) for name in features} if clips.masks else None
         return Batch(features, masks)
 
-    def __getitems__(self, rows: list[int]) -> Batch:
-        """As `__getitem__`, for a `DataLoader`."""
-        return self[torch.tensor(rows)]
+    def __getitems__(self, rows: list[int]) -> Batch | DataError:
+        """As `__getitem__`, for a `DataLoader`, whose workers return errors as they are."""
+        try:
+            return self[torch.tensor(rows)]
+        except DataError as error:
+            return error
 
     def ready(self, batch: Batch, device: torch.device, segments: Tensor | None = None) -> Batch:
         """Move a batch to the device, and standardise it if that has not been done.
@@ -135,8 +139,10 @@ class Order(Sampler[list[int]]):
             yield local_part(batch).tolist()
 
 
-def loader(batches: Batches, order: Order, workers: int, device: torch.device) -> DataLoader[Batch]:
-    """A DataLoader that draws nothing from torch's global generator.
+class Loader:
+    """The batches of an epoch, in the order of `Order`, for each iteration.
+
+    Nothing is drawn from torch's global generator here.
 
     Args:
         batches: The data set.
@@ -144,16 +150,29 @@ def loader(batches: Batches, order: Order, workers: int, device: torch.device) -
         workers: Number of processes that read ahead; 0: batches are read by this process.
         device: Device of the model; for a GPU, batches are read into pinned memory.
     """
-    return DataLoader(
-        batches,
-        batch_sampler=order,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),
-    )
+
+    def __init__(self, batches: Batches, order: Order, workers: int, device: torch.device) -> None:
+        self.loader: DataLoader[Batch | DataError] = DataLoader(
+            batches,
+            batch_sampler=order,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Give the batches.
+
+        Raises:
+            DataError: Clips cannot be read.
+        """
+        for batch in self.loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Batch | DataError) -> Batch | DataError:
     return batch

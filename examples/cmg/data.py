@@ -37,7 +37,7 @@ SPLITS = {"pre-train": 0, "downstream train": 1, "downstream test": 2, "validati
 BACKGROUND = -1
 META, VERSION = "meta.json", 1
 _CLASSES = 1 << 12  # limit of class numbers: heads have an output for each
-_SEGMENTS, _MASK = "seg_labels_", "mask_"
+SEGMENTS, MASK = "seg_labels_", "mask_"
 _RESERVED = ("labels", "split", "video_box", "ids")
 _LARGEST_META = 1 << 24  # bytes
 
@@ -276,7 +276,7 @@ class _Reader:
         labels = self.classes("labels", split, (N,), lowest=0)
         segment_labels: dict[str, Array] = {}
         for name in names:
-            if (key := _SEGMENTS + name) in self.arrays.names:
+            if (key := SEGMENTS + name) in self.arrays.names:
                 segment_labels[name] = self.classes(key, split, (N, T), lowest=BACKGROUND)
         box = None
         if "video_box" in self.arrays.names:
@@ -334,7 +334,7 @@ class _Reader:
                 offered = ", ".join(self.offered()) or "none"
                 missing = f"no modality '{name}'"
                 if modalities is None:
-                    described = [x for x in (_SEGMENTS, _MASK) if x + name in self.arrays.names]
+                    described = [x for x in (SEGMENTS, MASK) if x + name in self.arrays.names]
                     source = f"the file has {described[0]}{name}" if described else f"{META} has it"
                     missing += f", though {source}"
                 raise DataError(f"{self.path}: {missing}. Modalities in the file: {offered}.")
@@ -352,7 +352,7 @@ class _Reader:
 
     def mask(self, name: str, split: Array, T: int) -> Tensor | None:
         """The mask of a modality; None if all is valid."""
-        if (key := _MASK + name) not in self.arrays.names:
+        if (key := MASK + name) not in self.arrays.names:
             return None
         mask, shape = self.read(key), (len(split), T)
         if mask.dtype.kind != "b" or mask.shape != shape:
@@ -386,11 +386,11 @@ class _Reader:
                 if rows.any() and not (rows & there).any():
                     rule = f"must have a valid segment in split {number} ({use})"
                     hint = "leave the modality out with --modalities"
-                    raise self.error(_MASK + name, rule, f"none. Hint: {hint}")
+                    raise self.error(MASK + name, rule, f"none. Hint: {hint}")
             shown = clips.labels_of(name)[clips.rows(TRAIN)]
             if len(shown[shown >= 0].unique()) < 2:
                 rule = "must be valid for two classes or more in split 1"
-                raise self.error(_MASK + name, rule, "one")
+                raise self.error(MASK + name, rule, "one")
 
     def offered(self) -> tuple[str, ...]:
         """Names of the arrays that may be modalities."""
@@ -409,7 +409,7 @@ class _Reader:
         """Names of the arrays that may be modalities, or that have segment labels or a mask."""
         described = [
             name.removeprefix(prefix)
-            for prefix in (_SEGMENTS, _MASK)
+            for prefix in (SEGMENTS, MASK)
             for name in self.arrays.names
             if name.startswith(prefix)
         ]
@@ -417,12 +417,12 @@ class _Reader:
 
     def unused(self, names: Sequence[str]) -> dict[str, str]:
         """The arrays that are not used: name -> type and shape."""
-        used = {*_RESERVED, *names, *(p + name for name in names for p in (_SEGMENTS, _MASK))}
+        used = {*_RESERVED, *names, *(p + name for name in names for p in (SEGMENTS, MASK))}
         return {x: str(self.arrays.header(x)) for x in self.arrays.names if x not in used}
 
     @staticmethod
     def reserved(name: str) -> bool:
-        return name in _RESERVED or name.startswith((_SEGMENTS, _MASK))
+        return name in _RESERVED or name.startswith((SEGMENTS, MASK))
 
     def classes(self, name: str, split: Array, shape: tuple[int, ...], *, lowest: int) -> Array:
         """The labels of all splits but 0, checked; -1 in split 0, whose labels are ignored."""

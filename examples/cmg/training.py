@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mmvq.distributed import average_, rank, world_size
 
-from .batches import Batch, Batches, Order, loader
+from .batches import Batch, Batches, Loader, Order
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .errors import DataError
 from .model import UniCode
@@ -167,7 +167,7 @@ class Trainer:
                 f"a step of {recipe.accumulate} batches of {self.batch_size} clips takes {step} "
                 f"clips of split 0; got {len(rows)}. Hint: a smaller --accumulate."
             )
-        self.loader = loader(batches, self.order, execution.readers(batches), self.device)
+        self.loader = Loader(batches, self.order, execution.readers(batches), self.device)
         if execution.compile:
             for part in (model.semantic, model.specific, model.decoder):
                 for network in part.values():

@@ -8,7 +8,6 @@ import math
 import pickle
 import pickletools
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import DataError
-from ..files import cache_folder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _LARGEST = 2**26  # maximum bytes of a clip's pickle; the largest released one has 1 MB
@@ -268,26 +265,34 @@ def read_h5(path: Path, key: str) -> H5Array:
     return H5Array(path, found)
 
 
-def stack(
-    name: str, clips: Sequence[Any], read: Callable[[Any], Array], shape: tuple[int, ...]
-) -> Tensor:
-    """Stack the features of all clips into float32 [N, *shape], in a temporary file.
-
-    The operating system can move this memory to disk: 40,000 clips of video take 40 GB.
+class ClipFiles:
+    """Features float32 [N, T, ..., C] of clips, each of which is read when it is indexed.
 
     Args:
-        name: Name of the modality, for the progress bar and errors.
-        clips: The argument of `read` for each clip.
-        read: Reads the features of a clip, [T', ...].
-        shape: Shape (T, ...) of a clip, see `fit_length`.
+        name: Name of the modality, for messages.
+        clips: What `read` takes for each clip.
+        read: Reads the features of a clip, [T', ..., C].
+        shape: Shape (T, ..., C) of a clip, see `fit_length`.
     """
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        out = np.memmap(file, np.float32, "w+", shape=(len(clips), *shape))
-    for row, clip in zip(out, tqdm(clips, desc=f"reading {name}", leave=False), strict=True):
-        row[:] = fit_length(f"{clip}: {name}", read(clip), shape)
-    return torch.from_numpy(out)
+
+    def __init__(
+        self, name: str, clips: Sequence[Any], read: Callable[[Any], Array], shape: tuple[int, ...]
+    ) -> None:
+        self.name, self.clips, self.read = name, clips, read
+        self.shape = (len(clips), *shape)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Read the clips with these indices.
+
+        Raises:
+            DataError: A file is missing or damaged, or a clip has another shape.
+        """
+        found = torch.empty(len(rows), *self.shape[1:])
+        for out, n in zip(found, rows.tolist(), strict=True):
+            clip = self.clips[n]
+            array = fit_length(f"{clip}: {self.name}", self.read(clip), self.shape[1:])
+            out[:] = torch.from_numpy(array)
+        return found
 
 
 def fit_length(where: str, array: Array, shape: tuple[int, ...]) -> Array:

@@ -6,6 +6,7 @@ import csv
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from einops import repeat
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from ..containers import Rows
 from ..data import BACKGROUND, PRETRAIN, TEST, TRAIN, Clips
 from ..errors import DataError
-from .arrays import read_h5, read_zip, stack
+from .arrays import Array, ClipFiles, read_h5, read_zip
 
 SEGMENTS = 10
 _SHAPES = {"audio": (SEGMENTS, 128), "video": (SEGMENTS, 7, 7, 512)}
@@ -28,7 +30,7 @@ class ReleasedSet:
 
     Attributes:
         ids: Names of the clips.
-        features: Name -> float32 [N, T, ..., C].
+        features: Name -> float32 [N, T, ..., C], read when indexed.
         events: Name -> bool [N, T, K], the events of each segment; there may be several at once.
         labels: int64 [N], the class of each clip: its longest event.
         split: int64 [N], one of PRETRAIN, TRAIN and TEST.
@@ -37,7 +39,7 @@ class ReleasedSet:
     """
 
     ids: tuple[str, ...]
-    features: dict[str, Tensor]
+    features: dict[str, Rows]
     events: dict[str, Tensor]
     labels: Tensor
     split: Tensor
@@ -63,6 +65,8 @@ class ReleasedSet:
             split=self.split,
             video_box=None,
             num_classes=len(self.categories),
+            ids=self.ids,
+            class_names=self.categories,
         )
 
 
@@ -241,8 +245,8 @@ def in_all_segments(labels: Tensor, K: int) -> Tensor:
     return repeat(one_hot(labels, K).bool(), "n k -> n t k", t=SEGMENTS)
 
 
-def _zips(folder: Path, name: str, ids: Sequence[str]) -> Tensor:
-    return stack(name, [folder / f"{x}.zip" for x in ids], read_zip, _SHAPES[name])
+def _zips(folder: Path, name: str, ids: Sequence[str]) -> ClipFiles:
+    return ClipFiles(name, [folder / f"{x}.zip" for x in ids], read_zip, _SHAPES[name])
 
 
 def _position(path: Path, categories: tuple[str, ...], name: str) -> int:
@@ -281,7 +285,7 @@ def _ave_clips(
     return ReleasedSet(
         ids=tuple(map(str, rows)),
         features={
-            name: stack(name, rows, read_h5(file, "avadataset").__getitem__, _SHAPES[name])
+            name: ClipFiles(name, rows, partial(_ave_features, file), _SHAPES[name])
             for name, file in files.items()
         },
         events=dict.fromkeys(_SHAPES, events),
@@ -289,6 +293,10 @@ def _ave_clips(
         split=split,
         categories=categories or tuple(f"event {k}" for k in range(events.shape[-1])),
     )
+
+
+def _ave_features(path: Path, clip: int) -> Array:
+    return read_h5(path, "avadataset")[clip]  # opened anew, as processes cannot share an open file
 
 
 def _longest(events: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ..errors import DataError
 from .sets import SEGMENTS, ReleasedSet, in_all_segments
@@ -44,6 +45,23 @@ def with_text(released: ReleasedSet, encoder: str) -> ReleasedSet:
         sentences[k, : len(words)] = words
     return replace(
         released,
-        features=released.features | {"text": sentences[released.labels]},
+        features=released.features | {"text": Sentences(sentences, released.labels)},
         events=released.events | {"text": in_all_segments(released.labels, K)},
     )
+
+
+class Sentences:
+    """Features [N, T, C] of clips that have the sentence of their category.
+
+    Args:
+        sentences: Features of the categories, [K, T, C].
+        labels: Category of each clip, int64 [N].
+    """
+
+    def __init__(self, sentences: Tensor, labels: Tensor) -> None:
+        self.sentences, self.labels = sentences, labels
+        self.shape = (len(labels), *sentences.shape[1:])
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Features [n, T, C] of the clips with these indices."""
+        return self.sentences[self.labels[rows]]

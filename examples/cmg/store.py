@@ -1,0 +1,86 @@
+"""Write a data set as a folder of .npy files, see `data`."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .containers import Array
+from .data import MASK, META, SEGMENTS, Clips, Meta, check_finite
+from .errors import DataError
+from .files import make_writable
+
+_CLIPS_AT_ONCE = 32
+
+
+def write_store(folder: str | Path, clips: Clips) -> None:
+    """Write clips as a new folder, with features in float16.
+
+    The folder appears under its name when it is complete. Features are read and written a few clips
+    at a time.
+
+    Args:
+        folder: The folder to create.
+        clips: The clips. Labels of split 0 are written as -1.
+
+    Raises:
+        DataError: The folder exists, cannot be written to, or features exceed float16.
+    """
+    folder = Path(folder)
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise DataError(f"{folder}: exists and is not empty. Hint: another --output, or remove it.")
+    make_writable(folder.parent)
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.partial")
+    try:
+        partial.mkdir()
+        for name in clips.modalities:
+            _write_features(partial / f"{name}.npy", clips, name)
+        for name, array in _small_arrays(clips).items():
+            np.save(partial / f"{name}.npy", array, allow_pickle=False)
+        meta = Meta(
+            modalities=clips.modalities, encoders=clips.encoders, class_names=clips.class_names
+        )
+        (partial / META).write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
+        if folder.is_dir():
+            folder.rmdir()  # it is empty
+        partial.rename(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error}).") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_features(path: Path, clips: Clips, name: str) -> None:
+    header: dict[str, Any] = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)),
+        "fortran_order": False,
+        "shape": tuple(clips.features[name].shape),
+    }
+    rows = torch.arange(len(clips.split))
+    with path.open("xb") as file, tqdm(desc=f"writing {name}", total=len(rows), unit="clip") as bar:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in rows.split(_CLIPS_AT_ONCE):
+            x = clips.read(name, part).half()
+            check_finite(f"{name} in float16", x, part)
+            file.write(x.contiguous().numpy().tobytes())
+            bar.update(len(part))
+
+
+def _small_arrays(clips: Clips) -> Mapping[str, Array]:
+    arrays: dict[str, Tensor] = {"labels": clips.labels, "split": clips.split.to(torch.int8)}
+    arrays |= {SEGMENTS + name: x for name, x in clips.segment_labels.items()}
+    arrays |= {MASK + name: x for name, x in clips.masks.items()}
+    if clips.video_box is not None:
+        arrays["video_box"] = clips.video_box
+    ids = {"ids": np.array(clips.ids)} if clips.ids else {}
+    return {name: x.numpy() for name, x in arrays.items()} | ids
