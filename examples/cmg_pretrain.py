@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from cmg import data as generic
+from cmg.advice import about_data, about_run
 from cmg.batches import IN_MEMORY, Batches
 from cmg.checkpoint import save_model
 from cmg.command import exit_code, positive_float, positive_int, seed
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     make_writable(folder)
     if is_first():
         print(description(name, clips), flush=True)
+        _warn(about_data(clips))
     standardizer = Standardizer.of(clips)
     batches = Batches(clips, standardizer, args.in_memory)
 
@@ -117,6 +119,8 @@ def run(args: argparse.Namespace) -> None:
     else:  # remove the file of an earlier run, which would pass for this model's
         (folder / "downstream.json").unlink(missing_ok=True)
     reference = cca_reference(clips) if args.reference else None
+    saturation = model.club_saturation(batches, rows[:100])
+    _warn(about_run(metrics, history, trainer.batch_size, saturation))
     print(headline(metrics, folder))
     print(table(metrics, reference))
     for data, found in transferred.items():
@@ -130,6 +134,11 @@ def _scores(model: UniCode, batches: Batches) -> tuple[dict[str, Tensor], dict[s
     codebook = model.quantizer.codebook
     codes = {name: Codes(i, codebook) for name, i in indices.items()}
     return indices, evaluate(codes, indices, clips, len(codebook))
+
+
+def _warn(texts: list[str]) -> None:
+    for text in texts:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

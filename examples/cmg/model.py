@@ -321,6 +321,21 @@ class UniCode(nn.Module):
         measure = club.penalty if self.config.club == "penalty" else club
         return measure(z, specific, mask)
 
+    @torch.no_grad()
+    def club_saturation(self, batches: Batches, rows: Tensor) -> dict[str, float]:
+        """Name -> share of the log-variances of CLUB at their bound, if Eq. 5 is minimised."""
+        if self.config.club != "bound":
+            return {}
+        training, device = self.training, next(self.parameters()).device
+        self.eval()
+        features = self.encode(batches.ready(batches[rows], device))
+        self.train(training)
+        return {
+            name: float((club.posterior(z)[1].abs() > 0.99 * club.logvar_bound).float().mean())
+            for name, club in self.club.items()
+            for z in (features.semantic[name],)
+        }
+
     def club_fit(self, features: Features, masks: Mapping[str, Tensor] | None) -> Tensor:
         """The loss of CLUB's own networks, without a gradient to the features."""
         losses = [

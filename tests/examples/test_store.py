@@ -25,6 +25,7 @@ from cmg.errors import DataError
 from cmg.report import description
 from cmg.standardize import Standardizer
 from cmg.store import write_store
+from cmg.training import Trainer
 
 SMALL = 1e-6  # GiB in memory: less than any data set
 
@@ -263,7 +264,10 @@ def test_nan_in_a_streamed_clip_is_named(tmp_path: Path, arrays: Arrays) -> None
 
 
 def test_an_error_of_a_worker_is_one_line(
-    tmp_path: Path, arrays: Arrays, refused: Callable[..., str]
+    tmp_path: Path,
+    arrays: Arrays,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """NaN in a clip that the standardizer, which samples, has not seen."""
     arrays["video"][:, :, :] = 1
@@ -275,6 +279,7 @@ def test_an_error_of_a_worker_is_one_line(
     video.flush()
     os.utime(folder / "video.npy", ns=(before.st_atime_ns, before.st_mtime_ns))
     arguments = ["--in-memory", SMALL, "--workers", 1, "--output", tmp_path / "out"]
+    monkeypatch.setattr(Trainer, "quiet", True)
     line = refused("--data", folder, *arguments)
     assert line.endswith("video: must be finite; got NaN or Inf in clip 20.")
 
