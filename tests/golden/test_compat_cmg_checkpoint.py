@@ -208,8 +208,8 @@ ODD: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             WEIGHT: parts["Encoder_parameters"][WEIGHT].to_sparse(),
         }
     },
-    "Decoder_parameters must hold plain": lambda parts: {
-        "Decoder_parameters": {k: x.long() for k, x in parts["Decoder_parameters"].items()}
+    "CPC_parameters must hold plain": lambda parts: {
+        "CPC_parameters": {k: x.long() for k, x in parts["CPC_parameters"].items()}
     },
     "CPC_parameters must map": lambda parts: {"CPC_parameters": None},
 }
