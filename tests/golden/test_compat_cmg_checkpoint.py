@@ -208,8 +208,8 @@ ODD: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             WEIGHT: parts["Encoder_parameters"][WEIGHT].to_sparse(),
         }
     },
-    "CPC_parameters must hold plain": lambda parts: {
-        "CPC_parameters": {k: x.long() for k, x in parts["CPC_parameters"].items()}
+    "Encoder_parameters must hold plain": lambda parts: {
+        "Encoder_parameters": {k: x.long() for k, x in parts["Encoder_parameters"].items()}
     },
     "CPC_parameters must map": lambda parts: {"CPC_parameters": None},
 }
