@@ -16,7 +16,7 @@ from cmg.data import PRETRAIN, TEST, TRAIN
 from cmg.digits import VERSION
 from cmg.errors import DataError
 from cmg.evaluation import evaluate
-from cmg.files import write_atomic
+from cmg.files import in_use, make_writable, write_atomic
 from cmg.model import Config
 from cmg.report import code_counts, codebook_summary
 from cmg.run import TrainedRun
@@ -86,26 +86,30 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
     recipe = Recipe(epochs=round(experiment.epochs * repeats), segments=1.0, cpc=1.0, club=CLUB)
     for seed in seeds:
         began, name = time.monotonic(), run_name(experiment, seed)
-        torch.manual_seed(seed)
-        model = build(config, experiment.alignment)
-        trainer = SystemTrainer(
-            model, features, clips.rows(PRETRAIN), clips.rows(TRAIN), recipe, runs / name, {}
-        )
-        trainer.fit()
-        (runs / name / CHECKPOINT).unlink()  # no longer needed
+        make_writable(runs / name)
+        with in_use(runs / name):
+            torch.manual_seed(seed)
+            model = build(config, experiment.alignment)
+            trainer = SystemTrainer(
+                model, features, clips.rows(PRETRAIN), clips.rows(TRAIN), recipe, runs / name, {}
+            )
+            trainer.fit()
+            (runs / name / CHECKPOINT).unlink()  # no longer needed
 
-        codes, indices = model.quantize(features)
-        size = model.quantizer.codebook_size
-        held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
-        result = {
-            "identity": identity(experiment, seed),
-            **evaluate(codes, indices, clips, size),
-            "codebook": codebook_summary(held_out, size),
-            "codes": _code_map(model.quantizer.codebook, held_out),
-            "seconds": time.monotonic() - began,
-        }
-        save_model(runs / name, model.state_dict() | standardizer.tensors(), model.config.json())
-        write_result(results / f"{name}.json", result)
+            codes, indices = model.quantize(features)
+            size = model.quantizer.codebook_size
+            held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
+            result = {
+                "identity": identity(experiment, seed),
+                **evaluate(codes, indices, clips, size),
+                "codebook": codebook_summary(held_out, size),
+                "codes": _code_map(model.quantizer.codebook, held_out),
+                "seconds": time.monotonic() - began,
+            }
+            save_model(
+                runs / name, model.state_dict() | standardizer.tensors(), model.config.json()
+            )
+            write_result(results / f"{name}.json", result)
 
 
 def evaluate_stored(
