@@ -64,7 +64,7 @@ def read_result(path: Path) -> dict[str, Any]:
         match json.loads(path.read_text()):
             case {"identity": {"name": _, "seed": _}, **_rest} as result:
                 return result
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a result, or cut short ({error}).") from error
     raise DataError(f"{path}: not a result of an experiment.")
 
