@@ -28,7 +28,7 @@ from cmg.sources import open_data
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     args = _parse(argv)
-    return exit_code("cmg_diagnose", lambda: run(args), "stopped.")
+    return exit_code("cmg_diagnose", lambda: run(args), lambda: "stopped.")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     args = _parse(argv)
     stopped = "stopped. The same command continues."
-    return exit_code("cmg_experiments", lambda: run(args), stopped)
+    return exit_code("cmg_experiments", lambda: run(args), lambda: stopped)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from cmg.store import write_store
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     args = _parse(argv)
-    return exit_code("cmg_features", lambda: run(args), "stopped. Nothing was written.")
+    return exit_code("cmg_features", lambda: run(args), lambda: "stopped. Nothing was written.")
 
 
 def run(args: argparse.Namespace) -> None:

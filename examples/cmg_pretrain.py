@@ -22,6 +22,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from cmg.command import exit_code, positive_float, positive_int, seed
 from cmg.data import PRETRAIN, TEST, TRAIN
 from cmg.evaluation import Codes, Scores, evaluate
 from cmg.figures import plot_codes, plot_training, require_matplotlib
-from cmg.files import make_writable, write_atomic
+from cmg.files import in_use, make_writable, write_atomic
 from cmg.model import PARTS, Config, UniCode
 from cmg.presets import PRESETS
 from cmg.ranks import is_first, joined, local_device
@@ -45,26 +46,31 @@ from cmg.released import SETS
 from cmg.report import code_counts, codebook_summary, description, headline, table, write_metrics
 from cmg.sources import open_data, open_downstream
 from cmg.standardize import Standardizer
-from cmg.training import Execution, Recipe, Trainer
+from cmg.training import CHECKPOINT, Execution, Recipe, Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     args = _parse(argv)
-    stopped = "stopped. Hint: --resume continues after the last complete epoch."
-    return exit_code("cmg_pretrain", lambda: run(args), stopped)
+    return exit_code("cmg_pretrain", lambda: run(args), lambda: _stopped(args.output))
 
 
 def run(args: argparse.Namespace) -> None:
     """Open the data, pre-train, evaluate and report."""
+    with ExitStack() as held:
+        _run(args, held)
+
+
+def _run(args: argparse.Namespace, held: ExitStack) -> None:
     began = time.monotonic()
     require_matplotlib()
     device = local_device(args.device)
     name, clips = open_data(args.data, args.modalities, args.text_encoder)
     downstream = {x: open_downstream(x, clips, args.text_encoder) for x in args.downstream}
-    folder = args.output or Path("runs") / name
+    folder = args.output = args.output or Path("runs") / name
     make_writable(folder)
     if is_first():
+        held.enter_context(in_use(folder))
         print(description(name, clips), flush=True)
         _warn(about_data(clips))
     standardizer = Standardizer.of(clips)
@@ -139,6 +145,13 @@ def _scores(model: UniCode, batches: Batches) -> tuple[dict[str, Tensor], dict[s
 def _warn(texts: list[str]) -> None:
     for text in texts:
         print(f"warning: {text}", file=sys.stderr)
+
+
+def _stopped(folder: Path | None) -> str:
+    """The message of a run that was interrupted."""
+    if folder is not None and (folder / CHECKPOINT).is_file():
+        return "stopped. Hint: --resume continues after the last complete epoch."
+    return "stopped before the end of the first epoch; there is nothing to resume."
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -123,8 +123,9 @@ class EMACodebook(OverRanks, Pretrained):
         super().__init__()
         where = "EMACodebook"
         check_int(where, 1, dim=dim, codebook_size=codebook_size, groups=groups)
-        given = range(groups) if update_from is None else update_from
-        if not (isinstance(given, Collection) and given and {*given} <= {*range(groups)}):
+        given, known = update_from, range(groups)
+        some = isinstance(given, Collection) and len(given) > 0
+        if given is not None and not (some and all(i in known for i in given)):
             rule = f"update_from must hold one or more group numbers from 0 to {groups - 1}"
             hint = "pass None to update from all groups"
             got = {"update_from": update_from, "groups": groups}
@@ -133,7 +134,7 @@ class EMACodebook(OverRanks, Pretrained):
         self.dim, self.codebook_size, self.groups = dim, codebook_size, groups
         self.decay, self.eps, self._init = decay, eps, init
         self.reset_after, self.reset_rule = reset_after, reset_rule
-        self._update_from = None if update_from is None else tuple(sorted({*given}))
+        self._update_from = None if given is None else tuple(sorted({*given}))
         self.process_group = process_group
 
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)

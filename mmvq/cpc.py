@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from mmvq.checks import (
 from mmvq.distributed import OverRanks, exchange, gather_batch_sizes
 from mmvq.pretrained import Pretrained
 from mmvq.settings import Setting
+
+_MOST_LAYERS = 1000  # of a saved module
 
 
 class CPCOutput(NamedTuple):
@@ -174,6 +176,15 @@ class CrossCPC(OverRanks, Pretrained):
             }
         )
         self.predictors = Predictors(self.modalities, num_steps, dim, context_dim)
+
+    @classmethod
+    def _build(cls, config: Any, given: Mapping[str, Any]) -> Self:
+        match config:  # each layer is an object, whatever its size
+            case {"arguments": {"num_layers": int(layers)}} if layers > _MOST_LAYERS:
+                rule = f"num_layers of a saved module must be at most {_MOST_LAYERS}"
+                where, hint = f"{cls.__name__}.from_pretrained", "download config.json again"
+                raise ValueError(message(where, rule, hint=hint, num_layers=layers))
+        return super()._build(config, given)
 
     def forward(
         self,

@@ -147,7 +147,7 @@ class CrossModalCommitmentLoss(nn.Module):
         """Build the loss that `_json` describes."""
         ratio = arguments["cross_ratio"]
         if isinstance(ratio, list):
-            ratio = {(a, b): r for a, b, r in ratio}
+            ratio = {tuple(pair): r for *pair, r in ratio}
         return cls(**{**arguments, "cross_ratio": ratio})
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from mmvq.checks import message
@@ -98,8 +99,10 @@ class Pretrained(nn.Module):
             FileNotFoundError: `source` is neither a folder nor a repository (or, offline, not in
                 the cache), or has no model.safetensors.
             ValueError: config.json is missing, of another class or of a newer version; a file is
-                damaged; or an argument that config.json cannot hold is not passed.
-            RuntimeError: the tensors do not fit the arguments.
+                damaged; an argument is not one of the class; or one that config.json cannot hold is
+                not passed.
+            RuntimeError: the tensors do not fit the arguments. They are compared before anything of
+                the size that the arguments ask for is allocated.
         """
         with optional_import(*_HUB):
             from huggingface_hub import snapshot_download
@@ -121,13 +124,19 @@ class Pretrained(nn.Module):
                     )
                 )
             path = folder / "config.json"
-            module = cls._build(json.loads(path.read_bytes()) if path.exists() else None, arguments)
-            module.load_state_dict(load_file(folder / "model.safetensors"))
+            config = json.loads(path.read_bytes()) if path.exists() else None
+            with torch.device("meta"):  # sizes alone, without memory
+                outline = cls._checked_build(config, arguments)
+            tensors = load_file(folder / "model.safetensors")
+            own = outline.state_dict()
+            outline.load_state_dict({k: x.to(own.get(k, x).device) for k, x in tensors.items()})
+            module = cls._checked_build(config, arguments)
+            module.load_state_dict(tensors)
         except (FileNotFoundError, HFValidationError, RepositoryNotFoundError) as error:
             rule = "source must be a folder that save_pretrained wrote, or a repo on the Hub"
             hint = 'check the path: the folder, not a file in it; a repo is named "user/name"'
             raise FileNotFoundError(message(where, rule, hint=hint, source=str(source))) from error
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, SafetensorError) as error:
             rule = "config.json or model.safetensors in source is damaged"
             got = {"source": str(source), "error": type(error)}
             hint = "copy or download it again"
@@ -155,6 +164,18 @@ class Pretrained(nn.Module):
         }
 
     @classmethod
+    def _checked_build(cls, config: Any, given: Mapping[str, Any]) -> Self:
+        """As `_build`, with one type of error for whatever config.json holds."""
+        try:
+            return cls._build(config, given)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            where, rule = f"{cls.__name__}.from_pretrained", "the arguments do not fit the class"
+            hint = (
+                "check what is passed; if that is right, config.json is damaged: download it again"
+            )
+            raise ValueError(message(where, rule, hint=hint, error=error)) from error
+
+    @classmethod
     def _build(cls, config: Any, given: Mapping[str, Any]) -> Self:
         """Build a module from the saved arguments; those in `given` take precedence."""
         where = f"{cls.__name__}.from_pretrained"
@@ -170,7 +191,7 @@ class Pretrained(nn.Module):
                 rule = "there must be a config.json as save_pretrained writes it"
                 hint = "check the folder or the repo's name, or save the module again"
                 raise ValueError(message(where, rule, hint=hint, config=config))
-        if name not in (base.__name__ for base in cls.__mro__):
+        if name not in (base.__name__ for base in cls.__mro__ if _is_saved(base)):
             hint = f"call from_pretrained of {name}"
             raise ValueError(message(where, "the file is of another class", hint=hint, found=name))
         if version > cls._version:
@@ -216,6 +237,11 @@ def parameters(kind: type) -> list[str]:
             if len(named) == len(found):
                 break
     return list(names)
+
+
+def _is_saved(kind: type) -> bool:
+    """Whether a class can be that of a config.json."""
+    return issubclass(kind, Pretrained) and kind is not Pretrained
 
 
 def _kind(x: Tensor) -> tuple[object, ...]:

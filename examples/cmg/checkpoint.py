@@ -2,12 +2,14 @@
 
 A checkpoint is ONE safetensors file. Tensors are stored as tensors, everything else (numbers,
 strings, nesting) as JSON in the metadata of the file. The write is atomic: if it is interrupted,
-the previous checkpoint is unchanged. Loading restores every value exactly.
+the previous checkpoint is unchanged. Loading restores every value exactly. The metadata has a
+checksum of all that the file holds; files of before it have none, and load.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, "state", tensors)
-    write_atomic(path, save(tensors, metadata={_KEY: json.dumps(tree)}))
+    write_atomic(path, _content(tensors, _KEY, json.dumps(tree)))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -46,8 +48,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         DataError: The file is missing, damaged, or not a checkpoint of this example.
     """
-    tensors, metadata = _read(path)
-    return _dict(path, "checkpoint", lambda: _unflatten(json.loads(metadata[_KEY]), tensors))
+    tensors, text = _read(path, _KEY, "checkpoint")
+    return _dict(path, "checkpoint", lambda: _unflatten(json.loads(text), tensors))
 
 
 def save_model(
@@ -57,7 +59,7 @@ def save_model(
     folder = Path(folder)
     content = {name: _on_cpu(x) for name, x in tensors.items()}
     text = json.dumps(config, indent=2) + "\n"
-    write_atomic(folder / "model.safetensors", save(content, metadata={"config": text}))
+    write_atomic(folder / "model.safetensors", _content(content, "config", text))
     write_atomic(folder / "config.json", text.encode())
 
 
@@ -68,8 +70,8 @@ def load_model(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         DataError: The file is missing, damaged, or has no config.
     """
     path = Path(folder) / "model.safetensors"
-    tensors, metadata = _read(path)
-    return tensors, _dict(path, "model", lambda: json.loads(metadata["config"]))
+    tensors, text = _read(path, "config", "model")
+    return tensors, _dict(path, "model", lambda: json.loads(text))
 
 
 def random_state() -> dict[str, Any]:
@@ -85,15 +87,37 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _content(tensors: Mapping[str, Tensor], key: str, text: str) -> bytes:
+    """A safetensors file of the tensors, with the text under `key` of its metadata."""
+    metadata = {key: text, "checksum": _checksum(tensors, text)}
+    return save(dict(tensors), metadata=metadata)
+
+
+def _read(path: str | Path, key: str, kind: str) -> tuple[dict[str, Tensor], str]:
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file.")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return tensors, file.metadata() or {}
+            metadata = file.metadata() or {}
     except Exception as error:  # SafetensorError, OSError; torch's for a dtype it lacks
         raise DataError(f"{path}: damaged, or not a safetensors file ({error}).") from error
+    if key not in metadata or metadata.keys() - {key, "checksum"}:
+        raise DataError(f"{path}: not a {kind} of this example; it has {sorted(metadata)}.")
+    found = _checksum(tensors, metadata[key])
+    if (expected := metadata.get("checksum", found)) != found:
+        rule = f"damaged: its checksum is {found}, and was {expected[:8]!r}"
+        raise DataError(f"{path}: {rule}. Hint: copy it again.")
+    return tensors, metadata[key]
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """A checksum of names, types, shapes, bytes and text."""
+    total = zlib.crc32(text.encode())
+    for name, x in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {x.dtype} {list(x.shape)}".encode(), total)
+        total = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
 
 
 def _dict(path: str | Path, kind: str, parse: Callable[[], Any]) -> dict[str, Any]:

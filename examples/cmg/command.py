@@ -11,13 +11,13 @@ from .errors import DataError
 from .ranks import is_first
 
 
-def exit_code(name: str, run: Callable[[], None], stopped: str) -> int:
+def exit_code(name: str, run: Callable[[], None], stopped: Callable[[], str]) -> int:
     """Run a command; return 0, 2 for unusable input, or 130 if interrupted.
 
     Args:
         name: Name of the command.
         run: The command.
-        stopped: Message to print if it is interrupted. For errors, their own is printed.
+        stopped: Gives the message to print if it is interrupted. Errors have their own.
     """
     try:
         run()
@@ -25,7 +25,7 @@ def exit_code(name: str, run: Callable[[], None], stopped: str) -> int:
     except (DataError, OSError) as error:
         code, message = 2, str(error)
     except KeyboardInterrupt:
-        code, message = 130, stopped
+        code, message = 130, stopped()
     if is_first():
         print(f"{name}: {message}", file=sys.stderr)
     return code

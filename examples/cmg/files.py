@@ -1,4 +1,8 @@
-"""Atomic writes, and the folders that the example writes to."""
+"""Atomic writes, and the folders that the example writes to.
+
+No link is followed at the names that are written: a temporary file is new and of the process's own,
+and takes the place of a link at the final name.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ import re
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,7 +41,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
+        _remove_abandoned(path.parent, re.escape(path.name))
         while not _replace(path, content):
             pass
     except OSError as error:
@@ -69,27 +73,65 @@ def _replace(path: Path, content: bytes | Callable[[BinaryIO], object]) -> bool:
         partial.unlink(missing_ok=True)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary files of earlier writes of `path` that no process has locked."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.partial")
-    for partial in path.parent.iterdir():
-        if ours.fullmatch(partial.name) and not partial.is_symlink():
-            with suppress(OSError), partial.open("r+b") as file:
+def _remove_abandoned(folder: Path, name: str = r".+") -> None:
+    """Remove the temporary files of earlier writes of `name` that no process has locked."""
+    ours = re.compile(rf"\.{name}\.[0-9a-f]{{16}}\.partial")
+    for partial in folder.iterdir():
+        if ours.fullmatch(partial.name):
+            with suppress(OSError), open(partial, "r+b", opener=_open_no_link) as file:
                 if _lock(file.fileno()):
                     partial.unlink()
 
 
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
 def _lock(file: int) -> bool:
     """Lock a file until it is closed; False if it is locked already, or cannot be locked."""
-    if sys.platform == "win32":
-        return False
-    import fcntl
-
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(file)
     except OSError:
         return False
     return True
+
+
+def _flock(file: int) -> None:
+    """Lock a file until it is closed.
+
+    Raises:
+        BlockingIOError: It is locked already.
+        OSError: It cannot be locked.
+    """
+    if sys.platform == "win32":
+        raise OSError("no locks")
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Hold a folder for this run, and remove what killed writes left in it.
+
+    The operating system ends the hold with the process, however that ends. On Windows and on file
+    systems without locks for folders, nothing is held or refused.
+
+    Raises:
+        DataError: Another run holds the folder.
+    """
+    with ExitStack() as held:
+        try:
+            file = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, file)
+            _flock(file)
+            _remove_abandoned(folder)
+        except BlockingIOError as error:
+            rule = "in use by another run. Hint: wait for it, or choose another folder"
+            raise DataError(f"{folder}: {rule}.") from error
+        except OSError:  # no locks here
+            pass
+        yield
 
 
 def make_writable(folder: Path) -> None:

@@ -31,7 +31,8 @@ class TrainedRun:
         clips: Clips of the data set that it was trained on, with raw features.
         config: Settings of the model.
         seed: Seed of training, also used for the tasks.
-        model: Model with the trained semantic encoders and codebook; its other parts are untrained.
+        model: Model with the trained semantic encoders and codebook. Its other parts have no data,
+            and Cross-CPC is left out.
         standardizer: Standardizer of the features.
     """
 
@@ -50,17 +51,26 @@ class TrainedRun:
                 or the clips do not fit it.
         """
         tensors, content = load_model(folder)
-        standardizer = Standardizer.from_tensors(tensors)
         try:
+            standardizer = Standardizer.from_tensors(tensors)
             config = Config(**content)
             shapes = {name: (cells, channels) for name, (cells, channels) in config.shapes.items()}
             config = replace(config, shapes=shapes, without=tuple(config.without))
-            model = UniCode(config)
-            model.semantic.load_state_dict(_part(tensors, "semantic."))
-            model.quantizer.load_state_dict(_part(tensors, "quantizer."))
-        except (TypeError, ValueError, RuntimeError) as error:
-            rule = "a model of another version of this example"
-            raise DataError(f"{folder}: {rule} ({error}). Hint: train it again.") from error
+            # a config may ask for any size: memory is that of the file's tensors
+            with torch.device("meta"):
+                model = UniCode(replace(config, without=(*config.without, "cpc")))
+            semantic = {name: x.float() for name, x in _part(tensors, "semantic.").items()}
+            model.semantic.load_state_dict(semantic, assign=True)
+            model.quantizer.load_state_dict(_part(tensors, "quantizer."), assign=True)
+            for name, (_, width) in shapes.items():
+                if standardizer.axes[name].shape != (len(standardizer.mean[name]), width):
+                    raise ValueError(f"the standardizer of {name} does not fit")
+            if odd := [name for name, x in tensors.items() if not x.isfinite().all()]:
+                raise ValueError(f"{odd[0]} is not finite")
+        except Exception as error:  # a config can hold anything
+            rule = "a model of another version of this example, or damaged"
+            first = str(error).partition("\n")[0]
+            raise DataError(f"{folder}: {rule} ({first}). Hint: train it again.") from error
         for name, mean in standardizer.mean.items():
             clips.require(name, config.segments, len(mean), f"{folder}")
         return cls(clips, config, seed, model.eval().requires_grad_(False), standardizer)

@@ -179,6 +179,6 @@ def _stored(folder: Path, state: Mapping[str, object]) -> Standardizer | None:
     """The map in a folder; None if there is none, or one of other files."""
     try:
         tensors, found = load_model(folder)
-    except DataError:
+        return Standardizer.from_tensors(tensors) if found == state else None
+    except (DataError, KeyError):  # missing, damaged, or another file of this name
         return None
-    return Standardizer.from_tensors(tensors) if found == state else None

@@ -318,6 +318,12 @@ class Trainer:
                 )
         try:
             self.epoch, self.history = state["epoch"], state["history"]
+            if type(self.epoch) is not int or not 0 <= self.epoch <= self.recipe.epochs:
+                raise ValueError(f"its epoch is {self.epoch!r}")
+            if any(len([float(x) for x in y]) > self.epoch for y in self.history.values()):
+                raise ValueError(f"its history is longer than {self.epoch} epochs")
+            if odd := [name for name, x in state["model"].items() if not x.isfinite().all()]:
+                raise ValueError(f"{odd[0]} is not finite")
             if state["model"]["quantizer.ema_codebook.initialized"]:
                 self.model.resize_codebook(len(state["model"]["quantizer.ema_codebook.codes"]))
             self.model.load_state_dict(state["model"])

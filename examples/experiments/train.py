@@ -17,7 +17,7 @@ from cmg.data import PRETRAIN, TEST, TRAIN
 from cmg.digits import VERSION
 from cmg.errors import DataError
 from cmg.evaluation import Codes, evaluate
-from cmg.files import write_atomic
+from cmg.files import in_use, make_writable, write_atomic
 from cmg.model import Config
 from cmg.report import code_counts, codebook_summary
 from cmg.run import TrainedRun
@@ -65,7 +65,7 @@ def read_result(path: Path) -> dict[str, Any]:
         match json.loads(path.read_text()):
             case {"identity": {"name": _, "seed": _}, **_rest} as result:
                 return result
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a result, or cut short ({error}).") from error
     raise DataError(f"{path}: not a result of an experiment.")
 
@@ -87,26 +87,30 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
     recipe = Recipe(epochs=round(experiment.epochs * repeats), segments=1.0, cpc=1.0, club=CLUB)
     for seed in seeds:
         began, name = time.monotonic(), run_name(experiment, seed)
-        torch.manual_seed(seed)
-        model = build(config, experiment.alignment)
-        trainer = SystemTrainer(
-            model, batches, clips.rows(PRETRAIN), clips.rows(TRAIN), recipe, runs / name, {}
-        )
-        trainer.fit()
-        (runs / name / CHECKPOINT).unlink()  # no longer needed
+        make_writable(runs / name)
+        with in_use(runs / name):
+            torch.manual_seed(seed)
+            model = build(config, experiment.alignment)
+            trainer = SystemTrainer(
+                model, batches, clips.rows(PRETRAIN), clips.rows(TRAIN), recipe, runs / name, {}
+            )
+            trainer.fit()
+            (runs / name / CHECKPOINT).unlink()  # no longer needed
 
-        indices, codebook = model.quantize(batches), model.quantizer.codebook
-        codes = {m: Codes(i, codebook) for m, i in indices.items()}
-        held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
-        result = {
-            "identity": identity(experiment, seed),
-            **evaluate(codes, indices, clips, len(codebook)),
-            "codebook": codebook_summary(held_out, len(codebook)),
-            "codes": _code_map(model.quantizer.codebook, held_out),
-            "seconds": time.monotonic() - began,
-        }
-        save_model(runs / name, model.state_dict() | standardizer.tensors(), model.config.json())
-        write_result(results / f"{name}.json", result)
+            indices, codebook = model.quantize(batches), model.quantizer.codebook
+            codes = {m: Codes(i, codebook) for m, i in indices.items()}
+            held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
+            result = {
+                "identity": identity(experiment, seed),
+                **evaluate(codes, indices, clips, len(codebook)),
+                "codebook": codebook_summary(held_out, len(codebook)),
+                "codes": _code_map(codebook, held_out),
+                "seconds": time.monotonic() - began,
+            }
+            save_model(
+                runs / name, model.state_dict() | standardizer.tensors(), model.config.json()
+            )
+            write_result(results / f"{name}.json", result)
 
 
 def evaluate_stored(

@@ -56,7 +56,8 @@ def find_codebook(
 
     Raises:
         FileNotFoundError: `source` is the path of a file that does not exist.
-        ValueError: the file cannot be read, or several names end with `ending`.
+        ValueError: the file cannot be read, several names end with `ending`, or a tensor of the
+            codebook is not a plain one.
     """
     match source:
         case nn.Module():
@@ -65,7 +66,11 @@ def find_codebook(
             entries = read_file(where, source, hint)
         case _:
             entries = source if isinstance(source, Mapping) else {}
-    tensors = dict(_flatten(entries))
+    try:
+        tensors = dict(_flatten(entries))
+    except RecursionError as error:
+        rule = "the source must not be nested so deep, or hold itself"
+        raise ValueError(message(where, rule, hint=hint, source=type(source))) from error
     prefixes = [
         name.removesuffix(ending)
         for name in tensors
@@ -78,7 +83,23 @@ def find_codebook(
             "state.items() if k.startswith(p)} with its prefix p"
         )
         raise ValueError(message(where, rule, hint=hint, prefixes=sorted(prefixes)))
-    return (prefixes[0] if prefixes else ""), tensors
+    prefix = prefixes[0] if prefixes else ""
+    from_file = isinstance(source, str | PathLike)
+    for name, x in tensors.items():
+        odd = x.layout != torch.strided or x.is_meta or x.is_quantized
+        # a file may claim any shape with a stride of 0
+        if not odd and from_file:
+            odd = x.numel() * x.element_size() > x.untyped_storage().nbytes()
+        if odd and name.startswith(prefix):
+            rule = f"{name} must be a plain tensor: whole, not sparse, quantized or on meta"
+            raise ValueError(message(where, rule, hint=hint, found=x))
+    return prefix, tensors
+
+
+def is_floating(*tensors: Tensor | None) -> bool:
+    """Whether each is a tensor of a dtype that codes can have."""
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return all(x is not None and x.dtype in kinds for x in tensors)
 
 
 def _flatten(entries: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmvq import functional
 from mmvq.checks import check_codes, check_fit, message
-from mmvq.compat.reading import Source, find_codebook
+from mmvq.compat.reading import Source, find_codebook, is_floating
 from mmvq.quantizer import MultiModalEMAQuantizer
 
 _BUFFERS = ("embed", "embed_avg", "cluster_size")
@@ -101,6 +101,7 @@ def _check_kind(
     embed = state.get("embed", torch.empty(0))
     shapes = [getattr(state.get(name), "shape", None) for name in _BUFFERS]
     fits = embed.ndim in (2, 3) and shapes == [embed.shape, embed.shape, embed.shape[:-1]]
+    fits = fits and is_floating(*map(state.get, _BUFFERS))
     initialized = state.get("initted", state.get("inited", torch.empty(0)))
     for wrong, rule, hint in (
         (

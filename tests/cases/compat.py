@@ -33,6 +33,10 @@ BUFFERS = {
 }
 
 
+ENDLESS: dict[str, Any] = {}
+ENDLESS["again"] = ENDLESS
+
+
 def foreign(rule: str, *sources: Any, hint: str = "") -> Case:
     where = "vector_quantize_pytorch.load"
     calls = of_each(vector_quantize_pytorch.load, *sources)
@@ -106,6 +110,8 @@ COMPAT = [
         ValueError,
         "cmg.load: the source must hold embedding [L, D] and ema_count [L]",
         lambda: cmg.load({"embedding": codes}),
+        lambda: cmg.load({"embedding": codes.long(), "ema_count": codes[:, 0]}),
+        lambda: cmg.load({"embedding": codes, "ema_count": codes[:, 0].long()}),
     ),
     refused(
         ValueError,
@@ -117,9 +123,27 @@ COMPAT = [
         {},
         {**BUFFERS, "embed": codes},
         {**BUFFERS, "embed": 1.0},
+        {**BUFFERS, "embed": torch.ones(1, 8, 4, dtype=torch.long)},
+        {**BUFFERS, "cluster_size": torch.ones(1, 8, dtype=torch.complex64)},
+        {0: {1: BUFFERS["embed"]}, None: 2},
         {**BUFFERS, "cluster_size": torch.ones(1, 7)},
         torch.nn.Linear(4, 8),
     ),
+    foreign(
+        "embed must be a plain tensor: whole, not sparse, quantized or on meta",
+        {**BUFFERS, "embed": torch.ones(1, 8, 4).to_sparse()},
+        {**BUFFERS, "embed": torch.ones(1, 8, 4, device="meta")},
+    ),
+    refused(
+        ValueError,
+        "vector_quantize_pytorch.load: embed must be a plain tensor: whole, not sparse, quantized "
+        "or on meta",
+        from_file(
+            {**BUFFERS, "embed": torch.ones(1, 1, 1).expand(1, 10**9, 10**6)},
+            vector_quantize_pytorch.load,
+        ),
+    ),
+    foreign("the source must not be nested so deep, or hold itself", ENDLESS),
     foreign(UNREADABLE, os.devnull),
     foreign(
         "several codebooks do not fit into one quantizer",

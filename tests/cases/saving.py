@@ -25,6 +25,28 @@ def without_the_hub() -> object:
         return mmvq.CLUBEstimator(4, 4).save_pretrained("nowhere")
 
 
+def from_text(text: str) -> Call:
+    """`CLUBEstimator.from_pretrained` of a folder whose config.json is this."""
+
+    def run() -> object:
+        with tempfile.TemporaryDirectory() as folder, chdir(folder):
+            Path("saved").mkdir()
+            Path("saved", "config.json").write_text(text)
+            return mmvq.CLUBEstimator.from_pretrained("saved")
+
+    return run
+
+
+def from_saved(module: Any, **changes: Any) -> object:
+    """The module, from a folder in whose config.json these arguments were changed."""
+    with tempfile.TemporaryDirectory() as folder:
+        module.save_pretrained(folder)
+        path = Path(folder, "config.json")
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "arguments": {**config["arguments"], **changes}}))
+        return type(module).from_pretrained(folder)
+
+
 def from_config(config: object, **options: Any) -> Call:
     """`CLUBEstimator.from_pretrained` of a folder with this config.json."""
 
@@ -87,7 +109,7 @@ SAVING = [
     refused(
         ValueError,
         f"{CLUB}: there must be a config.json as save_pretrained writes it",
-        *(from_config(given) for given in (None, {}, {"x_dim": 4}, {**CONFIG, "version": "1"})),
+        *(from_config(given) for given in (None, {}, [], {"x_dim": 4}, {**CONFIG, "version": "1"})),
     ),
     refused(
         ValueError,
@@ -108,11 +130,35 @@ SAVING = [
         f"{CLUB}: config.json or model.safetensors in source is damaged",
         damaged("config.json"),
         damaged("model.safetensors"),
+        from_text("[" * 10**5),
+    ),
+    refused(
+        ValueError,
+        f"{CLUB}: the arguments do not fit the class",
+        from_config(CONFIG),
+        *(
+            from_config({**CONFIG, "arguments": {"x_dim": 4, "y_dim": 4, **odd}})
+            for odd in ({"more": 1}, {"hidden_dim": 10**30})
+        ),
+    ),
+    refused(
+        ValueError,
+        "CrossCPC.from_pretrained: num_layers of a saved module must be at most 1000",
+        lambda: from_saved(mmvq.CrossCPC(4), num_layers=10**9),
+    ),
+    refused(
+        ValueError,
+        "MultiModalEMAQuantizer.from_pretrained: the arguments do not fit the class",
+        *of_each(
+            lambda changes: from_saved(mmvq.MultiModalEMAQuantizer(4, 8), **changes),
+            *({"commitment": odd} for odd in ({}, {"beta": 1}, {"cross_ratio": [1]})),
+            {"more": 1},
+        ),
     ),
     refused(
         ValueError,
         f"{CLUB}: the file is of another class",
-        from_config({**CONFIG, "class": "CrossCPC"}),
+        *(from_config({**CONFIG, "class": x}) for x in ("CrossCPC", "Module", "Pretrained", [])),
     ),
     *(
         refused(

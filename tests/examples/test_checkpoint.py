@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,10 @@ def test_a_link_is_replaced_and_what_it_points_at_is_not_written(tmp_path: Path)
     for name in (".state.partial", ".state.0123456789abcdef.partial"):
         (tmp_path / name).symlink_to(target)
     write_atomic(path, b"new")
+    with files.in_use(tmp_path):
+        pass
     assert target.read_bytes() == b"precious"
+    assert (tmp_path / ".state.0123456789abcdef.partial").is_symlink()  # not ours
     assert not path.is_symlink()
     assert path.read_bytes() == b"new"
 
@@ -223,6 +227,43 @@ def test_a_torn_file_is_refused(tmp_path: Path, share: float) -> None:
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(DataError, match="state: damaged, or not a safetensors file"):
         load_checkpoint(path)
+
+
+def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
+    """Of the names, types and text in the header, and of the numbers."""
+    state = {"x": torch.randn(9), "same": torch.randn(9), "epoch": 3, "flag": True, "half": (1.5,)}
+    path = tmp_path / "model.safetensors"
+    for load, save in (
+        (lambda: load_checkpoint(path), lambda: save_checkpoint(path, state)),
+        (lambda: load_model(tmp_path), lambda: save_model(tmp_path, {"x": state["x"]}, {"d": 3})),
+    ):
+        save()
+        whole, found = path.read_bytes(), load()
+        for place in range(len(whole)):
+            content = bytearray(whole)
+            content[place] ^= 1 << place % 8
+            path.write_bytes(content)
+            with suppress(DataError):
+                assert same(load(), found)  # such as a space of the header, for a tab
+        content = bytearray(whole)
+        content[-1] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(
+            DataError, match=r"safetensors: damaged: its checksum is \w{8}, and was"
+        ):
+            load()
+
+
+def test_files_without_a_checksum_load(tmp_path: Path) -> None:
+    """Those of earlier versions."""
+    tensors = {"x": torch.randn(3)}
+    save_file(tensors, tmp_path / "model.safetensors", {"config": '{"dim": 3}'})
+    there, config = load_model(tmp_path)
+    assert same(there, tensors)
+    assert config == {"dim": 3}
+    tree = '["dict", [["x", ["tensor", "x"]]]]'
+    save_file(tensors, tmp_path / "old", {"mmvq_cmg_state": tree})
+    assert same(load_checkpoint(tmp_path / "old"), tensors)
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from examples.conftest import Arrays, before_call, interrupt
-from support import run_python
+from support import PATHS, run_python
 
 import cmg
+from cmg import files
 from cmg.checkpoint import load_checkpoint, load_model, save_checkpoint
 from cmg.training import CHECKPOINT, Trainer
 
@@ -194,6 +197,72 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     assert cmg_pretrain.main([*arguments, "--resume"]) == 0
 
 
+def test_a_run_that_is_stopped_before_its_first_checkpoint_says_so(
+    clips_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Trainer, "_train_epoch", before_call(1, interrupt, Trainer._train_epoch))
+    assert cmg_pretrain.main(["--data", str(clips_path), "--output", str(tmp_path)]) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        "cmg_pretrain: stopped before the end of the first epoch; there is nothing to resume."
+    )
+
+
+def test_a_folder_in_use_is_refused(clips_path: Path, tmp_path: Path, refused: Refused) -> None:
+    """And free again when the run that held it is killed."""
+    pytest.importorskip("fcntl")
+    hold = (
+        "import sys, time, pathlib; from cmg.files import in_use\n"
+        "with in_use(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    environment = {**os.environ, "PYTHONPATH": PATHS}
+    (tmp_path / ".codes.png.0123456789abcdef.partial").touch()
+    arguments = ["--data", clips_path, "--epochs", 1, "--output", tmp_path]
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path], stdout=subprocess.PIPE, env=environment
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        assert list(tmp_path.iterdir()) == []  # what a killed write left is removed
+        assert refused(*arguments).startswith(f"cmg_pretrain: {tmp_path}: in use by another run.")
+        assert list(tmp_path.iterdir()) == []
+        other.kill()
+    assert cmg_pretrain.main(list(map(str, arguments))) == 0
+
+
+def test_two_runs_into_one_folder_are_not_mixed(
+    clips_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second begins while the first trains."""
+    pytest.importorskip("fcntl")
+    arguments = ["--data", str(clips_path), "--epochs", "2", "--output", str(tmp_path)]
+    codes = []
+
+    def second() -> None:
+        codes.append(cmg_pretrain.main([*arguments, "--seed", "1"]))
+
+    monkeypatch.setattr(Trainer, "_train_epoch", before_call(2, second, Trainer._train_epoch))
+    assert cmg_pretrain.main(arguments) == 0
+    assert codes == [2]
+    assert "in use by another run" in capsys.readouterr().err
+    assert json.loads((tmp_path / "metrics.json").read_text())["seed"] == 0
+
+
+def test_a_folder_without_locks_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files, "_flock", refuse)
+    with files.in_use(tmp_path), files.in_use(tmp_path):
+        pass
+
+
 def test_arrays_that_nobody_asked_for_do_not_matter(arrays: Arrays, tmp_path: Path) -> None:
     arrays["names"] = np.array([{"any": "object"}] * 120)
     path = tmp_path / "x.npz"
@@ -272,8 +341,31 @@ def test_a_spoilt_checkpoint_is_one_line(
     def incomplete() -> None:
         save_checkpoint(path, {"identity": state["identity"]})
 
+    def flipped() -> None:
+        path.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
+
+    def with_text() -> None:
+        save_checkpoint(path, {**state, "epoch": "one"})
+
+    def with_history() -> None:
+        save_checkpoint(path, {**state, "history": {"cpc": [1.0, 2.0]}})
+
+    def with_nan() -> None:
+        weights = {
+            name: x * math.nan for name, x in state["model"].items() if x.is_floating_point()
+        }
+        save_checkpoint(path, {**state, "model": state["model"] | weights})
+
     fits = "the checkpoint does not fit"
-    for spoil, message in ((torn, "damaged"), (foreign, fits), (incomplete, fits)):
+    for spoil, message in (
+        (torn, "damaged"),
+        (flipped, "damaged: its checksum is"),
+        (foreign, fits),
+        (incomplete, fits),
+        (with_text, "its epoch is 'one'"),
+        (with_history, "its history is longer than 1 epochs"),
+        (with_nan, "is not finite"),
+    ):
         spoil()
         spoilt = path.read_bytes()
         line = refused(*arguments, "--resume")

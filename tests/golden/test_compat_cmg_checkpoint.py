@@ -6,7 +6,9 @@ ATOL: as in test_compat_cmg.py; a value comes from sums of at most 1,024 terms b
 from __future__ import annotations
 
 import math
+import random
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,57 @@ def test_another_parameter_is_named(tmp_path: Path, key: str) -> None:
     released_file(tmp_path / "model.pt", "AT", Encoder_parameters=changed)
     with pytest.raises(ValueError, match=re.escape(f"first: '{key}'")):
         cmg.load_checkpoint(tmp_path / "model.pt")
+
+
+WEIGHT = "Audio_encoder.audio_linear.weight"
+ODD: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "epoch must be an int": lambda parts: {"epoch": "five"},
+    "must have Encoder_parameters": lambda parts: {"Encoder_parameters": 5},
+    "Encoder_parameters must map names": lambda parts: {
+        "Encoder_parameters": {**parts["Encoder_parameters"], 0: torch.ones(1)}
+    },
+    "must hold plain floating": lambda parts: {
+        "Encoder_parameters": {
+            **parts["Encoder_parameters"],
+            WEIGHT: parts["Encoder_parameters"][WEIGHT].to_sparse(),
+        }
+    },
+    "Encoder_parameters must hold plain": lambda parts: {
+        "Encoder_parameters": {k: x.long() for k, x in parts["Encoder_parameters"].items()}
+    },
+    "CPC_parameters must map": lambda parts: {"CPC_parameters": None},
+}
+
+
+@pytest.mark.parametrize(("message", "change"), ODD.items(), ids=ODD)
+def test_odd_content_is_named(
+    tmp_path: Path, message: str, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    path = tmp_path / "model.pt"
+    released_file(path, "AT", **change(released_file(path, "AT")))
+    with pytest.raises(ValueError, match=message):
+        cmg.load_checkpoint(path)
+
+
+def test_a_damaged_file_raises_one_error(tmp_path: Path) -> None:
+    """Its pickle is damaged, and the checksum of the zip made right again."""
+    released_file(tmp_path / "whole.pt", "AT")
+    draw, refused = random.Random(0), 0
+    with zipfile.ZipFile(tmp_path / "whole.pt") as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    (name,) = (name for name in members if name.endswith("data.pkl"))
+    for _ in range(60):
+        content = bytearray(members[name])
+        for _ in range(draw.randint(1, 4)):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        with zipfile.ZipFile(tmp_path / "model.pt", "w") as file:
+            for each, whole in members.items():
+                file.writestr(each, bytes(content) if each == name else whole)
+        try:
+            cmg.load_checkpoint(tmp_path / "model.pt")
+        except ValueError:
+            refused += 1
+    assert refused > 40
 
 
 def test_a_part_that_holds_no_tensors_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from support import same, state
+from support import peak_growth, same, state
 from torch import Tensor, nn
 
 import mmvq
@@ -244,6 +245,68 @@ def test_a_folder_of_another_shape_is_refused(tmp_path: Path) -> None:
     MODULES["quantizer"].save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"ema_codebook\.codes does not fit"):
         mmvq.MultiModalEMAQuantizer.from_pretrained(tmp_path, codebook_size=9)
+
+
+HUGE: list[tuple[Pretrained, dict[str, int]]] = [
+    (MODULES["quantizer"], {"codebook_size": 10**9}),
+    (MODULES["quantizer"], {"dim": 10**9}),
+    (MODULES["codebook"], {"groups": 10**9}),
+    (MODULES["cpc"], {"context_dim": 10**7}),
+    (MODULES["cpc"], {"num_steps": 10**9}),
+    (MODULES["club"], {"hidden_dim": 10**9}),
+]
+
+
+@pytest.mark.parametrize(("module", "changes"), HUGE)
+def test_a_config_that_asks_for_more_than_the_file_has_takes_no_memory(
+    module: Pretrained, changes: dict[str, int], tmp_path: Path
+) -> None:
+    module.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "arguments": {**config["arguments"], **changes}}))
+    load = f"mmvq.{type(module).__name__}.from_pretrained({str(tmp_path)!r})"
+    setup = f"import safetensors.torch, huggingface_hub\n{SAID}said(lambda: mmvq.EMACodebook(2, 2))"
+    assert peak_growth(setup, f"assert said(lambda: {load}) == 'RuntimeError'") < 100  # MiB
+
+
+SAID = """
+def said(call):
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__
+"""
+
+
+def test_loading_draws_no_random_numbers_twice(tmp_path: Path) -> None:
+    """The comparison of sizes leaves the generator alone."""
+    MODULES["cpc"].save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    mmvq.CrossCPC.from_pretrained(tmp_path)
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    mmvq.CrossCPC(4, NAMES, context_dim=3, num_layers=2, num_steps=2, first_step=0)
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_a_damaged_folder_raises_documented_errors(tmp_path: Path) -> None:
+    MODULES["quantizer"].save_pretrained(tmp_path)
+    draw = random.Random(0)
+    files = {name: (tmp_path / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    refused = 0
+    for _ in range(300):
+        name = draw.choice(list(files))
+        content = bytearray(files[name])
+        for _ in range(draw.randint(1, 4)):
+            content[draw.randrange(min(len(content), 900))] = draw.randrange(256)
+        (tmp_path / name).write_bytes(content)
+        try:
+            mmvq.MultiModalEMAQuantizer.from_pretrained(tmp_path)
+        except (ValueError, RuntimeError):
+            refused += 1
+        (tmp_path / name).write_bytes(files[name])
+    assert refused > 200
 
 
 def test_pending_statistics_are_repeated_not_saved() -> None:

@@ -14,7 +14,7 @@ from mmvq.checks import message
 from mmvq.compat.cmg.club import CMGCLUB
 from mmvq.compat.cmg.cpc import CMGCrossCPC
 from mmvq.compat.cmg.encoders import CMGDecoder, CMGEncoder
-from mmvq.compat.reading import Source, find_codebook, read_file
+from mmvq.compat.reading import Source, find_codebook, is_floating, read_file
 from mmvq.quantizer import MultiModalEMAQuantizer
 
 _WIDTHS = {"audio": 128, "video": 512, "text": 256}  # of the features, in the release's order
@@ -67,11 +67,15 @@ def load_checkpoint(path: str | PathLike[str]) -> CMGCheckpoint:
             parameters are not the released ones.
     """
     content = read_file("load_checkpoint", path, _HINT)
-    released = content.get("Encoder_parameters") or ()
+    released = content.get("Encoder_parameters")
+    released = released if isinstance(released, Mapping) else {}
     names = [name for name in _WIDTHS if f"{name}_self_att.affine_matrix.weight" in released]
     if len(names) < 2:
         rule = "the file must have Encoder_parameters of two or three modalities"
         _refuse(path, rule, found=sorted(map(str, content)))
+    epoch = content.get("epoch")
+    if not (epoch is None or type(epoch) is int):
+        _refuse(path, "epoch must be an int", found=epoch)
     widths = {name: _WIDTHS[name] for name in names}
     with torch.device("meta"):  # shapes alone; the tensors of the file replace them
         encoder, decoder = CMGEncoder(widths), CMGDecoder(widths)
@@ -95,7 +99,7 @@ def load_checkpoint(path: str | PathLike[str]) -> CMGCheckpoint:
         cpc=cpc if "CPC_parameters" in content else None,
         club={n: net for n, net in club.items() if f"{n.title()}_mi_net_parameters" in content},
         text_lstm=text_lstm if "Text_ar_lstm_parameters" in content else None,
-        epoch=content.get("epoch"),
+        epoch=epoch,
         skipped=tuple(skipped),
     )
 
@@ -131,7 +135,7 @@ def load(
     where, hint = "cmg.load", "pass a released checkpoint, a CMGQuantizer, or a state_dict of one"
     prefix, state = find_codebook(where, source, "ema_count", hint)
     codes, counts = state.get(f"{prefix}embedding"), state.get(f"{prefix}ema_count")
-    if codes is None or counts is None or codes.ndim != 2:
+    if codes is None or counts is None or codes.ndim != 2 or not is_floating(codes, counts):
         rule = "the source must hold embedding [L, D] and ema_count [L]"
         raise ValueError(message(where, rule, hint=hint, embedding=codes, ema_count=counts))
     encoded = [m for m in _WIDTHS if any(f"{m}_self_att." in name for name in state)]
@@ -144,8 +148,12 @@ def load(
 
 def _fill(path: str | PathLike[str], part: str, module: nn.Module, state: Any) -> list[str]:
     """Load a part of the file into a module, and return the names of the skipped tensors."""
-    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+    entries = dict(state) if isinstance(state, Mapping) else {None: None}
+    if not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in entries.items()):
         _refuse(path, f"{part} must map names to tensors", found=type(state))
+    for key, x in state.items():
+        if not is_floating(x) or x.layout != torch.strided or x.is_meta:
+            _refuse(path, f"{part} must hold plain floating point tensors", name=key, found=x)
     taken = {key: x for key, x in state.items() if not _UNUSED.match(key)}
     found = {key: tuple(x.shape) for key, x in taken.items()}
     expected = {key: tuple(x.shape) for key, x in module.state_dict().items()}

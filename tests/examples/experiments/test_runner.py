@@ -112,10 +112,11 @@ def test_the_command_line_names_what_it_does_not_know(
         with pytest.raises(SystemExit, match="2"):
             cmg_experiments.main(["--scale", odd])
         assert "argument --scale" in capsys.readouterr().err
-    (tmp_path / "uni-code-seed0.json").write_text('{"identity')
-    for action in (["--report"], ["--only", "uni-code"]):
-        assert cmg_experiments.main([*action, "--results", str(tmp_path)]) == 2
-        assert "uni-code-seed0.json: not a result, or cut short" in capsys.readouterr().err
+    for content in ('{"identity', "[" * 10**5):
+        (tmp_path / "uni-code-seed0.json").write_text(content)
+        for action in (["--report"], ["--only", "uni-code"]):
+            assert cmg_experiments.main([*action, "--results", str(tmp_path)]) == 2
+            assert "uni-code-seed0.json: not a result, or cut short" in capsys.readouterr().err
 
 
 def test_without_an_action_it_says_what_is_left_and_runs_nothing(
