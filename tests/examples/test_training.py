@@ -76,12 +76,15 @@ def test_an_interrupted_run_goes_on_to_the_bit(
 
 
 @pytest.mark.parametrize("stopped", [1, 3])  # the codebook starts in the third epoch
-def test_a_chosen_codebook_size_is_kept_or_chosen_again(tmp_path: Path, stopped: int) -> None:
+def test_a_chosen_codebook_size_is_kept_or_chosen_again(
+    tmp_path: Path, stopped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = replace(CONFIG, codebook_size=None)
     whole = trainer(tmp_path / "whole", config=config, spread=0.5)
     whole.fit()
     cut = trainer(tmp_path / "cut", config=config, spread=0.5)
-    cut._step = before_call(stopped * cut.steps + 2, interrupt, cut._step)  # type: ignore[method-assign]
+    middle = stopped * cut.steps + 2
+    monkeypatch.setattr(cut, "_step", before_call(middle, interrupt, cut._step))
     with pytest.raises(KeyboardInterrupt):
         cut.fit()
     resumed = trainer(tmp_path / "cut", config=config, spread=0.5)
@@ -140,11 +143,15 @@ def test_few_clips_are_seen_more_often(clips: int, epochs: int) -> None:
 
 
 @pytest.mark.parametrize(("most", "seen"), [(None, 6), (4, 4), (10, 6)])
-def test_a_step_sees_at_most_so_many_segments(tmp_path: Path, most: int | None, seen: int) -> None:
+def test_a_step_sees_at_most_so_many_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int | None, seen: int
+) -> None:
     t = trainer(tmp_path, segments=1.0, most_segments=most)
     lengths: list[int] = []
     encode = t.model.encode
-    t.model.encode = lambda x: lengths.append(x["audio"].shape[1]) or encode(x)  # type: ignore[func-returns-value, method-assign]
+    monkeypatch.setattr(
+        t.model, "encode", lambda x: lengths.append(x["audio"].shape[1]) or encode(x)
+    )
     t._step({name: x[:8] for name, x in FEATURES.items()}, t._weights())
     assert lengths == [seen]
 
