@@ -9,12 +9,13 @@ distribution of the code of one modality given that of another, and the other ha
     I = mean over segments of ln P(b | a) / P(b)    [nats]
 
 a held-out estimate of the mutual information, which is usually too low. It falls where there are
-too many codes for the data. The weight of the prior of P(b | a) is the best of a few.
+too many codes for the data. The weight of the prior of P(b | a) is the best of a few. Of the sizes
+whose I is about the highest, the largest is taken: its codes tell more of their own modality.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from mmvq.functional import kmeans, nearest_code
 
 SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_GAIN = 0.01  # nats that a larger size must add; less can be sampling error
+_TOLERANCE = 0.01  # nats that count as nothing: less can be sampling error
 _PRIORS = (1.0, 3.0, 10.0, 30.0)  # weight of P(b) in P(b | a), in segments
 
 
@@ -33,7 +34,11 @@ def choose_codes(
     masks: Mapping[str, Tensor] | None = None,
     held_out_masks: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """The first codes [L, D]. L is the smallest of SIZES whose I is about the highest.
+    """The first codes [L, D]. L is the largest of SIZES whose I is about the highest.
+
+    Where no I is above 0 by more than sampling error, L is the smallest of SIZES. A size counts
+    only if more of its codes are in use than of the smaller ones: with fewer vectors than codes,
+    some codes are repetitions.
 
     Args:
         features: Name -> features [N, T, D] of the clips to train on. The codes are k-means centres
@@ -42,15 +47,25 @@ def choose_codes(
         masks: Name -> bool [N, T], True = valid; None: all.
         held_out_masks: Name -> bool [N', T], True = valid; None: all.
     """
-    best, chosen = 0.0, first_codes(features, SIZES[0], masks)
+    codes, information, most = [], [], -1
     for L in SIZES:
-        codes = first_codes(features, L, masks)
-        indices = {name: nearest_code(x, codes) for name, x in held_out.items()}
+        centres = first_codes(features, L, masks)
+        indices = {name: nearest_code(x, centres) for name, x in held_out.items()}
         if held_out_masks is not None:
             indices = {m: torch.where(held_out_masks[m], i, -1) for m, i in indices.items()}
-        if (information := held_out_information(indices, L)) > best + _GAIN:
-            best, chosen = information, codes
-    return chosen
+        if (used := len(torch.stack([*indices.values()]).unique())) > most:
+            most = used
+            codes.append(centres)
+            information.append(held_out_information(indices, L))
+    return codes[largest(information)]
+
+
+def largest(information: Sequence[float]) -> int:
+    """The last position at which I is about the highest; 0 where it is about 0 at all of them."""
+    best = max(information)
+    if not best > _TOLERANCE:  # NaN of a single clip included
+        return 0
+    return max(k for k, value in enumerate(information) if value >= best - _TOLERANCE)
 
 
 def first_codes(

@@ -38,7 +38,6 @@ from .evaluation import (
 from .reference import pool_cells
 
 Tensors = Mapping[str, Tensor]
-Rows = list[dict[str, float | str]]
 FOLDS = 3
 STAGES = ("raw", "z", "codes", "z across", "codes across", "weak penalty", "tokens across")
 

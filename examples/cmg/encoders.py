@@ -21,7 +21,7 @@ class SemanticEncoder(nn.Module):
     pre-norm Transformer layer computes it from the first halves of all segments, without positions,
     so that T may vary. No gradient flows back into these, so that the clip is described by what
     other modalities can also know, which reduces overfitting to few clips. The first half has three
-    quarters of the squared length, so that codes differ first in what their segments show.
+    quarters of the squared norm, so that codes differ first in what their segments show.
 
     Args:
         channels: number of channels C.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmg.codebook_size import SIZES, choose_codes, first_codes, held_out_information
+from cmg.codebook_size import SIZES, choose_codes, first_codes, held_out_information, largest
 from mmvq.functional import nearest_code
 
 
@@ -27,6 +27,26 @@ def views(events: int, clips: int, noise: float = 0.3, seed: int = 0) -> dict[st
 def test_the_size_is_that_of_the_shared_events(events: int) -> None:
     codes = choose_codes(views(events, 200), views(events, 200, seed=1))
     assert codes.shape == (events, 8)
+
+
+@pytest.mark.parametrize(
+    ("information", "position"),
+    [
+        ([0.5, 1.0, 1.005, 0.995, 0.98, 0.9], 3),  # less than .01 below the best, though not above
+        ([0.5, 1.0, 0.6, 0.996, 0.7], 3),  # whatever lies between
+        ([1.0, 1.009, 1.018], 2),
+        ([1.0, 0.985, 0.98], 0),
+        ([0.0, 0.009, 0.005, -0.2], 0),  # nothing to tell
+        ([-0.1, -0.3], 0),
+        ([0.0, 0.02, 0.011], 2),
+        ([2.0], 0),
+        ([math.nan, math.nan], 0),
+    ],
+)
+def test_the_largest_of_the_sizes_that_are_about_the_best(
+    information: list[float], position: int
+) -> None:
+    assert largest(information) == position
 
 
 def test_noise_asks_for_fewest_codes() -> None:

@@ -79,12 +79,15 @@ def test_an_interrupted_run_goes_on_to_the_bit(
 
 
 @pytest.mark.parametrize("stopped", [1, 3])  # the codebook starts in the third epoch
-def test_a_chosen_codebook_size_is_kept_or_chosen_again(tmp_path: Path, stopped: int) -> None:
+def test_a_chosen_codebook_size_is_kept_or_chosen_again(
+    tmp_path: Path, stopped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = replace(CONFIG, codebook_size=None)
     whole = trainer(tmp_path / "whole", config=config, spread=0.5)
     whole.fit()
     cut = trainer(tmp_path / "cut", config=config, spread=0.5)
-    cut._step = before_call(stopped * cut.steps + 2, interrupt, cut._step)  # type: ignore[method-assign]
+    middle = stopped * cut.steps + 2
+    monkeypatch.setattr(cut, "_step", before_call(middle, interrupt, cut._step))
     with pytest.raises(KeyboardInterrupt):
         cut.fit()
     resumed = trainer(tmp_path / "cut", config=config, spread=0.5)
