@@ -12,6 +12,7 @@ TRITON_INTERPRET is not set.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -155,7 +156,8 @@ def examine(launch: Launch, target_name: str) -> Outcome:
     sizes = {name: x for name, x in arguments if type(x) is int and name in _SIZES}
     compiled = compile_launch(launch, target)
     text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-    registers, spills, code = _registers(compiled, target)
+    counted = bool(precision) and target_name in _COUNTED
+    registers, spills, code = _registers(compiled, target, counted)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     tensor = getattr(compiled.metadata, "tmem_size", None) or 0
     resident = _resident(target, warps, registers, shared, tensor)
@@ -177,17 +179,21 @@ def examine(launch: Launch, target_name: str) -> Outcome:
         narrow=re.search(_NARROW, compiled.asm["ttir"]) is not None,
         trap=re.search(r"^\s*(s_)?trap\b", text, re.MULTILINE) is not None,
         atomics=tuple(sorted(set(re.findall(_ATOMIC[target.backend], text)))),
-        loops=tuple(loops(code)) if precision and target_name in _COUNTED else (),
+        loops=tuple(loops(code)) if counted else (),
         busy=waves / math.ceil(waves) if target_name == "sm_90" else None,
     )
 
 
-def _registers(compiled: Any, target: Target) -> tuple[int, int, str]:
-    """Those that a thread has, what says that they were too few (0: they were not), the code."""
+def _registers(compiled: Any, target: Target, with_code: bool) -> tuple[int, int, str]:
+    """Those that a thread has, what says that they were too few (0: they were not), the code.
+
+    The code is "" where nobody asks for it and without a stack, which is where spills go.
+    """
     if target.backend == "cuda":
-        usage, code = _disassemble(compiled.asm["cubin"])
-        (registers,), (stack,) = (re.findall(rf"{what}:(\d+)", usage) for what in ("REG", "STACK"))
-        return int(registers), int(stack) + len(re.findall(r"\b(LDL|STL)\b", code)), code
+        usage = _read("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
+        registers, stack = (int(*re.findall(rf"{x}:(\d+)", usage)) for x in ("REG", "STACK"))
+        code = _read("nvdisasm", "-c", compiled.asm["cubin"]) if with_code or stack else ""
+        return registers, stack + len(re.findall(r"\b(LDL|STL)\b", code)), code
     text = compiled.asm["amdgcn"]
     (registers,) = set(re.findall(r"\.vgpr_count:\s+(\d+)", text))
     lost = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
@@ -207,20 +213,17 @@ def _resident(target: Target, warps: int, registers: int, shared: int, tensor: i
     return min(limits)
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
+@functools.cache  # several workloads have some machine code in common
+def _read(tool: str, flag: str, cubin: bytes) -> str:
+    """What a tool of NVIDIA says of machine code."""
     import triton.backends.nvidia
 
-    tools = Path(triton.backends.nvidia.__path__[0]) / "bin"
+    path = Path(triton.backends.nvidia.__path__[0]) / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run(
-                [tools / tool, flag, file.name], capture_output=True, text=True, check=True
-            )
-            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
-    return usage.stdout, code.stdout
+        said = subprocess.run([path, flag, file.name], capture_output=True, text=True, check=True)
+    return said.stdout
 
 
 def violations(outcome: Outcome) -> list[str]:

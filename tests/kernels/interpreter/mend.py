@@ -3,6 +3,8 @@
 The stock one multiplies the bit patterns of bfloat16, truncates where the hardware rounds to
 nearest even, and takes any input_precision for full float32. `test_mend.py` fails once it does not.
 That of triton before 3.7 also takes the ends of a loop for arrays, which numpy refuses from 2.4 on.
+And half of its time goes into finding what it has found before: whenever a function is called, the
+builtins of the language, and for each operation, the table of types.
 
 For tf32x3 the compiled code rounds to tf32 (cvt.rna.tf32.f32); for tf32 it hands the float32 to the
 matrix instruction as it is, which is taken to ignore the last 13 bits.
@@ -10,6 +12,8 @@ matrix instruction as it is, which is taken to ignore the last 13 bits.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import numpy as np
@@ -25,6 +29,7 @@ Array = NDArray[Any]
 def mend(patch: pytest.MonkeyPatch) -> None:
     builder = interpreter.InterpreterBuilder
     stock_cast, stock_patch = builder.cast_impl, interpreter._patch_lang_tensor
+    stock_dtype, dtypes = interpreter._get_np_dtype, {}
 
     def cast(self: Any, src: Any, to: Any) -> Any:
         if (src.dtype.scalar, to.scalar) == (tl.float32, tl.bfloat16):
@@ -42,9 +47,29 @@ def mend(patch: pytest.MonkeyPatch) -> None:
         stock_patch(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
+    def patch_builtin(package: Any, builder: Any, *scope: Any) -> None:
+        for name in builtins(package):
+            if not tl.core.is_builtin(member := getattr(package, name)):
+                return  # the caller has patched them all
+            interpreter._patch_attr(package, name, member, builder, *scope)
+
+    def dtype(of: Any) -> Any:
+        if (name := of.scalar.name) not in dtypes:
+            dtypes[name] = stock_dtype(of.scalar)
+        return dtypes[name]
+
+    patch.setattr(interpreter, "_get_np_dtype", dtype)
+    patch.setattr(interpreter, "_patch_builtin", patch_builtin)
     patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
     patch.setattr(builder, "cast_impl", cast)
     patch.setattr(builder, "create_dot", dot)
+
+
+@functools.cache
+def builtins(package: Any) -> list[str]:
+    """The names of those of a module or class, which nobody may have patched when first asked."""
+    members = inspect.getmembers(package)
+    return [name for name, member in members if tl.core.is_builtin(member)]
 
 
 def product(a: Array, b: Array, precision: str) -> Array:
