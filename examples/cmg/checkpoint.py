@@ -9,6 +9,7 @@ checksum of all that the file holds; files of before it have none, and load.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -89,8 +90,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 def _content(tensors: Mapping[str, Tensor], key: str, text: str) -> bytes:
     """A safetensors file of the tensors, with the text under `key` of its metadata."""
-    metadata = {key: text, "checksum": _checksum(tensors, text)}
-    return save(dict(tensors), metadata=metadata)
+    # in one entry, as safetensors writes several in random order
+    return save(dict(tensors), metadata={key: f"{_checksum(tensors, text)} {text}"})
 
 
 def _read(path: str | Path, key: str, kind: str) -> tuple[dict[str, Tensor], str]:
@@ -102,13 +103,15 @@ def _read(path: str | Path, key: str, kind: str) -> tuple[dict[str, Tensor], str
             metadata = file.metadata() or {}
     except Exception as error:  # SafetensorError, OSError; torch's for a dtype it lacks
         raise DataError(f"{path}: damaged, or not a safetensors file ({error}).") from error
-    if key not in metadata or metadata.keys() - {key, "checksum"}:
+    if metadata.keys() != {key}:
         raise DataError(f"{path}: not a {kind} of this example; it has {sorted(metadata)}.")
-    found = _checksum(tensors, metadata[key])
-    if (expected := metadata.get("checksum", found)) != found:
-        rule = f"damaged: its checksum is {found}, and was {expected[:8]!r}"
-        raise DataError(f"{path}: {rule}. Hint: copy it again.")
-    return tensors, metadata[key]
+    text = metadata[key]
+    if parts := re.fullmatch(r"([0-9a-f]{8}) (.*)", text, re.DOTALL):
+        expected, text = parts.groups()
+        if (found := _checksum(tensors, text)) != expected:
+            rule = f"damaged: its checksum is {found}, and was {expected}"
+            raise DataError(f"{path}: {rule}. Hint: copy it again.")
+    return tensors, text
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:

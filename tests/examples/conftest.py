@@ -84,12 +84,16 @@ def clips(clips_path: Path) -> Clips:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the command line with arguments that it must refuse; the one line that it ends with."""
+    """Run the command line with arguments that it must refuse; the one line that it ends with.
+
+    Warnings about the data come before it.
+    """
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
         assert cmg_pretrain.main(list(map(str, arguments))) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        lines = capsys.readouterr().err.splitlines()
+        (line,) = (x for x in lines if not x.startswith("warning: "))
         assert line.startswith("cmg_pretrain: ")
         return line
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +19,10 @@ from tqdm import tqdm
 from cmg.batches import Batch, Batches
 from cmg.checkpoint import save_checkpoint
 from cmg.data import Clips
+from cmg.encoders import BatchNorm
 from cmg.errors import DataError
 from cmg.model import PARTS, Config, Features, UniCode
-from cmg.training import CHECKPOINT, Recipe, Trainer
+from cmg.training import CHECKPOINT, Execution, Recipe, Trainer
 
 CONFIG = Config(
     {"audio": (1, 7), "video": (4, 5)}, 6, dim=16, specific_dim=8, width=8, codebook_size=24
@@ -272,3 +274,80 @@ def test_tensorboard_gets_every_epoch_where_it_is_installed(
     for name, values in t.history.items():
         seen = [(value, epoch) for key, value, epoch in written if key == name]
         assert seen == [(v, e) for e, v in enumerate(values) if not math.isnan(v)]
+
+
+def test_steps_of_several_batches_average_gradients_and_join_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the terms that see a batch as a whole, two batches of 4 are one of 8."""
+    config = replace(CONFIG, dropout=0.0, without=("club", "contrast", "cpc", "matching"))
+    monkeypatch.setattr(BatchNorm, "forward", lambda self, x, mask=None: x)
+    found = []
+    for settings in ({"batch_size": 8}, {"batch_size": 4, "accumulate": 2}):
+        alone = {"reconstruction": 0.0, "segments": 1.0, "spread": 0.0}
+        t = trainer(tmp_path, config=config, epochs=1, **alone, **settings)
+        t.fit()
+        assert t.steps == 3
+        found.append(t)
+    one, two = (x.model.state_dict() for x in found)
+    for name in ("quantizer.ema_codebook.counts", "quantizer.ema_codebook.codes"):
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-4)
+    assert two["quantizer.ema_codebook.steps"] == one["quantizer.ema_codebook.steps"] == 3
+    torch.testing.assert_close(one["semantic.audio.skip.weight"], two["semantic.audio.skip.weight"])
+    assert found[0].history["commitment"] == pytest.approx(found[1].history["commitment"])
+
+
+def test_a_step_of_more_clips_than_there_are_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="4 batches of 8 clips takes 32 clips of split 0; got 24"):
+        trainer(tmp_path, accumulate=4)
+
+
+def test_bf16_keeps_weights_and_codebook_in_float32(whole: Trainer, tmp_path: Path) -> None:
+    t = trainer(tmp_path)
+    t.execution = Execution(precision="bf16")
+    seen: list[torch.dtype] = []
+    t.model.specific["audio"].gather.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
+    history = t.fit()
+    assert set(seen) == {torch.bfloat16}
+    assert {x.dtype for x in t.model.state_dict().values() if x.is_floating_point()} == {
+        torch.float32
+    }
+    for name in ("reconstruction", "contrast"):
+        assert history[name][-1] == pytest.approx(whole.history[name][-1], rel=0.1)
+    assert Execution().autocast(torch.device("cpu")).__class__ is nullcontext
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of dynamo
+def test_compiled_networks_train_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the graphs of torch.compile; its code for them is torch's affair."""
+    original, seen = torch.nn.Module.compile, []
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self: seen.append(self) or original(self, backend="eager"),
+    )
+    config = replace(CONFIG, dropout=0.0)
+    plain = trainer(tmp_path, config=config)
+    torch.manual_seed(0)
+    rows, held_out = torch.arange(N).split([N - 3, 3])
+    compiled = Trainer(
+        UniCode(config), BATCHES, rows, held_out, RECIPE, tmp_path, {}, Execution(compile=True)
+    )
+    assert plain.model.state_dict().keys() == compiled.model.state_dict().keys()
+    assert len(seen) == 6  # an encoder of both kinds and a decoder for each modality
+    histories = [t.fit() for t in (plain, compiled)]
+    for name in ("reconstruction", "cpc", "contrast"):
+        assert histories[0][name] == pytest.approx(histories[1][name], rel=1e-3)
+
+
+def test_workers_read_the_same_batches(whole: Trainer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rows, held_out = torch.arange(N).split([N - 3, 3])
+    identity = {"seed": 0, **CONFIG.json()}
+    t = Trainer(
+        UniCode(CONFIG), BATCHES, rows, held_out, RECIPE, tmp_path, identity, Execution(workers=1)
+    )
+    t.fit()
+    assert same(state(t.model), state(whole.model))
