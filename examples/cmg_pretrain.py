@@ -4,7 +4,7 @@ Pre-trains Uni-Code on unlabelled clips that show the same events in several mod
 a classifier on labels of ONE modality and tests it on ANOTHER, in every direction.
 
     python examples/cmg_pretrain.py                            the built-in digits, 2 minutes
-    python examples/cmg_pretrain.py --data clips.npz           your own file, see below
+    python examples/cmg_pretrain.py --data clips.npz           your own file or folder, see below
     python examples/cmg_pretrain.py --modalities audio video   two of the modalities
     python examples/cmg_pretrain.py --without cpc              without a part of the method
     python examples/cmg_pretrain.py --data vggsound-avel:ROOT  the authors' files
@@ -163,7 +163,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         default="digits",
-        help="digits (default), digits:SEED for another rendering, an npz file, or the authors' "
+        help="digits (default), digits:SEED for another rendering, an npz file, a folder, or the authors' "
         f"features as {', '.join(f'{kind}:ROOT' for kind in SETS)}",
     )
     parser.add_argument(

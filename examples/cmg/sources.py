@@ -1,4 +1,4 @@
-"""Where clips come from: the built-in digits, an npz file, or the authors' released features."""
+"""Where clips come from: the built-in digits, a file or folder, or the authors' features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def open_data(
     """Open the data that `--data` names.
 
     Args:
-        data: "digits", "digits:SEED", "KIND:ROOT" of a released set, or the path of an npz file.
+        data: "digits", "digits:SEED", "KIND:ROOT" of a released set, or the path of a file or folder.
         modalities: The modalities to read, two or more. None reads all.
         text_encoder: The encoder of prompts, see `released.text.with_text`.
 
