@@ -163,8 +163,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         default="digits",
-        help="digits (default), digits:SEED for another rendering, an npz file, a folder, or the authors' "
-        f"features as {', '.join(f'{kind}:ROOT' for kind in SETS)}",
+        help="digits (default), digits:SEED for another rendering, an npz file, a folder, or the "
+        f"authors' features as {', '.join(f'{kind}:ROOT' for kind in SETS)}",
     )
     parser.add_argument(
         "--modalities", nargs="+", metavar="NAME", help="modalities to use; all by default"

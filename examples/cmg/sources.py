@@ -17,7 +17,8 @@ def open_data(
     """Open the data that `--data` names.
 
     Args:
-        data: "digits", "digits:SEED", "KIND:ROOT" of a released set, or the path of a file or folder.
+        data: "digits", "digits:SEED", "KIND:ROOT" of a released set, or the path of a file or
+            folder.
         modalities: The modalities to read, two or more. None reads all.
         text_encoder: The encoder of prompts, see `released.text.with_text`.
 
