@@ -170,8 +170,9 @@ def _sample(clips: Clips, name: str, samples: int) -> Tensor:
 
 def _state_of_files(folder: Path, name: str) -> dict[str, object]:
     """Size and time of the files that the map of a modality depends on."""
-    files = (folder / f"{x}.npy" for x in (name, f"mask_{name}", "split"))
-    stats = {x.name: x.stat() for x in files if x.exists()}
+    files = [folder / f"{x}.npy" for x in (name, f"mask_{name}", "split")]
+    files += sorted(folder.rglob("*.arrow"))  # of Hugging Face datasets
+    stats = {str(x.relative_to(folder)): x.stat() for x in files if x.exists()}
     return {"version": _VERSION} | {x: [s.st_size, s.st_mtime_ns] for x, s in stats.items()}
 
 
