@@ -26,6 +26,7 @@ from .checkpoint import load_model, save_model
 from .data import PRETRAIN, TRAIN, Clips
 from .errors import DataError
 from .files import cache_folder
+from .ranks import is_first
 
 _CLIPS_AT_ONCE = 32
 _VERSION = 1  # of stored maps
@@ -76,6 +77,7 @@ class Standardizer:
 
         The map of each modality is stored in the subfolder "standardizer", or in the cache if the
         folder cannot be written to. It is measured again if a file that it depends on has changed.
+        If several ranks measure it, all get the same; only rank 0 stores it.
         """
         if clips.folder is None:
             return cls.fit(clips)
@@ -89,7 +91,8 @@ class Standardizer:
             one = _stored(store / name, state)
             if one is None:
                 one = cls.fit(clips.only([name]))
-                save_model(store / name, one.tensors(), state)
+                if is_first():
+                    save_model(store / name, one.tensors(), state)
             found.mean.update(one.mean)
             found.axes.update(one.axes)
         return found
