@@ -9,6 +9,7 @@ when a run is resumed on another number of ranks. Only rank 0 writes files and p
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # Optimizers import it. If that happens in a group, its threads outlive the group, and may abort
+    # the process when it ends.
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield

@@ -18,6 +18,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from textwrap import dedent
 
 import cmg_pretrain
 import numpy as np
@@ -178,6 +179,26 @@ def test_two_machines_go_on_where_one_stopped(
     )
     for name, values in expected.items():
         assert found[name] == pytest.approx(values, abs=1.5e-4, nan_ok=True)
+
+
+def test_no_thread_outlives_the_group() -> None:
+    """One that still held a tensor when the process ended would abort it."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("needs /proc")
+    code = """
+        import glob, torch, torch.distributed as dist
+        from cmg.ranks import joined
+        def threads():
+            return sum("gloo" in open(x).read() for x in glob.glob("/proc/self/task/*/comm"))
+        with joined(torch.device("cpu")):
+            torch.optim.AdamW([torch.ones(3, requires_grad=True)])
+            dist.all_reduce(torch.ones(3))
+            assert threads()
+        print(threads())
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    assert run_python("-c", dedent(code), RANK="0", WORLD_SIZE="1", **place) == "0\n"
 
 
 @pytest.mark.parametrize("epochs", [(2, 3), (2, -1)])
