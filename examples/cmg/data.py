@@ -13,7 +13,8 @@
 A folder has <name>.npy for each, and optionally meta.json with "version" (1), "modalities" (names),
 "encoders" (modality -> name) and "class_names". Features in a folder are read batch by batch, so
 that they may be larger than memory. Without "modalities" every float array of three or more
-dimensions is one. Other arrays are listed and not used.
+dimensions is one. Other arrays are listed and not used. A data set of Hugging Face `datasets` has
+a column for each, and class names if the column labels is a ClassLabel.
 
 The labels of split 0 are never used: they are replaced by -1 when the file is read.
 """

@@ -1,5 +1,7 @@
 """One training run on several processes: torchrun --nproc-per-node 2 examples/cmg_pretrain.py.
 
+The processes may be on several machines, which share the folder of the results.
+
 Each batch is split over the ranks. Weights, codebook, random state and the order of the clips are
 the same on all ranks, so the result equals that of one process up to floating-point error, also
 when a run is resumed on another number of ranks. Only rank 0 writes files and prints.
@@ -7,8 +9,9 @@ when a run is resumed on another number of ranks. Only rank 0 writes files and p
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,6 +31,9 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # Optimizers import it. If that happens in a group, its threads outlive the group, and may abort
+    # the process when it ends.
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
@@ -72,3 +78,28 @@ def from_first_rank(x: Tensor) -> Tensor:
     x = x if rank() == 0 else x.new_empty(int(length), *x.shape[1:])
     dist.broadcast(x, 0)
     return x
+
+
+def on_all_ranks(act: Callable[[], int], device: torch.device, rule: str) -> None:
+    """Call a function on every rank. All ranks fail if one does, or if the results differ.
+
+    Args:
+        act: The function; its result is 0 or more.
+        device: Device of this rank.
+        rule: Message of the ranks on which it did not fail.
+
+    Raises:
+        DataError: The function raised it, or `rule`.
+    """
+    error, result = None, -1
+    try:
+        result = act()
+    except DataError as found:
+        error = found
+    if world_size() > 1:
+        results = [torch.zeros((), dtype=torch.long, device=device) for _ in range(world_size())]
+        dist.all_gather(results, torch.tensor(result, device=device))
+        if error is None and len({int(x) for x in results}) > 1:
+            error = DataError(rule)
+    if error is not None:
+        raise error

@@ -1,4 +1,4 @@
-"""Where clips come from: the built-in digits, a file or folder, or the authors' features."""
+"""Where clips come from: the built-in digits, files, Hugging Face `datasets`, the authors' sets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from . import digits
 from .data import Clips, load_clips
 from .errors import DataError
+from .hugging_face import load_datasets
 from .released import SETS, load_released
 
 
@@ -17,8 +18,8 @@ def open_data(
     """Open the data that `--data` names.
 
     Args:
-        data: "digits", "digits:SEED", "KIND:ROOT" of a released set, or the path of a file or
-            folder.
+        data: "digits", "digits:SEED", "KIND:ROOT" of a released set, "datasets:FOLDER" or
+            "datasets:NAME", or the path of an npz file or of a folder of .npy files.
         modalities: The modalities to read, two or more. None reads all.
         text_encoder: The encoder of prompts, see `released.text.with_text`.
 
@@ -33,6 +34,8 @@ def open_data(
         name, clips = kind, load_released(kind, rest, modalities, text_encoder)
     elif kind == "digits" and (rest.isdecimal() or data == "digits"):
         name, clips = data.replace(":", "-"), load_clips(digits.load(int(rest or 0)), modalities)
+    elif kind == "datasets" and rest:
+        name, clips = Path(rest).name, load_datasets(rest, modalities)
     else:
         name, clips = Path(data).stem, load_clips(data, modalities)
     if len(clips.modalities) < 2:

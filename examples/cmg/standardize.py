@@ -26,6 +26,7 @@ from .checkpoint import load_model, save_model
 from .data import PRETRAIN, TRAIN, Clips
 from .errors import DataError
 from .files import cache_folder
+from .ranks import is_first
 
 _CLIPS_AT_ONCE = 32
 _VERSION = 1  # of stored maps
@@ -76,6 +77,7 @@ class Standardizer:
 
         The map of each modality is stored in the subfolder "standardizer", or in the cache if the
         folder cannot be written to. It is measured again if a file that it depends on has changed.
+        If several ranks measure it, all get the same; only rank 0 stores it.
         """
         if clips.folder is None:
             return cls.fit(clips)
@@ -89,7 +91,8 @@ class Standardizer:
             one = _stored(store / name, state)
             if one is None:
                 one = cls.fit(clips.only([name]))
-                save_model(store / name, one.tensors(), state)
+                if is_first():
+                    save_model(store / name, one.tensors(), state)
             found.mean.update(one.mean)
             found.axes.update(one.axes)
         return found
@@ -170,8 +173,9 @@ def _sample(clips: Clips, name: str, samples: int) -> Tensor:
 
 def _state_of_files(folder: Path, name: str) -> dict[str, object]:
     """Size and time of the files that the map of a modality depends on."""
-    files = (folder / f"{x}.npy" for x in (name, f"mask_{name}", "split"))
-    stats = {x.name: x.stat() for x in files if x.exists()}
+    files = [folder / f"{x}.npy" for x in (name, f"mask_{name}", "split")]
+    files += sorted(folder.rglob("*.arrow"))  # of Hugging Face datasets
+    stats = {str(x.relative_to(folder)): x.stat() for x in files if x.exists()}
     return {"version": _VERSION} | {x: [s.st_size, s.st_mtime_ns] for x, s in stats.items()}
 
 

@@ -20,6 +20,7 @@ from .batches import Batch, Batches, Loader, Order
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .errors import DataError
 from .model import UniCode
+from .ranks import on_all_ranks
 
 CHECKPOINT = "checkpoint.safetensors"
 _WARMUP = 20  # steps
@@ -189,7 +190,10 @@ class Trainer:
             DataError: There is no checkpoint to resume from, or it belongs to another run.
         """
         if resume:
-            self._load(self.folder / CHECKPOINT)
+            path = self.folder / CHECKPOINT
+            hint = "Hint: --output must be a folder that all machines share."
+            rule = f"{path}: other ranks do not find this checkpoint. {hint}"
+            on_all_ranks(lambda: self._load(path), self.device, rule)
         log = None if rank() else _tensorboard(self.folder, self.epoch)
         clips = len(self.order) * self.batch_size
         silent = {"disable": True} if self.quiet or rank() else {}  # otherwise by TQDM_DISABLE
@@ -305,7 +309,8 @@ class Trainer:
         }
         save_checkpoint(path, state)
 
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path) -> int:
+        """Restore a checkpoint; its epoch."""
         state = load_checkpoint(path)
         if not isinstance(state.get("identity"), dict):
             raise DataError(f"{path}: not a checkpoint of a run.")
@@ -332,6 +337,7 @@ class Trainer:
                 self.club_optimizer.load_state_dict(state["club_optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             set_random_state(state["random"])
+            return self.epoch
         except Exception as error:  # modules and optimizers raise many types
             raise DataError(f"{path}: the checkpoint does not fit ({error!r}).") from error
 

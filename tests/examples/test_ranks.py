@@ -9,18 +9,24 @@ less than 1e-7. Batch statistics or dropout of one rank alone would show at 1e-2
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from textwrap import dedent
 
 import cmg_pretrain
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from examples.conftest import before_call
+from examples.conftest import before_call, interrupt, make_arrays
 from support import once, run_python, start_method
 
 from cmg.batches import Batches
@@ -28,6 +34,7 @@ from cmg.checkpoint import load_checkpoint
 from cmg.data import Clips
 from cmg.errors import DataError
 from cmg.model import Config, UniCode
+from cmg.ranks import on_all_ranks
 from cmg.training import CHECKPOINT, History, Recipe, Trainer
 
 ATOL = 1e-7
@@ -133,6 +140,85 @@ def test_torchrun_writes_and_prints_once(clips_path: Path, tmp_path: Path) -> No
     one, two = (load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("one", "two"))
     for name, values in one["history"].items():
         assert two["history"][name][0] == pytest.approx(values[0], abs=1.5e-4, nan_ok=True)
+
+
+def test_two_machines_go_on_where_one_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two agents of torchrun, and clips that are read from a folder: the scores of one process.
+
+    Both ranks measure the standardizer at the same time. The codebook begins after the stop.
+    """
+    data = tmp_path / "clips"
+    data.mkdir()
+    for name, array in make_arrays().items():
+        np.save(data / f"{name}.npy", array)
+    options = ["--data", str(data), "--epochs", "4", "--in-memory", "1e-9"]
+    one, two = ([*options, "--output", str(tmp_path / name)] for name in ("one", "two"))
+    assert cmg_pretrain.main([*one, "--workers", "0"]) == 0
+    with monkeypatch.context() as user:
+        user.setattr(Trainer, "_train_epoch", before_call(2, interrupt, Trainer._train_epoch))
+        assert cmg_pretrain.main([*two, "--workers", "0"]) == 130
+    assert load_checkpoint(tmp_path / "two" / CHECKPOINT)["epoch"] == 1
+    shutil.rmtree(data / "standardizer")
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launch += ["--rdzv-backend=c10d", f"--rdzv-endpoint={place}", "--rdzv-id=test"]
+    command = [*launch, cmg_pretrain.__file__, *two, "--workers", "1", "--resume"]
+    with ThreadPoolExecutor(2) as machines:
+        said = [*machines.map(lambda _: run_python(*command), range(2))]
+    assert sorted(x.count("codes in use") for x in said) == [0, 1]
+    expected, found = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")
+    )
+    assert found | {"seconds": 0} == expected | {"seconds": 0}
+    expected, found = (
+        load_checkpoint(tmp_path / name / CHECKPOINT)["history"] for name in ("one", "two")
+    )
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, abs=1.5e-4, nan_ok=True)
+
+
+def test_no_thread_outlives_the_group() -> None:
+    """One that still held a tensor when the process ended would abort it."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("needs /proc")
+    code = """
+        import glob, torch, torch.distributed as dist
+        from cmg.ranks import joined
+        def threads():
+            return sum("gloo" in open(x).read() for x in glob.glob("/proc/self/task/*/comm"))
+        with joined(torch.device("cpu")):
+            torch.optim.AdamW([torch.ones(3, requires_grad=True)])
+            dist.all_reduce(torch.ones(3))
+            assert threads()
+        print(threads())
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    assert run_python("-c", dedent(code), RANK="0", WORLD_SIZE="1", **place) == "0\n"
+
+
+@pytest.mark.parametrize("epochs", [(2, 3), (2, -1)])
+def test_all_ranks_fail_if_one_does(
+    epochs: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 finds the checkpoint of epoch 2; the other that of another epoch, or none."""
+
+    def gather(results: list[torch.Tensor], _: torch.Tensor) -> None:
+        for result, epoch in zip(results, epochs, strict=True):
+            result.fill_(epoch)
+
+    def load() -> int:
+        return 2
+
+    on_all_ranks(load, torch.device("cpu"), "alone")
+    monkeypatch.setattr("cmg.ranks.world_size", lambda: RANKS)
+    monkeypatch.setattr(dist, "all_gather", gather)
+    with pytest.raises(DataError, match="all machines share"):
+        on_all_ranks(load, torch.device("cpu"), "all machines share")
 
 
 def test_only_rank_0_speaks(
