@@ -34,8 +34,8 @@ class Batch(NamedTuple):
 class Batches(Dataset[Batch]):
     """Gives standardised batches of clips.
 
-    Standardised features are computed once and kept in memory if they are small enough. Otherwise
-    each batch is read from the data set, and standardised on the device of the model.
+    Standardised features are kept in memory if they are small enough, in float32. Otherwise they
+    are stored on disk in float16, and read batch by batch.
 
     Args:
         clips: The clips.
@@ -49,23 +49,20 @@ class Batches(Dataset[Batch]):
         standardizer: Standardizer | None = None,
         in_memory: float = IN_MEMORY,
     ) -> None:
-        width = {
-            name: x.shape[-1] if standardizer is None else standardizer.axes[name].shape[1]
-            for name, x in clips.features.items()
-        }
-        cells = {name: math.prod(x.shape[2:-1]) for name, x in clips.features.items()}
-        self.shapes = {name: (cells[name], width[name]) for name in width}
-        self.segments, self.streamed = clips.segments, False
+        self.streamed = False
         if standardizer is not None:
-            size = 4 * len(clips.split) * clips.segments * sum(map(math.prod, self.shapes.values()))
+            width = {name: axes.shape[1] for name, axes in standardizer.axes.items()}
+            size = sum(4 * math.prod(x.shape[:-1]) * width[m] for m, x in clips.features.items())
             self.streamed = size > in_memory * 2**30
-            if not self.streamed:
-                clips = clips.with_features(standardizer.transform(clips))
-        self.clips = clips
-        self.standardizer = standardizer if self.streamed else None
+            reduce = standardizer.on_disk if self.streamed else standardizer.transform
+            clips = clips.with_features(reduce(clips))
+        self.clips, self.segments = clips, clips.segments
+        self.shapes = {
+            name: (math.prod(x.shape[2:-1]), x.shape[-1]) for name, x in clips.features.items()
+        }
 
     def __getitem__(self, rows: Tensor) -> Batch:
-        """Read the clips with these indices: raw if they are streamed, see `ready`."""
+        """Read the clips with these indices."""
         clips = self.clips
         features = {
             name: rearrange(clips.read(name, rows), "b t ... c -> b t (...) c")
@@ -81,8 +78,9 @@ class Batches(Dataset[Batch]):
         except DataError as error:
             return error
 
-    def ready(self, batch: Batch, device: torch.device, segments: Tensor | None = None) -> Batch:
-        """Move a batch to the device, and standardise it if that has not been done.
+    @staticmethod
+    def ready(batch: Batch, device: torch.device, segments: Tensor | None = None) -> Batch:
+        """Move a batch to the device, in at least float32.
 
         Args:
             batch: A batch of this data set.
@@ -94,15 +92,10 @@ class Batches(Dataset[Batch]):
             x = x.to(device, non_blocking=True)
             return x if segments is None else x[:, segments.to(device)]
 
-        features = {name: moved(x) for name, x in batch.features.items()}
-        masks = None if batch.masks is None else {m: moved(x) for m, x in batch.masks.items()}
-        if self.standardizer is not None:
-            for name, x in features.items():
-                y = self.standardizer.apply(name, x)
-                if masks is not None:
-                    y = torch.where(masks[name][..., None, None], y, 0)
-                features[name] = y
-        return Batch(features, masks)
+        x = {name: moved(v) for name, v in batch.features.items()}
+        x = {name: v.to(torch.promote_types(v.dtype, torch.float32)) for name, v in x.items()}
+        masks = None if batch.masks is None else {m: moved(v) for m, v in batch.masks.items()}
+        return Batch(x, masks)
 
     def __call__(self, rows: Tensor, device: torch.device, size: int = 100) -> Iterator[Batch]:
         """Batches of `size` of the clips with these indices, in order, on the device."""

@@ -83,9 +83,6 @@ class MappedArray:
         array = self._map()
         self.shape, self.dtype = array.shape, array.dtype
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Read rows: float32, or float16 where the file holds float16.
 

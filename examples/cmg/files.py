@@ -134,6 +134,30 @@ def in_use(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this context of the folder, which is created if needed.
+
+    On Windows and on file systems without locks, it does not wait.
+
+    Raises:
+        DataError: The folder cannot be created, or not be written to.
+    """
+    make_writable(folder)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
+
+
 def make_writable(folder: Path) -> None:
     """Create `folder` if needed, and check that files can be written to it.
 

@@ -11,21 +11,30 @@ In a grid [N, T, 7, 7, C] every cell is such a vector. Training uses only the re
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
+import tempfile
+import weakref
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
 
 from .checkpoint import load_model, save_model
+from .containers import MappedArray
 from .data import PRETRAIN, TRAIN, Clips
 from .errors import DataError
-from .files import cache_folder
+from .files import alone, cache_folder, write_atomic
 from .ranks import is_first
 
 _CLIPS_AT_ONCE = 32
@@ -75,27 +84,59 @@ class Standardizer:
     def of(cls, clips: Clips) -> Standardizer:
         """The map of a data set: `fit`, but stored if the data set is a folder.
 
-        The map of each modality is stored in the subfolder "standardizer", or in the cache if the
-        folder cannot be written to. It is measured again if a file that it depends on has changed.
-        If several ranks measure it, all get the same; only rank 0 stores it.
+        It is measured again if a file that it depends on has changed. If several ranks measure it,
+        all get the same; only rank 0 stores it.
         """
         if clips.folder is None:
             return cls.fit(clips)
-        store = clips.folder / "standardizer"
-        if not os.access(clips.folder, os.W_OK):
-            there = zlib.crc32(str(clips.folder.resolve()).encode())
-            store = cache_folder() / f"standardizer-{there:08x}"
         found = cls({}, {})
         for name in clips.modalities:
-            state = _state_of_files(clips.folder, name)
-            one = _stored(store / name, state)
+            folder, state = _store(clips.folder) / name, _state_of_files(clips.folder, name)
+            one = _stored(folder, state)
             if one is None:
                 one = cls.fit(clips.only([name]))
                 if is_first():
-                    save_model(store / name, one.tensors(), state)
+                    save_model(folder, one.tensors(), state)
             found.mean.update(one.mean)
             found.axes.update(one.axes)
         return found
+
+    def on_disk(self, clips: Clips) -> dict[str, MappedArray]:
+        """Standardised features [N, T, ..., width] in float16 on disk, computed if they are not.
+
+        They are stored with the map, once for all processes. Those of data that are not in a folder
+        are in a temporary folder, which is removed with the result.
+        """
+        found: dict[str, MappedArray] = {}
+        for name in clips.modalities:
+            if clips.folder is None:
+                cache_folder().mkdir(parents=True, exist_ok=True)
+                folder, state = Path(tempfile.mkdtemp(dir=cache_folder())), {}
+            else:
+                folder, state = _store(clips.folder) / name, _state_of_files(clips.folder, name)
+            parts = [x.numpy().tobytes() for x in (self.mean[name], self.axes[name])]
+            key = zlib.crc32(b"".join([*parts, json.dumps(state).encode()]))
+            path = folder / f"features-{key:08x}.npy"
+            with alone(folder):
+                if not path.is_file():
+                    for old in folder.glob("features-*.npy"):
+                        old.unlink()
+                    write_atomic(path, partial(self._write, clips, name))
+            found[name] = MappedArray(path)
+            if clips.folder is None:
+                weakref.finalize(found[name], _remove, folder, os.getpid())
+        return found
+
+    def _write(self, clips: Clips, name: str, file: BinaryIO) -> None:
+        shape = (*clips.features[name].shape[:-1], self.axes[name].shape[1])
+        header: Any = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        rows, most = torch.arange(shape[0]), torch.finfo(torch.float16).max
+        with tqdm(desc=f"standardising {name}", total=len(rows), unit="clip", disable=None) as bar:
+            for part in rows.split(_CLIPS_AT_ONCE):
+                y = self.apply(name, clips.read(name, part)).clamp(-most, most)
+                file.write(y.half().numpy().tobytes())
+                bar.update(len(part))
 
     def transform(self, clips: Clips) -> dict[str, Tensor]:
         """Map all clips to float32 [N, T, ..., width], a few at a time."""
@@ -108,8 +149,7 @@ class Standardizer:
 
     def apply(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Map vectors [..., C] of a modality, any float dtype, to float32 [..., width]."""
-        mean, axes = self.mean[name].to(x.device), self.axes[name].to(x.device)
-        return torch.matmul(x.float() - mean, axes, out=out)
+        return torch.matmul(x.float() - self.mean[name], self.axes[name], out=out)
 
     def denoise(self, name: str, x: Tensor) -> Tensor:
         """Centre float32 vectors [..., C] and project them onto the kept components and back."""
@@ -169,6 +209,18 @@ def _sample(clips: Clips, name: str, samples: int) -> Tensor:
         here = ((clip >= part[0]) & (clip <= part[-1])).nonzero().squeeze(1)
         vectors[here] = x[clip[here] - part[0], segment[here], cell[here]].float()
     return vectors
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # and not one forked from it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _store(folder: Path) -> Path:
+    """Where to store what is measured on a data set: in it, or in the cache if it is read-only."""
+    if os.access(folder, os.W_OK):
+        return folder / "standardizer"
+    return cache_folder() / f"standardizer-{zlib.crc32(str(folder.resolve()).encode()):08x}"
 
 
 def _state_of_files(folder: Path, name: str) -> dict[str, object]:

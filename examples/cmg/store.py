@@ -67,7 +67,10 @@ def _write_features(path: Path, clips: Clips, name: str) -> None:
         "shape": tuple(clips.features[name].shape),
     }
     rows = torch.arange(len(clips.split))
-    with path.open("xb") as file, tqdm(desc=f"writing {name}", total=len(rows), unit="clip") as bar:
+    with (
+        path.open("xb") as file,
+        tqdm(desc=f"writing {name}", total=len(rows), unit="clip", disable=None) as bar,
+    ):
         np.lib.format.write_array_header_1_0(file, header)
         for part in rows.split(_CLIPS_AT_ONCE):
             x = clips.read(name, part).half()

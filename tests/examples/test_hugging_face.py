@@ -16,7 +16,7 @@ import torch
 from examples.conftest import Arrays, N, T, make_arrays
 from support import once, same
 
-from cmg.batches import Batches, Order, loader
+from cmg.batches import Batches, Loader, Order
 from cmg.data import Clips, load_clips
 from cmg.errors import DataError
 from cmg.hugging_face import load_datasets
@@ -99,7 +99,7 @@ def test_the_batches_are_those_of_an_npz_file(folder: Path, workers: int) -> Non
         batches = Batches(clips, Standardizer.fit(clips), in_memory=1e-9)
         order = Order(clips.rows(0), 8)
         order.shuffle()
-        read = loader(batches, order, workers, device)
+        read = Loader(batches, order, workers, device)
         seen.append([batches.ready(batch, device) for batch in read])
     for (x, masks), (y, others) in zip(*seen, strict=True):
         assert same(x, y)
