@@ -197,7 +197,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=IN_MEMORY,
         metavar="GIB",
         help="standardised features up to this size are kept in memory (default: 1 GiB); larger "
-        "ones are read and standardised batch by batch",
+        "ones are stored in float16, in the folder of the data, and read batch by batch",
     )
     parser.add_argument(
         "--workers",

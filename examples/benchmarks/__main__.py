@@ -1,4 +1,4 @@
-"""`python -m examples.benchmarks [search|step|losses|memory|gpu|plot|launches]`."""
+"""`python -m examples.benchmarks [search|step|losses|memory|data|gpu|plot|launches]`."""
 
 from __future__ import annotations
 

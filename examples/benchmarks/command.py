@@ -17,7 +17,7 @@ import torch
 import mmvq
 import mmvq_kernels
 
-from . import losses, memory, peers, plot, search, step
+from . import data, losses, memory, peers, plot, search, step
 
 PARTS = ("search", "step", "losses", "memory")
 
@@ -31,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "parts",
         nargs="*",
-        help=f"of {', '.join(PARTS)}, gpu; default: all but gpu. Or plot: draw the figures in "
-        "docs; or launches: count the kernels that a GPU would start, as one JSON object",
+        help=f"of {', '.join(PARTS)}, data, gpu; default: all but data (training from disk) and "
+        "gpu. Or plot: draw the figures in docs; or launches: count the kernels that a GPU would "
+        "start, as one JSON object",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="1 by default")
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return _print_launches(options.output)
     if alone := {"plot", "launches"} & {*parts}:
         parser.error(f"{alone.pop()} runs alone")
-    if unknown := set(parts) - {*PARTS, "gpu"}:
+    if unknown := set(parts) - {*PARTS, "data", "gpu"}:
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
     if min(*options.threads, options.repeats) < 1:
         parser.error("--threads and --repeats must be at least 1")
@@ -105,7 +106,8 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]
     if part == "gpu" and not torch.cuda.is_available():
         print("gpu: torch finds no GPU; nothing was run")
         return found
-    unit = "" if part == "memory" else f", medians in ms ({clock} clock)"
+    units = {"memory": "", "data": " for each process, medians in ms per clip"}
+    unit = units.get(part, f", medians in ms ({clock} clock)")
     print(f"\n{part}, {threads} thread{'s' * (threads > 1)}{unit}", flush=True)
     sizes = {"quick": quick, "repeats": options.repeats}
     if part == "search":
@@ -118,6 +120,8 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]
         found["summary"] = losses.summary(rows, clock)
     elif part == "memory":
         rows = memory.run(quick=quick, threads=threads)
+    elif part == "data":
+        rows, found["epochs"] = data.run(**sizes, threads=threads)
     else:
         found["device"] = torch.cuda.get_device_name()
         found["backends"] = mmvq_kernels.available_backends()
@@ -126,6 +130,8 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict[str, Any]
         found["summary"] = search.summary(rows, clock)
         rows += step.run(quick=quick, repeats=6 * options.repeats, device="cuda")
     print(table(rows, clock))
+    if part == "data":
+        print(f"\nwhole epochs on one process\n{table(found['epochs'], clock)}")
     for name, value in found.get("summary", {}).items():
         print(f"{name}: {value}")
     return {**found, "rows": rows}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import command, losses, peers, plot, search, step, timing
+from benchmarks import command, data, losses, peers, plot, search, stages, step, timing
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
 
@@ -80,6 +80,25 @@ def test_without_a_gpu_one_line_says_so(
     assert capsys.readouterr().out == "gpu: torch finds no GPU; nothing was run\n"
     with pytest.raises(SystemExit):
         command.main(["speed"])
+
+
+def test_training_from_disk_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process."""
+    monkeypatch.setattr(data, "PROCESSES", (1,))
+    monkeypatch.setattr(data, "launch", lambda _, __, settings: stages.measure(**settings))
+    file = tmp_path / "figures.json"
+    command.main(["data", "--quick", "--repeats", "1", "--output", str(file)])
+    torch.set_num_threads(1)
+    (run,) = json.loads(file.read_text())["runs"]
+    assert [row["clock"] for row in run["rows"]] == ["wall", "cpu"]
+    memory, *disk = run["epochs"]
+    assert memory["of memory"] == 1
+    assert [row["workers"] for row in disk] == [0, 1, 2]
+    assert all(0 <= row["waiting"] < 1 for row in disk)
+    printed = capsys.readouterr().out
+    assert all(command.table(rows, "wall") in printed for rows in (run["rows"], run["epochs"]))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +205,12 @@ def test_the_page_shows_the_committed_figures() -> None:
     ratio = ms["mmvq"] / ms["vector-quantize-pytorch"]
     told = f"took {ms['mmvq']:.2f} ms, {ratio:.2f} of vector-quantize-pytorch"
     assert told in words
+
+
+def test_the_guide_shows_the_committed_costs() -> None:
+    (run,) = json.loads((plot.FIGURES.parent / "data.json").read_text())["runs"]
+    page = (plot.ROOT / "docs/guides/large-data.md").read_text()
+    assert all(command.table(rows, "wall") in page for rows in (run["rows"], run["epochs"]))
 
 
 def test_powers_and_means() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from examples.conftest import Arrays, N, T, make_arrays
-from support import once, same
+from support import ROOT, once, same
 
 from cmg.batches import Batches, Loader, Order
 from cmg.data import Clips, load_clips
@@ -127,6 +128,24 @@ def test_a_run(folder: Path, tmp_path: Path) -> None:
     before = stored.stat().st_mtime_ns
     Standardizer.of(load_datasets(str(folder / "one")))
     assert stored.stat().st_mtime_ns == before
+
+
+def test_the_guide_writes_the_same_clips_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/guides/large-data.md").read_text()
+    names: dict[str, object] = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(code, names)
+    (_, folder), (_, arrow) = open_data("clips"), open_data("datasets:clips-arrow")
+    assert folder.modalities == arrow.modalities
+    every = torch.arange(len(folder.split))
+    for name in folder.modalities:
+        assert torch.equal(folder.read(name, every), arrow.read(name, every))
+    assert same(folder.masks, arrow.masks)
+    assert torch.equal(folder.labels, arrow.labels)
+    assert len(list(Path("clips-arrow").glob("*.arrow"))) == 4
 
 
 def save(arrays: Arrays, path: Path) -> str:
