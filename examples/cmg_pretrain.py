@@ -34,8 +34,8 @@ from cmg import data as generic
 from cmg.advice import about_data, about_run
 from cmg.batches import IN_MEMORY, Batches
 from cmg.checkpoint import save_model
+from cmg.clips import PRETRAIN, TEST, TRAIN
 from cmg.command import exit_code, positive_float, positive_int, seed
-from cmg.data import PRETRAIN, TEST, TRAIN
 from cmg.evaluation import Codes, Scores, evaluate
 from cmg.figures import plot_codes, plot_training, require_matplotlib
 from cmg.files import in_use, make_writable, write_atomic

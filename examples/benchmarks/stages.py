@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmg.batches import Batches
-from cmg.data import PRETRAIN, Clips, load_clips
+from cmg.clips import PRETRAIN, Clips
+from cmg.data import load_clips
 from cmg.model import Config, UniCode
 from cmg.ranks import is_first, joined, local_part
 from cmg.standardize import Standardizer

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from .data import PRETRAIN, TEST, TRAIN, Clips
+from .clips import PRETRAIN, TEST, TRAIN, Clips
 
 FEW = 30  # clips of split 2
 _CHANCE = 0.95  # of ln B, the loss of a contrast that tells nothing apart

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .data import Clips
+from .clips import Clips
 from .errors import DataError
 from .ranks import local_part
 from .standardize import Standardizer

@@ -23,7 +23,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from .data import PRETRAIN, TEST, TRAIN, Clips
+from .clips import PRETRAIN, TEST, TRAIN, Clips
 from .errors import DataError
 from .evaluation import (
     Fit,

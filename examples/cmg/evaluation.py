@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mmvq.functional import code_agreement
 
+from .clips import BACKGROUND, TEST, TRAIN, Clips
 from .containers import Rows
-from .data import BACKGROUND, TEST, TRAIN, Clips
 
 Score = Callable[[Tensor, Tensor], dict[str, float]]  # of predicted and true classes
 Fit = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]  # inputs, labels -> inputs -> classes

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from .clips import Clips
 from .containers import Array, Header, to_tensor
-from .data import Clips, Meta, read_clips
+from .data import Meta, read_clips
 from .errors import DataError
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from .data import BACKGROUND, PRETRAIN, TEST, TRAIN, Clips
+from .clips import BACKGROUND, PRETRAIN, TEST, TRAIN, Clips
 from .errors import DataError
 from .evaluation import (
     CLIP_BOUNDS,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmvq.functional import code_usage
 
-from .data import SPLITS, Clips
+from .clips import SPLITS, Clips
 from .files import write_atomic
 
 _FIELDS = (

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .batches import Batches
 from .checkpoint import load_model
+from .clips import Clips
 from .containers import Rows
-from .data import Clips
 from .errors import DataError
 from .evaluation import Codes
 from .model import Config, UniCode

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import digits
-from .data import Clips, load_clips
+from .clips import Clips
+from .data import load_clips
 from .errors import DataError
 from .hugging_face import load_datasets
 from .released import SETS, load_released

@@ -31,8 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import load_model, save_model
+from .clips import PRETRAIN, TRAIN, Clips
 from .containers import MappedArray
-from .data import PRETRAIN, TRAIN, Clips
 from .errors import DataError
 from .files import alone, cache_folder, write_atomic
 from .ranks import is_first

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .clips import Clips, check_finite
 from .containers import Array
-from .data import MASK, META, SEGMENTS, Clips, Meta, check_finite
+from .data import MASK, META, SEGMENTS, Meta
 from .errors import DataError
 from .files import make_writable
 

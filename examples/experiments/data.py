@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cmg.data import BACKGROUND, PRETRAIN, Clips
+from cmg.clips import BACKGROUND, PRETRAIN, Clips
 from cmg.digits import clips as plots
 from cmg.digits.style import HOME
 from cmg.errors import DataError

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmg.batches import Batches
 from cmg.checkpoint import save_model
-from cmg.data import PRETRAIN, TEST, TRAIN
+from cmg.clips import PRETRAIN, TEST, TRAIN
 from cmg.digits import VERSION
 from cmg.errors import DataError
 from cmg.evaluation import Codes, evaluate

@@ -11,7 +11,8 @@ import cmg_pretrain
 import numpy as np
 import pytest
 
-from cmg.data import Clips, load_clips
+from cmg.clips import Clips
+from cmg.data import load_clips
 
 N, T, CLASSES = 120, 4, 3
 Arrays = dict[str, np.ndarray]

@@ -15,7 +15,8 @@ from examples.conftest import Arrays
 
 from cmg.advice import about_data, about_run
 from cmg.batches import Batches
-from cmg.data import Clips, load_clips
+from cmg.clips import Clips
+from cmg.data import load_clips
 from cmg.model import Config, UniCode
 
 

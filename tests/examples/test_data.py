@@ -12,7 +12,8 @@ import pytest
 import torch
 from examples.conftest import CLASSES, Arrays, N, T
 
-from cmg.data import Clips, load_clips
+from cmg.clips import Clips
+from cmg.data import load_clips
 from cmg.errors import DataError
 
 

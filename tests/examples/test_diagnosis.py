@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmg.data import BACKGROUND, Clips
+from cmg.clips import BACKGROUND, Clips
 from cmg.diagnosis import STAGES, diagnose, diagnosis_table
 from cmg.errors import DataError
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmg.data import BACKGROUND, Clips
+from cmg.clips import BACKGROUND, Clips
 from cmg.evaluation import (
     Head,
     Scores,

@@ -24,7 +24,8 @@ from support import peak_growth
 
 from cmg import digits
 from cmg.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
-from cmg.data import Clips, load_clips
+from cmg.clips import Clips
+from cmg.data import load_clips
 from cmg.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # numpy's about odd headers, for instance

@@ -18,7 +18,8 @@ from examples.conftest import Arrays, N, T, make_arrays
 from support import ROOT, once, same
 
 from cmg.batches import Batches, Loader, Order
-from cmg.data import Clips, load_clips
+from cmg.clips import Clips
+from cmg.data import load_clips
 from cmg.errors import DataError
 from cmg.hugging_face import load_datasets
 from cmg.sources import open_data

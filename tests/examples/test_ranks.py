@@ -31,7 +31,7 @@ from support import once, run_python, start_method
 
 from cmg.batches import Batches
 from cmg.checkpoint import load_checkpoint
-from cmg.data import Clips
+from cmg.clips import Clips
 from cmg.errors import DataError
 from cmg.model import Config, UniCode
 from cmg.ranks import on_all_ranks

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cmg.data import Clips, load_clips
+from cmg.clips import Clips
+from cmg.data import load_clips
 from cmg.reference import cca_reference, multiset_cca
 
 

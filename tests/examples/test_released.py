@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import peak_growth
 
-from cmg.data import PRETRAIN, TEST, TRAIN
+from cmg.clips import PRETRAIN, TEST, TRAIN
 from cmg.errors import DataError
 from cmg.released import SETS, arrays, avs, load_released, sets
 from cmg.released.avs import AVSBenchS4

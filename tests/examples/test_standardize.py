@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cmg import standardize
-from cmg.data import Clips, load_clips
+from cmg.clips import Clips
+from cmg.data import load_clips
 from cmg.standardize import Standardizer
 
 

@@ -21,7 +21,8 @@ from examples.conftest import CLASSES, Arrays, N, T, make_arrays
 from support import peak_growth
 
 from cmg.batches import Batches, Loader, Order
-from cmg.data import Clips, load_clips
+from cmg.clips import Clips
+from cmg.data import load_clips
 from cmg.errors import DataError
 from cmg.report import description
 from cmg.standardize import Standardizer

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cmg.batches import Batch, Batches
 from cmg.checkpoint import save_checkpoint
-from cmg.data import Clips
+from cmg.clips import Clips
 from cmg.encoders import BatchNorm
 from cmg.errors import DataError
 from cmg.model import PARTS, Config, Features, UniCode

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data import BACKGROUND
+from ..clips import BACKGROUND
 from .style import HOME, Style
 
 SEGMENTS = 10

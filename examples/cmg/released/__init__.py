@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..data import Clips
+from ..clips import Clips
 from ..errors import DataError
 from .sets import ReleasedSet, ave, avvp, vggsound_avel
 from .text import with_text

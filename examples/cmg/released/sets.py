@@ -14,8 +14,8 @@ from einops import repeat
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from ..clips import BACKGROUND, PRETRAIN, TEST, TRAIN, Clips
 from ..containers import Rows
-from ..data import BACKGROUND, PRETRAIN, TEST, TRAIN, Clips
 from ..errors import DataError
 from .arrays import Array, ClipFiles, read_h5, read_zip
 

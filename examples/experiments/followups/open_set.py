@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cmg.data import TEST, TRAIN
+from cmg.clips import TEST, TRAIN
 from cmg.evaluation import Head, Scores, directions, over_time
 from cmg.run import TrainedRun
 

@@ -6,7 +6,7 @@ modality of another set, with other writers, voices, sentences and layout.
 
 from __future__ import annotations
 
-from cmg.data import TEST, TRAIN, Clips
+from cmg.clips import TEST, TRAIN, Clips
 from cmg.evaluation import Head, Labelled, Scores, segment_classes, segment_scores, transfer
 from cmg.run import TrainedRun
 

@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmg.data import TEST, TRAIN
+from cmg.clips import TEST, TRAIN
 from cmg.errors import DataError
 from cmg.evaluation import Scores, directions
 from cmg.run import TrainedRun

@@ -17,7 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmg import digits
-from cmg.data import TEST, TRAIN, load_clips
+from cmg.clips import TEST, TRAIN
+from cmg.data import load_clips
 from cmg.errors import DataError
 from cmg.evaluation import Scores, directions
 from cmg.run import TrainedRun

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from cmg import digits
-from cmg.data import Clips, load_clips
+from cmg.clips import Clips
+from cmg.data import load_clips
 from cmg.digits import clips as plots
 from cmg.errors import DataError
 from cmg.evaluation import Pairs, Scores

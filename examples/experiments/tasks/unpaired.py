@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cmg.data import TEST, TRAIN, Clips
+from cmg.clips import TEST, TRAIN, Clips
 from cmg.evaluation import Head, Labelled, Scores, clip_scores, over_time, transfer
 from cmg.run import TrainedRun
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cmg import digits
-from cmg.data import PRETRAIN, TEST, TRAIN, load_clips
+from cmg.clips import PRETRAIN, TEST, TRAIN
+from cmg.data import load_clips
 from cmg.errors import DataError
 from experiments import data
 from experiments.matrix import EXPERIMENTS

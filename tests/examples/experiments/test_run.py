@@ -11,7 +11,8 @@ import torch
 from support import peak_growth
 
 from cmg.checkpoint import load_model, save_model
-from cmg.data import Clips, load_clips
+from cmg.clips import Clips
+from cmg.data import load_clips
 from cmg.errors import DataError
 from cmg.run import TrainedRun
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmg.batches import Batch, Batches
-from cmg.data import Clips
+from cmg.clips import Clips
 from cmg.model import Config, UniCode
 from cmg.training import Recipe
 from experiments.matrix import ALL, AV, Experiment

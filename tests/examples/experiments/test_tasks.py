@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cmg import digits
-from cmg.data import BACKGROUND, PRETRAIN, TRAIN, Clips, load_clips
+from cmg.clips import BACKGROUND, PRETRAIN, TRAIN, Clips
+from cmg.data import load_clips
 from cmg.errors import DataError
 from experiments.followups import all_followups
 from experiments.followups.channels import best_channels, channel_scores
