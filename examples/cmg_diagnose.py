@@ -1,7 +1,7 @@
 """Take a run apart: what encoders, quantization, crossing and head lose, in each direction.
 
     python examples/cmg_diagnose.py runs/digits                          the demo's digits
-    python examples/cmg_diagnose.py runs/clips --data clips.npz          your own file
+    python examples/cmg_diagnose.py runs/clips --data clips.npz          your own data
     python examples/cmg_diagnose.py runs/clips --data clips.npz --test   once, at the end
 
 RUN is the --output of cmg_pretrain.py. It measures by cross-validation on split 1, or with --test
@@ -35,10 +35,9 @@ def run(args: argparse.Namespace) -> None:
     """Load a run and its clips, measure, and print."""
     _, clips = open_data(args.data, None, args.text_encoder)
     trained = TrainedRun.load(args.run, clips, seed=0)
+    z, size = trained.semantic(), trained.model.quantizer.codebook_size
     clips = clips.only(trained.config.shapes)
-    z = trained.semantic(clips.features, clips.masks)
-    size = trained.model.quantizer.codebook_size
-    found = diagnose(clips, z, *trained.quantize(clips.features, clips.masks), size, test=args.test)
+    found = diagnose(clips, z, *trained.codes, size, test=args.test)
     print(json.dumps(found, indent=2) if args.json else diagnosis_table(found))
 
 

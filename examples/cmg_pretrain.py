@@ -35,14 +35,14 @@ from cmg.advice import about_data, about_run
 from cmg.batches import IN_MEMORY, Batches
 from cmg.checkpoint import save_model
 from cmg.clips import PRETRAIN, TEST, TRAIN
-from cmg.command import exit_code, positive_float, positive_int, seed
+from cmg.command import exit_code, natural, natural_float, positive_int, seed
 from cmg.evaluation import Codes, Scores, evaluate
 from cmg.figures import plot_codes, plot_training, require_matplotlib
 from cmg.files import in_use, make_writable, write_atomic
 from cmg.model import PARTS, Config, UniCode
 from cmg.presets import PRESETS
 from cmg.ranks import is_first, joined, local_device
-from cmg.reference import cca_reference
+from cmg.reference import cca_reference, check_reference
 from cmg.released import SETS
 from cmg.report import code_counts, codebook_summary, description, headline, table, write_metrics
 from cmg.sources import open_data, open_downstream
@@ -67,6 +67,8 @@ def _run(args: argparse.Namespace, held: ExitStack) -> None:
     require_matplotlib()
     device = local_device(args.device)
     name, clips = open_data(args.data, args.modalities, args.text_encoder)
+    if args.reference:
+        check_reference(clips)
     downstream = {x: open_downstream(x, clips, args.text_encoder) for x in args.downstream}
     folder = args.output = args.output or Path("runs") / name
     make_writable(folder)
@@ -193,7 +195,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--in-memory",
-        type=positive_float,
+        type=natural_float,
         default=IN_MEMORY,
         metavar="GIB",
         help="standardised features up to this size are kept in memory (default: 1 GiB); larger "
@@ -201,7 +203,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=natural,
         metavar="N",
         help="processes that read batches ahead; default: none if features are in memory, else 2",
     )
@@ -235,7 +237,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="bert-base-uncased",
         help="for the prompts of the authors' sets: a Hugging Face name or folder",
     )
-    parser.add_argument("--reference", choices=["cca"], help="also print the scores of linear CCA")
+    parser.add_argument(
+        "--reference",
+        choices=["cca"],
+        help="also print the scores of linear CCA, which reads all features into memory",
+    )
     return parser.parse_args(argv)
 
 

@@ -22,6 +22,9 @@ def about_data(clips: Clips) -> list[str]:
     for name in clips.modalities:
         known, shown = (_classes(clips, name, split) for split in (TRAIN, TEST))
         n = int((clips.labels_of(name)[clips.rows(TEST)] >= 0).sum())
+        if n == 0:
+            found.append(f"{name}: split 2 has no clip with a label.")
+            continue
         if n < FEW:
             found.append(
                 f"{name}: split 2 has only {n} clips, so the standard error of an accuracy is up "
@@ -81,7 +84,7 @@ def about_run(
         if share > _AT_BOUND:
             found.append(
                 f"CLUB of {name} is at its bound: {share:.0%} of its log-variances, so its "
-                'estimate is too low. Hint: club="penalty".'
+                "estimate is too low. Hint: --preset digits."
             )
     if not saturation and (explained := _last(history, "club")) > _EXPLAINED:
         found.append(

@@ -3,7 +3,7 @@
 A checkpoint is ONE safetensors file. Tensors are stored as tensors, everything else (numbers,
 strings, nesting) as JSON in the metadata of the file. The write is atomic: if it is interrupted,
 the previous checkpoint is unchanged. Loading restores every value exactly. The metadata has a
-checksum of all that the file holds; files of before it have none, and load.
+checksum of all that the file holds; files without one are read too.
 """
 
 from __future__ import annotations

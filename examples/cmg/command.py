@@ -39,6 +39,22 @@ def positive_int(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise ArgumentTypeError(f"must be at least 0; got {text}")
+    return value
+
+
+def natural_float(text: str) -> float:
+    """A number of at least 0."""
+    value = float(text)
+    if not value >= 0:
+        raise ArgumentTypeError(f"must be at least 0; got {text}")
+    return value
+
+
 def positive_float(text: str) -> float:
     """A finite number above 0."""
     value = float(text)

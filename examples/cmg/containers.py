@@ -132,6 +132,8 @@ class NpzFile:
 
         def load(file: IO[bytes], header: Header) -> Array:
             member = self.members[name]
+            if header.dtype.hasobject:
+                raise ValueError("Object arrays are not read")
             size = header.dtype.itemsize * prod(header.shape)
             ratio = _LARGEST.get(member.compress_type, 0)  # numpy writes no other type
             if size > min(member.file_size, ratio * member.compress_size):
@@ -176,6 +178,8 @@ class Folder:
         """The array. Object arrays are refused."""
         header = self.header(name)
         try:
+            if header.dtype.hasobject:
+                raise ValueError("Object arrays are not read")
             size = header.dtype.itemsize * prod(header.shape)
             if size > self._file(name).stat().st_size:
                 raise ValueError(f"{header} is larger than the file")

@@ -3,7 +3,8 @@
     <modality>              float [N, T, ..., C]  e.g. audio [N, 10, 128], video [N, 10, 7, 7, 512]
     labels                  int   [N]             event class of the clip
     split                   int   [N]             0 pre-train, 1 downstream train, 2 test,
-                                                  3 validation (optional)
+                                                  3 validation: chooses the number of codes, as
+                                                  split 1 does without it (optional)
     seg_labels_<modality>   int   [N, T]          class per segment, -1 = background (optional)
     mask_<modality>         bool  [N, T]          True = valid; all False where a clip does not have
                                                   the modality (optional)
@@ -269,7 +270,10 @@ class _Reader:
 
     def looks_like_features(self, name: str) -> bool:
         """Whether an array is float with three dimensions or more."""
-        header = self.arrays.header(name)
+        try:
+            header = self.arrays.header(name)
+        except DataError:  # not an array
+            return False
         return header.dtype.kind == "f" and len(header.shape) >= 3
 
     def expected(self) -> tuple[str, ...]:
@@ -285,7 +289,14 @@ class _Reader:
     def unused(self, names: Sequence[str]) -> dict[str, str]:
         """The arrays that are not used: name -> type and shape."""
         used = {*_RESERVED, *names, *(p + name for name in names for p in (SEGMENTS, MASK))}
-        return {x: str(self.arrays.header(x)) for x in self.arrays.names if x not in used}
+        found: dict[str, str] = {}
+        for name in self.arrays.names:
+            if name not in used:
+                try:
+                    found[name] = str(self.arrays.header(name))
+                except DataError:
+                    found[name] = "(not an array)"
+        return found
 
     @staticmethod
     def reserved(name: str) -> bool:
@@ -297,7 +308,7 @@ class _Reader:
         known = self.integers(name, shape)[labelled]
         odd = known[(known < lowest) | (known >= _CLASSES)]
         if odd.size:
-            rule = f"must be {lowest} to {_CLASSES - 1} in splits 1 and 2"
+            rule = f"must be {lowest} to {_CLASSES - 1} outside split 0"
             raise self.error(name, rule, f"{odd[0]}. Hint: number the classes from 0")
         classes = np.full(shape, -1)
         classes[labelled] = known

@@ -57,7 +57,7 @@ def diagnose(
         clips: Clips with raw features.
         features: Name -> semantic features z [N, T, D].
         codes: Name -> quantized vectors [N, T, D].
-        indices: Name -> their codes, int64 [N, T].
+        indices: Name -> their codes, int64 [N, T], -1 where not valid.
         codebook_size: Number of codes L.
         test: Whether to train on split 1 and test on split 2. False: cross-validation on split 1.
 
@@ -147,8 +147,12 @@ def _splits(clips: Clips, test: bool) -> list[tuple[Tensor, Tensor]]:
     order = clips.labels[rows].argsort(stable=True)
     fold[order] = torch.arange(len(rows)) % FOLDS  # every class in every fold
     folds = [(rows[fold != k], rows[fold == k]) for k in range(FOLDS) if (fold == k).any()]
-    if len(folds) < 2 or any(len(clips.labels[seen].unique()) < 2 for seen, _ in folds):
-        raise DataError("split 1 has too few clips for cross-validation. Hint: --test.")
+    for name in clips.modalities:
+        labels = clips.labels_of(name)
+        known = [(labels[seen].unique() >= 0).sum() for seen, _ in folds]
+        if len(folds) < 2 or min(known) < 2 or not all((labels[x] >= 0).any() for _, x in folds):
+            rule = f"split 1 has too few clips of {name} for cross-validation"
+            raise DataError(f"{rule}. Hint: --test.")
     return folds
 
 

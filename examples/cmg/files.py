@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,9 +56,9 @@ def _replace(path: Path, content: bytes | Callable[[BinaryIO], object]) -> bool:
 
     That can happen before the file is locked, or between unlocking and renaming.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    hidden = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("xb") as file:
+        with hidden.open("xb") as file:
             _lock(file.fileno())
             if callable(content):
                 content(file)
@@ -65,22 +67,22 @@ def _replace(path: Path, content: bytes | Callable[[BinaryIO], object]) -> bool:
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.replace(partial, path)
+            os.replace(hidden, path)
         except FileNotFoundError:
             return False
         return True
     finally:
-        partial.unlink(missing_ok=True)
+        hidden.unlink(missing_ok=True)
 
 
 def _remove_abandoned(folder: Path, name: str = r".+") -> None:
     """Remove the temporary files of earlier writes of `name` that no process has locked."""
     ours = re.compile(rf"\.{name}\.[0-9a-f]{{16}}\.partial")
-    for partial in folder.iterdir():
-        if ours.fullmatch(partial.name):
-            with suppress(OSError), open(partial, "r+b", opener=_open_no_link) as file:
+    for found in folder.iterdir():
+        if ours.fullmatch(found.name):
+            with suppress(OSError), open(found, "r+b", opener=_open_no_link) as file:
                 if _lock(file.fileno()):
-                    partial.unlink()
+                    found.unlink()
 
 
 def _open_no_link(path: str, flags: int) -> int:
@@ -96,18 +98,27 @@ def _lock(file: int) -> bool:
     return True
 
 
-def _flock(file: int) -> None:
-    """Lock a file until it is closed.
+def _flock(file: int, *, wait: bool = False) -> None:
+    """Lock a file until it is closed, or `_unlock`ed if child processes have it open too.
 
     Raises:
-        BlockingIOError: It is locked already.
+        BlockingIOError: It is locked already, and not to be waited for.
         OSError: It cannot be locked.
     """
     if sys.platform == "win32":
         raise OSError("no locks")
     import fcntl
 
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def _unlock(file: int) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
 
 
 @contextmanager
@@ -123,7 +134,7 @@ def in_use(folder: Path) -> Iterator[None]:
     with ExitStack() as held:
         try:
             file = os.open(folder, os.O_RDONLY)
-            held.callback(os.close, file)
+            held.callback(_unlock, file)
             _flock(file)
             _remove_abandoned(folder)
         except BlockingIOError as error:
@@ -144,18 +155,46 @@ def alone(folder: Path) -> Iterator[None]:
         DataError: The folder cannot be created, or not be written to.
     """
     make_writable(folder)
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    directory = os.open(folder, os.O_RDONLY)
+    file = os.open(folder, os.O_RDONLY) if sys.platform != "win32" else None
     try:
-        with suppress(OSError):
-            fcntl.flock(directory, fcntl.LOCK_EX)
+        if file is not None:
+            with suppress(OSError):
+                _flock(file, wait=True)
         yield
     finally:
-        os.close(directory)
+        if file is not None:
+            _unlock(file)
+
+
+def temporary_folder(parent: Path, kind: str) -> tuple[Path, Callable[[], None]]:
+    """A new folder, and a function that removes it.
+
+    Folders of this kind that killed processes left are removed (where there are locks). A process
+    that was forked from this one cannot remove the folder.
+
+    Raises:
+        DataError: The parent cannot be created, or not be written to.
+    """
+    make_writable(parent)
+    if sys.platform == "win32":
+        path = Path(tempfile.mkdtemp(prefix=f".{kind}.", dir=parent))
+        return path, partial(shutil.rmtree, path, ignore_errors=True)
+    for old in parent.glob(f".{kind}.*"):
+        with suppress(OSError):
+            file = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            if _lock(file):
+                shutil.rmtree(old, ignore_errors=True)
+            os.close(file)
+    path = Path(tempfile.mkdtemp(prefix=f".{kind}.", dir=parent))
+    file, process = os.open(path, os.O_RDONLY), os.getpid()
+    _lock(file)
+
+    def remove() -> None:
+        if os.getpid() == process:
+            shutil.rmtree(path, ignore_errors=True)
+            _unlock(file)
+
+    return path, remove
 
 
 def make_writable(folder: Path) -> None:

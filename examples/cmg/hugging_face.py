@@ -7,7 +7,6 @@ No code of a data set is executed.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -47,8 +46,8 @@ def load_datasets(source: str, modalities: Sequence[str] | None = None) -> Clips
     labels = dataset.features.get("labels")
     names = tuple(getattr(labels, "names", None) or ())  # of a ClassLabel
     clips = read_clips(ArrowArrays(source, dataset), Meta(class_names=names), modalities)
-    files = [os.path.dirname(os.path.abspath(x["filename"])) for x in dataset.cache_files]
-    return replace(clips, folder=Path(os.path.commonpath(files)) if files else None)
+    folders = {Path(x["filename"]).absolute().parent for x in dataset.cache_files}
+    return replace(clips, folder=folders.pop() if len(folders) == 1 else None)
 
 
 def _open(source: str) -> Dataset:

@@ -55,10 +55,7 @@ def cca_reference(clips: Clips) -> dict[str, Any]:
         "classification" and "localization" as in `evaluation.evaluate`, "logistic_regression" with
         the same two, and "settings" with the hyperparameters chosen for each.
     """
-    if clips.masks:
-        raise DataError(
-            f"--reference cca: takes clips without masks; got masks of {', '.join(clips.masks)}."
-        )
+    check_reference(clips)
     train = clips.rows(TRAIN).numpy()
     labels = dict.fromkeys(clips.features, clips.labels.numpy())
     segments = {name: (x - BACKGROUND).numpy() for name, x in clips.segment_labels.items()}
@@ -79,6 +76,18 @@ def cca_reference(clips: Clips) -> dict[str, Any]:
         },
         "settings": {"classification": clip.settings, "localization": segment.settings},
     }
+
+
+def check_reference(clips: Clips) -> None:
+    """Check that CCA can be measured on these clips.
+
+    Raises:
+        DataError: They have masks.
+    """
+    if clips.masks:
+        raise DataError(
+            f"--reference cca: takes clips without masks; got masks of {', '.join(clips.masks)}."
+        )
 
 
 class _Choice:

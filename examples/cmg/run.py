@@ -88,23 +88,26 @@ class TrainedRun:
             Name -> quantized vectors [N, T, D], and name -> int64 indices [N, T], zeros and -1
             where not valid.
         """
-        indices = self.model.quantize(Batches(Clips.of(features, masks), self.standardizer))
-        codebook = self.model.quantizer.codebook.cpu()
-        return {name: Codes(i, codebook)[:] for name, i in indices.items()}, indices
+        return self._coded(Batches(Clips.of(features, masks), self.standardizer))
 
-    def semantic(
-        self, features: Mapping[str, Rows], masks: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Semantic features z [N, T, D] of raw features [N, T, ..., C]."""
-        batches = Batches(Clips.of(features, masks), self.standardizer)
-        rows = torch.arange(len(batches.clips.split))
-        return self.model.semantic_features(batches, rows)[0]
+    @cached_property
+    def batches(self) -> Batches:
+        """The run's own clips, in the modalities of the model."""
+        return Batches(self.clips.only(self.config.shapes), self.standardizer)
 
     @cached_property
     def codes(self) -> Coded:
-        """The run's own clips quantized, in the modalities of the model."""
-        own = self.clips.only(self.config.shapes)
-        return self.quantize(own.features, own.masks)
+        """The run's own clips quantized, as by `quantize`."""
+        return self._coded(self.batches)
+
+    def semantic(self) -> dict[str, Tensor]:
+        """Semantic features z [N, T, D] of the run's own clips; arbitrary where not valid."""
+        rows = torch.arange(len(self.clips.split))
+        return self.model.semantic_features(self.batches, rows)[0]
+
+    def _coded(self, batches: Batches) -> Coded:
+        indices, codebook = self.model.quantize(batches), self.model.quantizer.codebook
+        return {name: Codes(i, codebook)[:] for name, i in indices.items()}, indices
 
 
 Task = Callable[[TrainedRun], dict[str, Any]]  # nested dicts of numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def open_data(
     elif kind == "datasets" and rest:
         name, clips = Path(rest).name, load_datasets(rest, modalities)
     else:
-        name, clips = Path(data).stem, load_clips(data, modalities)
+        path = Path(os.path.abspath(data))
+        name = path.name if path.is_dir() else path.stem
+        clips = load_clips(data, modalities)
     if len(clips.modalities) < 2:
         raise DataError(
             f"{data}: cross-modal training takes two modalities or more; "

@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 import weakref
 import zlib
 from collections.abc import Mapping
@@ -33,8 +31,9 @@ from tqdm import tqdm
 from .checkpoint import load_model, save_model
 from .clips import PRETRAIN, TRAIN, Clips
 from .containers import MappedArray
+from .data import MASK
 from .errors import DataError
-from .files import alone, cache_folder, write_atomic
+from .files import alone, cache_folder, temporary_folder, write_atomic
 from .ranks import is_first
 
 _CLIPS_AT_ONCE = 32
@@ -110,21 +109,22 @@ class Standardizer:
         found: dict[str, MappedArray] = {}
         for name in clips.modalities:
             if clips.folder is None:
-                cache_folder().mkdir(parents=True, exist_ok=True)
-                folder, state = Path(tempfile.mkdtemp(dir=cache_folder())), {}
-            else:
-                folder, state = _store(clips.folder) / name, _state_of_files(clips.folder, name)
-            parts = [x.numpy().tobytes() for x in (self.mean[name], self.axes[name])]
-            key = zlib.crc32(b"".join([*parts, json.dumps(state).encode()]))
-            path = folder / f"features-{key:08x}.npy"
+                folder, remove = temporary_folder(cache_folder(), "standardized")
+                write_atomic(folder / f"{name}.npy", partial(self._write, clips, name))
+                found[name] = MappedArray(folder / f"{name}.npy")
+                weakref.finalize(found[name], remove)
+                continue
+            folder, state = _store(clips.folder) / name, _state_of_files(clips.folder, name)
+            data = zlib.crc32(json.dumps(state).encode())
+            own = zlib.crc32(self.mean[name].numpy().tobytes() + self.axes[name].numpy().tobytes())
+            path = folder / f"features-{data:08x}-{own:08x}.npy"
             with alone(folder):
                 if not path.is_file():
                     for old in folder.glob("features-*.npy"):
-                        old.unlink()
+                        if f"-{data:08x}-" not in old.name:  # the data have changed since
+                            old.unlink()
                     write_atomic(path, partial(self._write, clips, name))
             found[name] = MappedArray(path)
-            if clips.folder is None:
-                weakref.finalize(found[name], _remove, folder, os.getpid())
         return found
 
     def _write(self, clips: Clips, name: str, file: BinaryIO) -> None:
@@ -211,11 +211,6 @@ def _sample(clips: Clips, name: str, samples: int) -> Tensor:
     return vectors
 
 
-def _remove(folder: Path, process: int) -> None:
-    if os.getpid() == process:  # and not one forked from it
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _store(folder: Path) -> Path:
     """Where to store what is measured on a data set: in it, or in the cache if it is read-only."""
     if os.access(folder, os.W_OK):
@@ -225,8 +220,8 @@ def _store(folder: Path) -> Path:
 
 def _state_of_files(folder: Path, name: str) -> dict[str, object]:
     """Size and time of the files that the map of a modality depends on."""
-    files = [folder / f"{x}.npy" for x in (name, f"mask_{name}", "split")]
-    files += sorted(folder.rglob("*.arrow"))  # of Hugging Face datasets
+    files = [folder / f"{x}.npy" for x in (name, MASK + name, "split")]
+    files += sorted(folder.glob("*.arrow"))  # of Hugging Face datasets
     stats = {str(x.relative_to(folder)): x.stat() for x in files if x.exists()}
     return {"version": _VERSION} | {x: [s.st_size, s.st_mtime_ns] for x, s in stats.items()}
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from .clips import Clips, check_finite
 from .containers import Array
 from .data import MASK, META, SEGMENTS, Meta
 from .errors import DataError
-from .files import make_writable
+from .files import temporary_folder
 
 _CLIPS_AT_ONCE = 32
 
@@ -37,13 +36,11 @@ def write_store(folder: str | Path, clips: Clips) -> None:
     Raises:
         DataError: The folder exists, cannot be written to, or features exceed float16.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise DataError(f"{folder}: exists and is not empty. Hint: another --output, or remove it.")
-    make_writable(folder.parent)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.partial")
+    partial, remove = temporary_folder(folder.parent, folder.name)
     try:
-        partial.mkdir()
         for name in clips.modalities:
             _write_features(partial / f"{name}.npy", clips, name)
         for name, array in _small_arrays(clips).items():
@@ -54,11 +51,17 @@ def write_store(folder: str | Path, clips: Clips) -> None:
         (partial / META).write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
         if folder.is_dir():
             folder.rmdir()  # it is empty
+        partial.chmod(0o777 & ~_umask())
         partial.rename(folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error}).") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove()
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def _write_features(path: Path, clips: Clips, name: str) -> None:

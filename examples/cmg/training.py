@@ -43,7 +43,7 @@ class Recipe:
         weight_decay: Weight decay of AdamW.
         schedule: Schedule of the learning rate. "cosine" is a short warm-up, then cosine decay.
         club_learning_rate: Learning rate of Adam, which trains the networks of CLUB.
-        club_steps: Steps of CLUB's networks before each step of the other parameters.
+        club_steps: Steps of CLUB's networks for each batch, before its gradients.
         clip_norm: Maximum norm of the gradient.
         reconstruction: Weight of the reconstruction error.
         cpc: Weight of Cross-CPC.
@@ -130,7 +130,8 @@ class Trainer:
         execution: Precision, compilation and reading.
 
     Raises:
-        DataError: There are fewer than two clips, or a batch cannot be divided by the ranks.
+        DataError: There are fewer than two clips, or fewer than a step takes, or a batch cannot be
+            divided by the ranks.
     """
 
     quiet = False  # no progress bar

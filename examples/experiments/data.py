@@ -25,7 +25,7 @@ from .matrix import Experiment
 
 DISPLAY = "display"
 SENSORS = 64
-_UNUSED = 3  # a split that is not used
+_UNUSED = 4  # a split that is not used
 _STREAM = 4  # random stream of the display; streams 0 to 3 render the clip
 _LIT = ("abcdef", "bc", "abdeg", "abcdg", "bcfg", "acdfg", "acdefg", "abc", "abcdefg", "abcdfg")
 _PATTERNS = np.array([[bar in lit for bar in "abcdefg"] for lit in _LIT], dtype=np.float32)

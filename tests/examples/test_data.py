@@ -109,8 +109,8 @@ BAD: dict[str, tuple[Callable[[Arrays], object], str]] = {
     "no split 2": (change("split", lambda x: x.clip(0, 1)), "split: must have clips of split 2"),
     "label floats": (change("labels", lambda x: x + 0.5), f"labels: must be int [{N}]"),
     "label shape": (change("labels", lambda x: x[:-1]), f"labels: must be int [{N}]"),
-    "label below": (put("labels", -1, -1), "labels: must be 0 to 4095 in splits 1 and 2; got -1"),
-    "label above": (put("labels", -1, 4096), "labels: must be 0 to 4095 in splits 1 and 2"),
+    "label below": (put("labels", -1, -1), "labels: must be 0 to 4095 outside split 0; got -1"),
+    "label above": (put("labels", -1, 4096), "labels: must be 0 to 4095 outside split 0"),
     "segment label": (put("seg_labels_video", -1, -2), "seg_labels_video: must be -1 to 4095"),
     "segment label shape": (
         change("seg_labels_text", lambda x: x[:, 1:]),

@@ -72,7 +72,7 @@ def test_too_few_clips_to_cross_validate(clips: Clips) -> None:
     split = clips.split.clone()
     split[clips.rows(1)[2:]] = 0
     few = dataclasses.replace(clips, split=split)
-    with pytest.raises(DataError, match="too few clips for cross-validation"):
+    with pytest.raises(DataError, match="too few clips of audio for cross-validation"):
         diagnose(few, codes, codes, indices, clips.num_classes + 1)
     assert diagnose(few, codes, codes, indices, clips.num_classes + 1, test=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cmg_diagnose
 import cmg_features
 import cmg_pretrain
 import numpy as np
@@ -24,6 +26,7 @@ from cmg.batches import Batches, Loader, Order
 from cmg.clips import Clips
 from cmg.data import load_clips
 from cmg.errors import DataError
+from cmg.files import temporary_folder
 from cmg.report import description
 from cmg.standardize import Standardizer
 from cmg.store import write_store
@@ -179,6 +182,15 @@ def test_standardised_features_are_stored_once(tmp_path: Path, masked: Arrays) -
     assert len(before.keys() & stored()) == 2
 
 
+def test_another_run_leaves_the_features_of_a_running_one(tmp_path: Path, arrays: Arrays) -> None:
+    clips = load_clips(write(tmp_path / "store", arrays))
+    one, other = Standardizer.fit(clips), Standardizer.fit(clips, width=3)
+    running = Batches(clips, one, SMALL)
+    before = running[torch.arange(5)]
+    assert Batches(clips, other, SMALL).shapes["audio"] == (1, 3)
+    assert torch.equal(running[torch.arange(5)].features["audio"], before.features["audio"])
+
+
 def test_data_that_are_in_no_folder_are_streamed_from_a_temporary_one(
     tmp_path: Path, clips: Clips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +228,55 @@ def test_a_folder_is_written_whole_or_not_at_all(
     with pytest.raises(DataError, match="audio in float16: must be finite"):
         write_store(tmp_path / "other", clips.with_features(huge))
     assert [x.name for x in tmp_path.iterdir()] == ["store"]
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path, clips: Clips) -> None:
+    (tmp_path / ".store.abcd").mkdir()
+    (tmp_path / ".store.abcd" / "audio.npy").write_bytes(b"half")
+    held, remove = temporary_folder(tmp_path, "store")  # of one that runs
+    write_store(tmp_path / "store", clips)
+    assert {x.name for x in tmp_path.iterdir()} == {"store", held.name}
+    remove()
+    assert [x.name for x in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_read_only_folder_keeps_its_standardizer_in_the_cache(
+    tmp_path: Path, arrays: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "store", arrays)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setenv("MMVQ_CACHE", str(tmp_path / "cache"))
+    assert Standardizer.of(load_clips(folder)).mean
+    assert list((tmp_path / "cache").glob("standardizer-*/audio/model.safetensors"))
+
+
+def test_files_that_are_no_arrays_are_left_alone(tmp_path: Path, arrays: Arrays) -> None:
+    folder = write(tmp_path / "store", arrays)
+    (folder / "scratch.npy").write_bytes(b"")
+    assert load_clips(folder).unused == {"scratch": "(not an array)"}
+
+
+def test_cca_refuses_masks_before_training(
+    tmp_path: Path, masked: Arrays, refused: Callable[..., str]
+) -> None:
+    folder, out = write(tmp_path / "store", masked), tmp_path / "out"
+    line = refused("--data", folder, "--reference", "cca", "--output", out)
+    assert "takes clips without masks; got masks of audio, video" in line
+    assert not out.exists()
+
+
+def test_a_run_with_masks_can_be_taken_apart(
+    tmp_path: Path, masked: Arrays, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = write(tmp_path / "store", masked), tmp_path / "out"
+    run = ["--data", str(folder), "--epochs", "4", "--output", str(out)]
+    options = ["--precision", "bf16", "--workers", "1"]
+    for _ in range(2):  # a worker does not hold the folder of a run that has ended
+        assert cmg_pretrain.main([*run, *options, "--in-memory", "0"]) == 0
+    capsys.readouterr()
+    assert cmg_diagnose.main([str(out), "--data", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["segments"]["text->video"]["raw"] > 0.8
 
 
 def test_the_authors_files_are_converted_once(tmp_path: Path) -> None:
