@@ -161,10 +161,21 @@ class Loader:
         Raises:
             DataError: Clips cannot be read.
         """
-        for batch in self.loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        try:
+            for batch in self.loader:
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            first = str(error).partition("\n")[0]
+            rule = f"a process that reads batches has ended ({first})"
+            raise DataError(f"{rule}. Hint: --workers 0, or more shared memory.") from error
+
+    def close(self) -> None:
+        """End the processes that read ahead; another iteration starts new ones."""
+        self.loader._iterator = None
 
 
 def _as_it_is(batch: Batch | DataError) -> Batch | DataError:

@@ -164,7 +164,8 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.names = tuple(sorted(x.name.removesuffix(".npy") for x in path.glob("[!.]*.npy")))
+        files = (x for x in path.glob("[!.]*.npy") if x.is_file())
+        self.names = tuple(sorted(x.name.removesuffix(".npy") for x in files))
 
     def header(self, name: str) -> Header:
         """Type and shape of an array."""

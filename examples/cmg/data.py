@@ -113,6 +113,8 @@ def read_meta(folder: Path) -> Meta:
         lists = isinstance(names, list) and isinstance(classes, list)
         if not (type(version) is int and lists and all(isinstance(x, str) for x in texts)):
             raise TypeError("a value has another type")
+        if version < 1 or len(classes) > _CLASSES or not all(map(str.isprintable, texts)):
+            raise ValueError("a value is out of range")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         rule = "must be a JSON object of version, modalities, encoders and class_names"
         raise DataError(f"{path}: {rule} ({error}).") from error
@@ -195,9 +197,10 @@ class _Reader:
         if len(set(names)) < len(names):
             raise DataError(f"modalities: each name once; got {' '.join(names)}.")
         for name in names:
-            if not name or "." in name or hasattr(nn.ModuleDict, name):
-                rule = "cannot name a modality: torch modules reserve it. Hint: rename the array"
-                raise DataError(f"{self.path}: '{name}' {rule}.")
+            odd = not name.isprintable() or any(c in name for c in "./\\")
+            if not name or odd or hasattr(nn.ModuleDict(), name):
+                rule = "cannot name a modality. Hint: rename the array"
+                raise DataError(f"{self.path}: {name!r} {rule}.")
             if name not in self.arrays.names or self.reserved(name):
                 offered = ", ".join(self.offered()) or "none"
                 missing = f"no modality '{name}'"

@@ -99,7 +99,7 @@ def _lock(file: int) -> bool:
 
 
 def _flock(file: int, *, wait: bool = False) -> None:
-    """Lock a file until it is closed, or `_unlock`ed if child processes have it open too.
+    """Lock a file until it is closed.
 
     Raises:
         BlockingIOError: It is locked already, and not to be waited for.
@@ -112,13 +112,22 @@ def _flock(file: int, *, wait: bool = False) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
-def _unlock(file: int) -> None:
-    if sys.platform != "win32":
-        import fcntl
+_HELD: set[int] = set()  # descriptors of locked folders
 
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)
+
+def _unlock(file: int) -> None:
+    _HELD.discard(file)
     os.close(file)
+
+
+def _forget_locks() -> None:
+    """Close the descriptors in a process forked from this one, which would keep the locks."""
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 @contextmanager
@@ -134,6 +143,7 @@ def in_use(folder: Path) -> Iterator[None]:
     with ExitStack() as held:
         try:
             file = os.open(folder, os.O_RDONLY)
+            _HELD.add(file)
             held.callback(_unlock, file)
             _flock(file)
             _remove_abandoned(folder)
@@ -158,6 +168,7 @@ def alone(folder: Path) -> Iterator[None]:
     file = os.open(folder, os.O_RDONLY) if sys.platform != "win32" else None
     try:
         if file is not None:
+            _HELD.add(file)
             with suppress(OSError):
                 _flock(file, wait=True)
         yield
@@ -187,6 +198,7 @@ def temporary_folder(parent: Path, kind: str) -> tuple[Path, Callable[[], None]]
             os.close(file)
     path = Path(tempfile.mkdtemp(prefix=f".{kind}.", dir=parent))
     file, process = os.open(path, os.O_RDONLY), os.getpid()
+    _HELD.add(file)
     _lock(file)
 
     def remove() -> None:

@@ -326,15 +326,13 @@ class UniCode(nn.Module):
         """Name -> share of the log-variances of CLUB at their bound, if Eq. 5 is minimised."""
         if self.config.club != "bound":
             return {}
-        training, device = self.training, next(self.parameters()).device
-        self.eval()
-        features = self.encode(batches.ready(batches[rows], device))
-        self.train(training)
-        return {
-            name: float((club.posterior(z)[1].abs() > 0.99 * club.logvar_bound).float().mean())
-            for name, club in self.club.items()
-            for z in (features.semantic[name],)
-        }
+        z, masks = self.semantic_features(batches, rows)
+        found: dict[str, float] = {}
+        for name, club in self.club.items():
+            valid = z[name] if masks is None else z[name][masks[name]]
+            bound = club.posterior(valid)[1].abs() > 0.99 * club.logvar_bound
+            found[name] = float(bound.float().mean())
+        return found
 
     def club_fit(self, features: Features, masks: Mapping[str, Tensor] | None) -> Tensor:
         """The loss of CLUB's own networks, without a gradient to the features."""

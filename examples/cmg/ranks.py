@@ -4,7 +4,9 @@ The processes may be on several machines, which share the folder of the results.
 
 Each batch is split over the ranks. Weights, codebook, random state and the order of the clips are
 the same on all ranks, so the result equals that of one process up to floating-point error, also
-when a run is resumed on another number of ranks. Only rank 0 writes files and prints.
+when a run is resumed on another number of ranks. With masks, the commitment loss is the mean of the
+means of the ranks, which differs a little from that of one process. Only rank 0 writes files and
+prints.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Standardizer:
             deviation[deviation <= _CONSTANT * mean[name].abs()] = torch.inf  # drops the channel
             x = (x - mean[name]) / deviation
             values, vectors = _principal_axes(x, width)
-            axes[name] = vectors / deviation[:, None] / (values + shrink).sqrt()
+            axes[name] = _by_columns(vectors / deviation[:, None] / (values + shrink).sqrt())
         return cls(mean, axes)
 
     @classmethod
@@ -173,7 +173,12 @@ class Standardizer:
             match key.split("/", 2):
                 case ["standardizer", part, name]:
                     parts[part][name] = x
-        return cls(**parts)
+        return cls(parts["mean"], {name: _by_columns(x) for name, x in parts["axes"].items()})
+
+
+def _by_columns(x: Tensor) -> Tensor:
+    """The same matrix, stored by columns: products round the same, measured or loaded."""
+    return x.T.contiguous().T
 
 
 def _principal_axes(x: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def write_store(folder: str | Path, clips: Clips) -> None:
         clips: The clips. Labels of split 0 are written as -1.
 
     Raises:
-        DataError: The folder exists, cannot be written to, or features exceed float16.
+        DataError: The folder exists or cannot be written to, or features do not fit float16.
     """
     folder = Path(os.path.abspath(folder))
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
@@ -77,7 +77,10 @@ def _write_features(path: Path, clips: Clips, name: str) -> None:
     ):
         np.lib.format.write_array_header_1_0(file, header)
         for part in rows.split(_CLIPS_AT_ONCE):
-            x = clips.read(name, part).half()
+            x = clips.read(name, part)
+            if 0 < x.abs().amax() < torch.finfo(torch.float16).smallest_normal:
+                raise DataError(f"{name}: too small for float16. Hint: scale the features.")
+            x = x.half()
             check_finite(f"{name} in float16", x, part)
             file.write(x.contiguous().numpy().tobytes())
             bar.update(len(part))

@@ -24,6 +24,7 @@ from .ranks import on_all_ranks
 
 CHECKPOINT = "checkpoint.safetensors"
 _WARMUP = 20  # steps
+_ADDED = {"recipe.accumulate": 1}  # settings that older checkpoints lack, and their value
 History = dict[str, list[float]]  # quantity -> value of each epoch, NaN before it is measured
 
 
@@ -171,6 +172,8 @@ class Trainer:
             )
         self.loader = Loader(batches, self.order, execution.readers(batches), self.device)
         if execution.compile:
+            # a class has a graph for each modality, with gradients and without
+            torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
             for part in (model.semantic, model.specific, model.decoder):
                 for network in part.values():
                     network.compile()
@@ -215,6 +218,7 @@ class Trainer:
                     self._save(self.folder / CHECKPOINT)
         if log is not None:
             log.close()
+        self.loader.close()
         return self.history
 
     def _train_epoch(self, bar: tqdm[Any]) -> dict[str, float]:
@@ -316,7 +320,7 @@ class Trainer:
         if not isinstance(state.get("identity"), dict):
             raise DataError(f"{path}: not a checkpoint of a run.")
         for name, value in self.identity.items():
-            if (was := state["identity"].get(name)) != value:
+            if (was := state["identity"].get(name, _ADDED.get(name))) != value:
                 setting = name.removeprefix("recipe.")
                 raise DataError(
                     f"{path}: the checkpoint is of another run: {setting} was {was}, now it is "

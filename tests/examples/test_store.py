@@ -230,6 +230,35 @@ def test_a_folder_is_written_whole_or_not_at_all(
     assert [x.name for x in tmp_path.iterdir()] == ["store"]
 
 
+def test_the_first_run_on_a_folder_and_the_next_are_the_same(
+    tmp_path: Path, arrays: Arrays
+) -> None:
+    """The standardizer is measured, then loaded."""
+    folder, models = write(tmp_path / "store", arrays), []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert (
+            cmg_pretrain.main(["--data", str(folder), "--epochs", "2", "--output", str(out)]) == 0
+        )
+        models.append((out / "model.safetensors").read_bytes())
+    assert models[0] == models[1]
+
+
+@pytest.mark.parametrize("name", ["../up", "/tmp/elsewhere", "a\\b", "a\nb", "", "training"])
+def test_names_that_are_paths_or_taken_are_refused(
+    tmp_path: Path, arrays: Arrays, name: str
+) -> None:
+    np.savez(tmp_path / "odd.npz", **arrays, **{name: arrays["audio"]})
+    with pytest.raises(DataError, match="cannot name a modality"):
+        load_clips(tmp_path / "odd.npz")
+
+
+def test_features_too_small_for_float16_are_refused(tmp_path: Path, clips: Clips) -> None:
+    tiny = {name: x.float() * 1e-9 for name, x in clips.features.items()}  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="audio: too small for float16"):
+        write_store(tmp_path / "store", clips.with_features(tiny))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path, clips: Clips) -> None:
     (tmp_path / ".store.abcd").mkdir()
     (tmp_path / ".store.abcd" / "audio.npy").write_bytes(b"half")

@@ -17,7 +17,7 @@ from support import same, state
 from tqdm import tqdm
 
 from cmg.batches import Batch, Batches
-from cmg.checkpoint import save_checkpoint
+from cmg.checkpoint import load_checkpoint, save_checkpoint
 from cmg.clips import Clips
 from cmg.encoders import BatchNorm
 from cmg.errors import DataError
@@ -120,6 +120,18 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / CHECKPOINT, {"epoch": 1})
     with pytest.raises(DataError, match="not a checkpoint of a run"):
         trainer(tmp_path, epochs=1).fit(resume=True)
+
+
+def test_a_checkpoint_from_before_a_setting_was_added_is_resumed(
+    tmp_path: Path, whole: Trainer
+) -> None:
+    trainer(tmp_path).fit()
+    state_of_run = load_checkpoint(tmp_path / CHECKPOINT)
+    del state_of_run["identity"]["recipe.accumulate"]
+    save_checkpoint(tmp_path / CHECKPOINT, state_of_run)
+    again = trainer(tmp_path)
+    again.fit(resume=True)
+    assert same(state(again.model), state(whole.model))
 
 
 def test_the_codebook_waits_until_features_have_spread(tmp_path: Path) -> None:
