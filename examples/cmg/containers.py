@@ -7,7 +7,7 @@ file before anything is allocated. Nothing is unpickled.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -15,9 +15,11 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .errors import DataError
 
+CLIPS_AT_ONCE = 32  # when a data set is read from end to end
 Array = np.ndarray[Any, np.dtype[Any]]
 _LARGEST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1100}  # bytes from a byte of the file
 _MOST_DIMENSIONS = 32
@@ -115,6 +117,8 @@ class NpzFile:
                 members = archive.infolist()
         except FileNotFoundError:
             raise DataError(f"{path}: no such file. Hint: see --data in --help.") from None
+        except PermissionError as error:
+            raise DataError(f"{path}: cannot be read ({error}).") from error
         except Exception as error:  # zipfile raises many types for damaged files
             rule = "not an npz file, or cut short"
             raise DataError(f"{path}: {rule}. Hint: write it with numpy.savez.") from error
@@ -205,6 +209,25 @@ def to_tensor(array: Array) -> Tensor:
     with np.errstate(over="ignore"):
         array = array.astype("=f2" if array.dtype.itemsize == 2 else "=f4", copy=False)
     return torch.from_numpy(np.require(array, requirements="CW"))
+
+
+def write_features(
+    file: IO[bytes], shape: Sequence[int], parts: Iterable[Tensor], title: str
+) -> None:
+    """Write an .npy file of float16 features [N, T, ..., C], a few clips at a time.
+
+    Args:
+        file: The open file.
+        shape: N, T, ..., C.
+        parts: float16 [n, T, ..., C], together N clips.
+        title: Title of the progress bar.
+    """
+    header: Any = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(file, header)
+    with tqdm(desc=title, total=shape[0], unit="clip", disable=None) as bar:
+        for part in parts:
+            file.write(part.contiguous().numpy().astype("<f2", copy=False).tobytes())
+            bar.update(len(part))
 
 
 def _header(file: IO[bytes]) -> Header:

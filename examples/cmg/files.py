@@ -187,16 +187,18 @@ def temporary_folder(parent: Path, kind: str) -> tuple[Path, Callable[[], None]]
         DataError: The parent cannot be created, or not be written to.
     """
     make_writable(parent)
+    path = parent / f".{kind}.{secrets.token_hex(8)}.partial"
     if sys.platform == "win32":
-        path = Path(tempfile.mkdtemp(prefix=f".{kind}.", dir=parent))
+        path.mkdir()
         return path, partial(shutil.rmtree, path, ignore_errors=True)
-    for old in parent.glob(f".{kind}.*"):
+    ours = re.compile(rf"\.{re.escape(kind)}\.[0-9a-f]{{16}}\.partial")
+    for old in filter(lambda x: ours.fullmatch(x.name), parent.iterdir()):
         with suppress(OSError):
             file = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             if _lock(file):
                 shutil.rmtree(old, ignore_errors=True)
             os.close(file)
-    path = Path(tempfile.mkdtemp(prefix=f".{kind}.", dir=parent))
+    path.mkdir()
     file, process = os.open(path, os.O_RDONLY), os.getpid()
     _HELD.add(file)
     _lock(file)

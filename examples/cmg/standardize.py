@@ -20,23 +20,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
 from .checkpoint import load_model, save_model
 from .clips import PRETRAIN, TRAIN, Clips
-from .containers import MappedArray
+from .containers import CLIPS_AT_ONCE, MappedArray, write_features
 from .data import MASK
 from .errors import DataError
 from .files import alone, cache_folder, temporary_folder, write_atomic
 from .ranks import is_first
 
-_CLIPS_AT_ONCE = 32
 _VERSION = 1  # of stored maps
 _WIDE = 2048  # channels; with more, an exact decomposition takes minutes
 _CONSTANT = 1e-6  # relative to the mean; a smaller deviation is rounding error of float32
@@ -129,21 +126,19 @@ class Standardizer:
 
     def _write(self, clips: Clips, name: str, file: BinaryIO) -> None:
         shape = (*clips.features[name].shape[:-1], self.axes[name].shape[1])
-        header: Any = {"descr": "<f2", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        rows, most = torch.arange(shape[0]), torch.finfo(torch.float16).max
-        with tqdm(desc=f"standardising {name}", total=len(rows), unit="clip", disable=None) as bar:
-            for part in rows.split(_CLIPS_AT_ONCE):
-                y = self.apply(name, clips.read(name, part)).clamp(-most, most)
-                file.write(y.half().numpy().tobytes())
-                bar.update(len(part))
+        most = torch.finfo(torch.float16).max
+        parts = (
+            self.apply(name, clips.read(name, rows)).clamp(-most, most).half()
+            for rows in torch.arange(shape[0]).split(CLIPS_AT_ONCE)
+        )
+        write_features(file, shape, parts, f"standardising {name}")
 
     def transform(self, clips: Clips) -> dict[str, Tensor]:
         """Map all clips to float32 [N, T, ..., width], a few at a time."""
         reduced: dict[str, Tensor] = {}
         for name, x in clips.features.items():
             reduced[name] = y = torch.empty(*x.shape[:-1], self.axes[name].shape[1])
-            for rows in torch.arange(len(y)).split(_CLIPS_AT_ONCE):
+            for rows in torch.arange(len(y)).split(CLIPS_AT_ONCE):
                 self.apply(name, clips.read(name, rows), out=y[rows[0] : rows[-1] + 1])
         return reduced
 
@@ -209,7 +204,7 @@ def _sample(clips: Clips, name: str, samples: int) -> Tensor:
     clip, segment, cell = clip[chosen // P], segment[chosen // P], chosen % P
     needed, clip = clip.unique(return_inverse=True)
     vectors = torch.empty(len(chosen), shape[-1])
-    for part in torch.arange(len(needed)).split(_CLIPS_AT_ONCE):
+    for part in torch.arange(len(needed)).split(CLIPS_AT_ONCE):
         x = rearrange(clips.read(name, rows[needed[part]]), "n t ... c -> n t (...) c")
         here = ((clip >= part[0]) & (clip <= part[-1])).nonzero().squeeze(1)
         vectors[here] = x[clip[here] - part[0], segment[here], cell[here]].float()

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .clips import Clips, check_finite
-from .containers import Array
+from .containers import CLIPS_AT_ONCE, Array, write_features
 from .data import MASK, META, SEGMENTS, Meta
 from .errors import DataError
 from .files import temporary_folder
-
-_CLIPS_AT_ONCE = 32
 
 
 def write_store(folder: str | Path, clips: Clips) -> None:
@@ -51,7 +47,6 @@ def write_store(folder: str | Path, clips: Clips) -> None:
         (partial / META).write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
         if folder.is_dir():
             folder.rmdir()  # it is empty
-        partial.chmod(0o777 & ~_umask())
         partial.rename(folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error}).") from error
@@ -59,31 +54,17 @@ def write_store(folder: str | Path, clips: Clips) -> None:
         remove()
 
 
-def _umask() -> int:
-    os.umask(mask := os.umask(0))
-    return mask
-
-
 def _write_features(path: Path, clips: Clips, name: str) -> None:
-    header: dict[str, Any] = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)),
-        "fortran_order": False,
-        "shape": tuple(clips.features[name].shape),
-    }
-    rows = torch.arange(len(clips.split))
-    with (
-        path.open("xb") as file,
-        tqdm(desc=f"writing {name}", total=len(rows), unit="clip", disable=None) as bar,
-    ):
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in rows.split(_CLIPS_AT_ONCE):
-            x = clips.read(name, part)
+    def parts() -> Iterator[Tensor]:
+        for rows in torch.arange(len(clips.split)).split(CLIPS_AT_ONCE):
+            x = clips.read(name, rows)
             if 0 < x.abs().amax() < torch.finfo(torch.float16).smallest_normal:
                 raise DataError(f"{name}: too small for float16. Hint: scale the features.")
-            x = x.half()
-            check_finite(f"{name} in float16", x, part)
-            file.write(x.contiguous().numpy().tobytes())
-            bar.update(len(part))
+            check_finite(f"{name} in float16", half := x.half(), rows)
+            yield half
+
+    with path.open("xb") as file:
+        write_features(file, clips.features[name].shape, parts(), f"writing {name}")
 
 
 def _small_arrays(clips: Clips) -> Mapping[str, Array]:

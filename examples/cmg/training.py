@@ -87,7 +87,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model is trained; up to floating-point error, the result is the same.
+    """How a model is trained. The result depends on it through rounding alone.
 
     Attributes:
         precision: "fp32", "bf16" (autocast of encoders, decoders and losses; weights, codebook and

@@ -260,13 +260,15 @@ def test_features_too_small_for_float16_are_refused(tmp_path: Path, clips: Clips
 
 
 def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path, clips: Clips) -> None:
-    (tmp_path / ".store.abcd").mkdir()
-    (tmp_path / ".store.abcd" / "audio.npy").write_bytes(b"half")
+    left, mine = tmp_path / ".store.0123456789abcdef.partial", tmp_path / ".store.backup"
+    for folder in (left, mine):
+        folder.mkdir()
+        (folder / "audio.npy").write_bytes(b"half")
     held, remove = temporary_folder(tmp_path, "store")  # of one that runs
     write_store(tmp_path / "store", clips)
-    assert {x.name for x in tmp_path.iterdir()} == {"store", held.name}
+    assert {x.name for x in tmp_path.iterdir()} == {"store", held.name, mine.name}
     remove()
-    assert [x.name for x in tmp_path.iterdir()] == ["store"]
+    assert {x.name for x in tmp_path.iterdir()} == {"store", mine.name}
 
 
 def test_a_read_only_folder_keeps_its_standardizer_in_the_cache(
