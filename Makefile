@@ -1,6 +1,7 @@
 # Each target but gpu sets up .venv from constraints.txt by itself, and again when a pin changes.
 #   make setup     .venv, with all that the others need; they do it by themselves
 #   make demo      train on the built-in digits into runs/digits
+#   make demo-media  the same from video files with sound and captions, into runs/media
 #   make test      all tests; TESTS="-k name" picks some, JOBS=1 runs them in one process
 #   make lint      ruff, mypy, and pyright for types that users miss
 #   make docs      the site, into site/
@@ -17,6 +18,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 JOBS ?= auto
 BIN := .venv/bin
 READY := .venv/.ready
+MEDIA := .venv/.media
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 GPU_PYTHON ?= python3
 GPU_OUTPUT ?= docs/benchmarks/gpu
@@ -24,7 +26,7 @@ TORCH ?= $(shell grep '^torch==' .ci/oldest.txt)
 LIBRARY := mmvq mmvq_kernels $(addprefix tests/,functional golden kernels modules properties)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs package gpu oldest
+.PHONY: help setup demo demo-media test lint docs package gpu oldest
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -34,7 +36,7 @@ setup: $(READY)
 demo: $(READY)
 	@$(BIN)/python examples/cmg_pretrain.py --output runs/digits
 
-test: $(READY)
+test: $(MEDIA)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
 
 lint: $(READY)
@@ -73,4 +75,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# what reads video, sound and text, which the digits do without
+$(MEDIA): $(READY)
+	@$(PIP) -e '.[media]'
 	@touch $@
