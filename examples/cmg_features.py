@@ -1,8 +1,10 @@
-"""Convert a data set to a folder of .npy files, in float16, to train from without loading it.
+"""Write a data set as a folder of .npy files, in float16: from media files, or from other formats.
 
-python examples/cmg_features.py vggsound-avel:ROOT --output STORE    the authors' files
-python examples/cmg_features.py clips.npz --output STORE             your own file
+python examples/cmg_features.py FOLDER --output STORE                videos, sound and captions
+python examples/cmg_features.py clips.npz --output STORE             your own features
+python examples/cmg_features.py vggsound-avel:ROOT --output STORE    the authors' features
 python examples/cmg_pretrain.py --data STORE
+
 """
 
 from __future__ import annotations
@@ -13,7 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cmg import data as generic
-from cmg.command import exit_code
+from cmg.command import exit_code, natural, positive_float, positive_int
+from cmg.errors import DataError
+from cmg.media import encoders
+from cmg.media import folder as media
+from cmg.media.encoders import MODALITIES, default_encoder
+from cmg.media.extract import Settings, extract
+from cmg.media.folder import is_media_folder, open_folder
+from cmg.ranks import local_device
 from cmg.report import description
 from cmg.sources import open_data
 from cmg.store import write_store
@@ -22,6 +31,9 @@ from cmg.store import write_store
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     args = _parse(argv)
+    if is_media_folder(args.data):
+        stopped = "stopped. Hint: --resume continues after the last complete batch."
+        return exit_code("cmg_features", lambda: run_media(args), lambda: stopped)
     return exit_code("cmg_features", lambda: run(args), lambda: "stopped. Nothing was written.")
 
 
@@ -33,18 +45,62 @@ def run(args: argparse.Namespace) -> None:
     print(f"written to {args.output}")
 
 
+def run_media(args: argparse.Namespace) -> None:
+    """Encode media files."""
+    chosen = {name: getattr(args, name) or default_encoder(name) for name in MODALITIES}
+    for name in args.modalities or ():
+        if name not in chosen:
+            raise DataError(f"--modalities: must be of {' '.join(MODALITIES)}; got {name!r}.")
+    settings = Settings(
+        args.segments, args.seconds, {name: chosen[name] for name in args.modalities or MODALITIES}
+    )
+    folder = open_folder(args.data)
+    print(
+        f"{args.data}: {len(folder.sources)} clips, {len(folder.class_names)} classes", flush=True
+    )
+    report = extract(
+        folder,
+        args.output,
+        settings,
+        workers=args.workers,
+        device=local_device(args.device),
+        resume=args.resume,
+    )
+    print(report)
+    print(f"written to {args.output}")
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=f"{__doc__}{media.__doc__}\n{encoders.__doc__}",
         epilog=generic.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("data", metavar="DATA", help="as --data of cmg_pretrain.py")
+    parser.add_argument(
+        "data", metavar="DATA", help="folder of media files, or as --data of cmg_pretrain.py"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="STORE", help="new folder")
     parser.add_argument(
-        "--modalities", nargs="+", metavar="NAME", help="modalities to convert; all by default"
+        "--modalities", nargs="+", metavar="NAME", help="modalities to write; all by default"
     )
     parser.add_argument("--text-encoder", default="bert-base-uncased", help="see cmg_pretrain.py")
+    files = parser.add_argument_group("media files")
+    files.add_argument(
+        "--segments", type=positive_int, default=10, metavar="T", help="of a clip (default: 10)"
+    )
+    files.add_argument(
+        "--seconds", type=positive_float, default=10.0, help="length of a clip (default: 10)"
+    )
+    for name in MODALITIES:
+        known = "a built-in, a model of Hugging Face, or LIBRARY:NAME"
+        files.add_argument(f"--{name}", metavar="ENCODER", help=f"{known} (default: built in)")
+    files.add_argument(
+        "--workers", type=natural, metavar="N", help="processes that decode; default: all cores"
+    )
+    files.add_argument(
+        "--resume", action="store_true", help="continue an extraction that was interrupted"
+    )
+    files.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     return parser.parse_args(argv)
 
 

@@ -86,12 +86,14 @@ class Meta:
         modalities: Names of the modalities, in order; empty: all arrays that may be one.
         encoders: Name -> name of the encoder of the features.
         class_names: Names of the classes.
+        seconds: Length of a clip of media files; None: not known.
     """
 
     version: int = VERSION
     modalities: tuple[str, ...] = ()
     encoders: dict[str, str] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
+    seconds: float | None = None
 
 
 def read_meta(folder: Path) -> Meta:

@@ -1,0 +1,297 @@
+"""Decode a clip: frames and sound at their times, and captions.
+
+Segment k of T covers the seconds k S / T to (k + 1) S / T of the clip, for picture and sound alike.
+Times are the time stamps of the file, from its start, so that a variable frame rate, a late start
+or a gap in one stream does not move it against the other. Segments that the file does not show are
+not valid. A file that is damaged gives what can be decoded of it, and a note.
+
+PyAV decodes, because its wheel holds FFmpeg and works with any torch; torchcodec needs an FFmpeg of
+the system and a matching release of torch. Only local files in the formats below are opened: a
+playlist that names other files or addresses is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmvq.optional import optional_import
+
+from .folder import Source
+
+Array = np.ndarray[Any, Any]
+_SAFE = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,"
+    "ogg,wav,w64,flac,mp3,aac,aiff",
+}
+_SILENCE = 1e-4  # amplitude: -80 dB of full scale
+_LARGEST_CAPTION = 1 << 20  # bytes
+_WIDEST = 4  # of the sides of a frame; longer ones are compressed to it before the crop
+_JUMP = 0.04  # seconds between the time stamp of sound and where it would follow
+
+
+class Cut(NamedTuple):
+    """How clips are cut, and what of them is needed.
+
+    Attributes:
+        segments: Number of segments T.
+        seconds: Length S of a clip.
+        frames: Frames of a segment, equally spaced; 0: no picture is needed.
+        size: Height and width of a frame in pixels: the centre of the picture.
+        rate: Samples of sound a second; 0: no sound is needed.
+        captions: Whether captions are needed.
+    """
+
+    segments: int
+    seconds: float
+    frames: int
+    size: int
+    rate: int
+    captions: bool
+
+    @property
+    def samples(self) -> int:
+        """Samples of sound in a segment."""
+        return max(round(self.rate * self.seconds / self.segments), 1)
+
+
+@dataclass
+class Decoded:
+    """A decoded clip. What is not needed is None; what is not there is not valid.
+
+    Attributes:
+        frames: uint8 [T, F, size, size, 3], RGB.
+        sound: float32 [T, samples], mono, within -1 and 1.
+        captions: T lines of text.
+        valid: "video", "audio" or "text" -> bool [T].
+        notes: (modality, what is wrong) of the clip.
+    """
+
+    frames: Array | None = None
+    sound: Array | None = None
+    captions: list[str] | None = None
+    valid: dict[str, Array] = field(default_factory=dict)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+
+def require_av() -> None:
+    """Check that PyAV is installed.
+
+    Raises:
+        ImportError: It is not.
+    """
+    with optional_import("cmg.media", "video and sound need PyAV", "pip install 'mmvq[media]'"):
+        import av  # noqa: F401
+
+
+def decode(source: Source, cut: Cut) -> Decoded:
+    """Decode what is needed of a clip. Files with errors give notes and do not raise."""
+    clip = Decoded()
+    if cut.frames:
+        clip.frames, clip.valid["video"], notes = _frames(source.picture, cut)
+        clip.notes += [("video", note) for note in notes]
+    if cut.rate:
+        clip.sound, clip.valid["audio"], notes = _sound(source.sound, cut)
+        clip.notes += [("audio", note) for note in notes]
+    if cut.captions:
+        clip.captions, notes = _captions(source.captions, cut.segments)
+        clip.valid["text"] = np.array([bool(line) for line in clip.captions])
+        clip.notes += [("text", note) for note in notes]
+    return clip
+
+
+def _frames(path: Path | None, cut: Cut) -> tuple[Array, Array, list[str]]:
+    """Frames [T, F, size, size, 3], which segments are valid [T], and notes."""
+    T, F, wanted = cut.segments, cut.frames, cut.segments * cut.frames
+    frames = np.zeros((wanted, cut.size, cut.size, 3), np.uint8)
+    there = np.zeros(wanted, bool)
+    if path is None:
+        return frames.reshape(T, F, *frames.shape[1:]), np.zeros(T, bool), ["no file"]
+    times = (np.arange(wanted) + 0.5) * cut.seconds / wanted
+    stream, shown, done, until = _Stream(path, "video"), None, 0, 0.0
+
+    def put(stop: float) -> int:
+        """The last frame is the picture until this time."""
+        last = int(np.searchsorted(times, stop))
+        if shown is not None and last > done:
+            there[done:last] = True
+            frames[done:last] = _square(shown, cut.size, stream.aspect)
+        return max(last, done)
+
+    for time, lasting, frame in stream:
+        if (done := put(time)) == wanted:
+            break
+        shown, until = frame, time + lasting
+    else:
+        last = put(until)
+        frames[last:] = frames[last - 1] if last else 0  # for the rest of its segment
+    valid = there.reshape(T, F).mean(1) >= 0.5
+    notes = stream.notes + _ending("picture", valid, stream, cut)
+    return frames.reshape(T, F, *frames.shape[1:]), valid, notes
+
+
+def _square(frame: Any, size: int, aspect: float) -> Array:
+    """The centre of a frame, uint8 [size, size, 3], upright; aspect is that of its pixels."""
+    width, height = frame.width, frame.height
+    ratio = min(max(width * aspect / height, 1 / _WIDEST), _WIDEST)
+    width, height = round(size * max(ratio, 1)), round(size * max(1 / ratio, 1))
+    image = frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
+    top, left = (height - size) // 2, (width - size) // 2
+    image = image[top : top + size, left : left + size]
+    return np.rot90(image, round((frame.rotation or 0) / 90))
+
+
+def _sound(path: Path | None, cut: Cut) -> tuple[Array, Array, list[str]]:
+    """Sound [T, samples], which segments are valid [T], and notes."""
+    import av
+
+    total = cut.segments * cut.samples
+    sound, covered = np.zeros(total, np.float32), np.zeros(total, bool)
+    invalid = np.zeros(cut.segments, bool)
+    if path is None:
+        return sound.reshape(cut.segments, -1), invalid, ["no file"]
+    stream = _Stream(path, "audio")
+
+    def put(start: int, block: Array) -> None:
+        first, last = max(start, 0), min(start + len(block), total)
+        if last > first:
+            sound[first:last] = block[first - start : last - start]
+            covered[first:last] = True
+
+    resampler = form = None
+    cursor = 0
+    for time, _, frame in stream:
+        if (known := (frame.sample_rate, frame.layout.name, frame.format.name)) != form:
+            resampler, form = av.AudioResampler("flt", "mono", cut.rate), known
+        expected = round(time * cut.rate)
+        if abs(expected - cursor) > _JUMP * cut.rate:
+            cursor = expected
+        if cursor >= total:
+            break
+        frame.pts = None  # times are ours
+        for part in resampler.resample(frame):
+            block = part.to_ndarray().reshape(-1)
+            put(cursor, block)
+            cursor += len(block)
+    else:
+        if resampler is not None:
+            for part in resampler.resample(None):
+                put(cursor, block := part.to_ndarray().reshape(-1))
+                cursor += len(block)
+    notes = stream.notes
+    if not (finite := np.isfinite(sound)).all():
+        covered &= finite
+        sound[~finite] = 0
+        notes.append("has samples that are NaN or Inf")
+    valid = covered.reshape(cut.segments, -1).mean(1) >= 0.5
+    notes += _ending("sound", valid, stream, cut)
+    if valid.any() and np.abs(sound).max() < _SILENCE:
+        valid, notes = invalid, [*notes, "silent"]
+    return sound.clip(-1, 1).reshape(cut.segments, -1), valid, notes
+
+
+def _ending(what: str, valid: Array, stream: _Stream, cut: Cut) -> list[str]:
+    """A note if a file is shorter than the clip, or longer by a segment or more."""
+    if not valid.any():
+        return [] if stream.notes else [f"no {what} in the first {cut.seconds:g} s"]
+    if not valid.all():
+        return [f"{what} in {int(valid.sum())} of {len(valid)} segments"]
+    if stream.seconds >= cut.seconds * (1 + 1 / cut.segments):
+        return [f"{stream.seconds:.1f} s long; the first {cut.seconds:g} s are used"]
+    return []
+
+
+class _Stream:
+    """The decoded frames of the picture or the sound of a file: time, duration, frame.
+
+    Errors end it or leave frames out.
+
+    Args:
+        path: The file.
+        kind: "video" or "audio".
+
+    Attributes:
+        notes: What was wrong.
+        seconds: Length of the file.
+        aspect: Width of a pixel relative to its height.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path, self.kind, self.notes = path, kind, list[str]()
+        self.seconds, self.aspect = 0.0, 1.0
+
+    def __iter__(self) -> Iterator[tuple[float, float, Any]]:
+        import av
+
+        try:
+            with av.open(str(self.path.resolve()), options=_SAFE, metadata_errors="ignore") as box:
+                self.seconds = (box.duration or 0) / av.time_base
+                streams = [x for x in getattr(box.streams, self.kind) if not _is_cover(x)]
+                if streams:
+                    yield from self._decoded(box, streams[0])
+                else:
+                    self.notes.append("no sound" if self.kind == "audio" else "no picture")
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            self.notes.append(f"cannot be decoded ({_first(error)})")
+
+    def _decoded(self, box: Any, stream: Any) -> Iterator[tuple[float, float, Any]]:
+        import av
+
+        stream.codec_context.thread_count = 1  # clips are decoded in parallel
+        start = (box.start_time or 0) / av.time_base
+        following, rate, broken, cause = 0.0, 0.0, 0, ""
+        if self.kind == "video":
+            rate, self.aspect = stream.average_rate, float(stream.sample_aspect_ratio or 1)
+        for packet in box.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError as error:
+                broken, cause = broken + 1, _first(error)
+                continue
+            for frame in frames:
+                time = following if frame.time is None else frame.time - start
+                if self.kind == "audio":
+                    lasting = frame.samples / frame.sample_rate
+                elif frame.duration:
+                    lasting = float(frame.duration * frame.time_base)
+                else:
+                    lasting = float(1 / rate) if rate else 0.0
+                following = time + lasting
+                yield time, lasting, frame
+        if broken:
+            self.notes.append(f"{broken} damaged packets ({cause})")
+
+
+def _is_cover(stream: Any) -> bool:
+    """Whether a stream is a picture of the cover in a file of sound."""
+    return "attached_pic" in str(stream.disposition)
+
+
+def _first(error: Exception) -> str:
+    """The cause without the path."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:100]
+
+
+def _captions(path: Path | None, T: int) -> tuple[list[str], list[str]]:
+    """T captions, empty where there is none, and notes."""
+    nothing = [""] * T
+    if path is None:
+        return nothing, ["no file"]
+    try:
+        if path.stat().st_size > _LARGEST_CAPTION:
+            return nothing, [f"more than {_LARGEST_CAPTION} bytes"]
+        lines = [x.strip() for x in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        return nothing, [f"cannot be read ({error})"]
+    if len(lines) == T > 1:
+        return lines, [] if any(lines) else ["empty"]
+    text = " ".join(filter(None, lines))
+    if not text:
+        return nothing, ["empty"]
+    note = [f"{len(lines)} lines for {T} segments; joined to one caption of the clip"]
+    return [text] * T, note if len([x for x in lines if x]) > 1 else []
