@@ -66,7 +66,7 @@ class Decoded:
 
     Attributes:
         frames: uint8 [T, F, size, size, 3], RGB.
-        sound: float32 [T, samples], mono, within -1 and 1.
+        sound: float32 [T, samples], the mean of the channels, within -1 and 1.
         captions: T lines of text.
         valid: "video", "audio" or "text" -> bool [T].
         notes: (modality, what is wrong) of the clip.
@@ -167,7 +167,7 @@ def _sound(path: Path | None, cut: Cut) -> tuple[Array, Array, list[str]]:
     cursor = 0
     for time, _, frame in stream:
         if (known := (frame.sample_rate, frame.layout.name, frame.format.name)) != form:
-            resampler, form = av.AudioResampler("flt", "mono", cut.rate), known
+            resampler, form = av.AudioResampler("fltp", None, cut.rate), known
         expected = round(time * cut.rate)
         if abs(expected - cursor) > _JUMP * cut.rate:
             cursor = expected
@@ -175,13 +175,13 @@ def _sound(path: Path | None, cut: Cut) -> tuple[Array, Array, list[str]]:
             break
         frame.pts = None  # times are ours
         for part in resampler.resample(frame):
-            block = part.to_ndarray().reshape(-1)
+            block = part.to_ndarray().mean(0)
             put(cursor, block)
             cursor += len(block)
     else:
         if resampler is not None:
             for part in resampler.resample(None):
-                put(cursor, block := part.to_ndarray().reshape(-1))
+                put(cursor, block := part.to_ndarray().mean(0))
                 cursor += len(block)
     notes = stream.notes
     if not (finite := np.isfinite(sound)).all():
@@ -269,7 +269,9 @@ class _Stream:
 
 def _is_cover(stream: Any) -> bool:
     """Whether a stream is a picture of the cover in a file of sound."""
-    return "attached_pic" in str(stream.disposition)
+    import av
+
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
 def _first(error: Exception) -> str:
