@@ -182,7 +182,11 @@ def _principal_axes(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     Above `_WIDE` channels, random projections (Halko et al. 2011) with a fixed seed.
     """
     if x.shape[1] <= _WIDE:
-        values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
+        covariance = x.T @ x / len(x)
+        try:
+            values, vectors = torch.linalg.eigh(covariance)  # ascending
+        except torch.linalg.LinAlgError:  # of few vectors with many zeros
+            values, vectors = (v.float() for v in torch.linalg.eigh(covariance.double()))
         return values.flip(0)[:width].clamp(min=0), vectors.flip(1)[:, :width]
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(0)
