@@ -49,10 +49,10 @@ def load_pretrained(modality: str, name: str) -> _Encoder:
         except (ImportError, KeyboardInterrupt, DataError):
             raise
         except Exception as error:  # models of any kind, files of any state
-            first = str(error).strip().partition("\n")[0] or type(error).__name__
+            text = " ".join(str(error).split()) or type(error).__name__
             hint = "a built-in encoder (see --help), or the name or folder of a model"
             raise DataError(
-                f"--{modality} {name}: cannot be loaded ({first:.200}). Hint: {hint}."
+                f"--{modality} {name}: cannot be loaded ({text:.200}). Hint: {hint}."
             ) from error
 
 
