@@ -19,8 +19,10 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from tqdm import tqdm
@@ -37,7 +39,7 @@ SIDE = ZOOM * pictures.FRAME  # of the film, in pixels
 LOUDNESS = 1 / 32  # amplitude in the file of 1 in `speech.record`, whose peaks are below 25
 H264 = {"crf": "29", "preset": "veryfast", "bf": "0"}
 MPEG4 = {"flags": "+qscale", "global_quality": str(4 * 118)}  # quality 4 of 1 (best) to 31
-AAC = {"aac_coder": "fast"}  # three times as fast as the default, and no less exact
+AAC = {"aac_coder": "fast"}  # a third of the time of the default, at the same size
 Place = tuple[int, int]  # split, and index in it
 
 
@@ -123,8 +125,14 @@ def _map(write: Callable[[Place], int], places: list[Place], workers: int) -> li
 
 
 def _start_worker() -> None:
-    """Leave an interrupt to the process that started this one."""
+    """Leave an interrupt to the process that started this one, and end when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+
+
+def _end_with(process: BaseProcess) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _write_clip(folder: Path, seed: int, style: Style, place: Place) -> int:
