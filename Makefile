@@ -1,16 +1,16 @@
 # Each target but gpu sets up .venv from constraints.txt by itself, and again when a pin changes.
-#   make setup     .venv, with all that the others need; they do it by themselves
-#   make demo      train on the built-in digits into runs/digits
+#   make setup       .venv, with all that the others need; they do it by themselves
+#   make demo        train on the built-in digits into runs/digits
 #   make demo-media  the same from video files with sound and captions, into runs/media
-#   make test      all tests; TESTS="-k name" picks some, JOBS=1 runs them in one process
-#   make lint      ruff, mypy, and pyright for types that users miss
-#   make docs      the site, into site/
-#   make package   wheel and sdist, into dist/, and a trial of the wheel alone
-#   make gpu       tests, times and sanitizer on a GPU, in 8 minutes, into docs/benchmarks/gpu/;
-#                  STAGES="tests figures" picks some, GPU_PYTHON=python takes another than python3,
-#                  GPU_OUTPUT=results another folder
-#   make oldest    tests of the library on the oldest releases of what it needs, in .venv-oldest;
-#                  TORCH=torch==2.13.0 takes another torch: the oldest is a download of 3 GB
+#   make test        all tests; TESTS="-k name" picks some, JOBS=1 runs them in one process
+#   make lint        ruff, mypy, and pyright for types that users miss
+#   make docs        the site, into site/
+#   make package     wheel and sdist, into dist/, and a trial of the wheel alone
+#   make gpu         tests, times and sanitizer on a GPU, in 8 minutes, into docs/benchmarks/gpu/;
+#                    STAGES="tests figures" picks some, GPU_PYTHON=python takes another than python3,
+#                    GPU_OUTPUT=results another folder
+#   make oldest      tests of the library on the oldest releases of what it needs, in .venv-oldest;
+#                    TORCH=torch==2.13.0 takes another torch: the oldest is a download of 3 GB
 
 # The first interpreter of these that runs and is new enough; `make PYTHON=...` overrides.
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -35,6 +35,14 @@ setup: $(READY)
 
 demo: $(READY)
 	@$(BIN)/python examples/cmg_pretrain.py --output runs/digits
+
+demo-media: $(MEDIA)
+	@test -d runs/media/files || $(BIN)/python examples/cmg_media.py runs/media/files
+	@test -d runs/media/store || \
+		$(BIN)/python examples/cmg_features.py runs/media/files --output runs/media/store
+	@$(BIN)/python examples/cmg_pretrain.py --data runs/media/store --output runs/media/run
+	@$(BIN)/python examples/cmg_encode.py runs/media/run --data runs/media/store \
+		--output runs/media/tokens.parquet --labels-from audio
 
 test: $(MEDIA)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)

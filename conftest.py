@@ -13,6 +13,7 @@ import mmvq_kernels
 
 NEEDS = {  # packages of the extras without which these cannot be imported
     "tests/examples": ("matplotlib", "safetensors", "sklearn", "tqdm"),
+    "tests/examples/test_digits_media.py": ("av",),
     "tests/examples/test_fuzz.py": ("hypothesis",),
     "tests/examples/test_released.py": ("h5py", "hypothesis"),
     "tests/examples/test_story.py": ("nbclient", "nbformat"),

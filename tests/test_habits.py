@@ -223,9 +223,9 @@ def test_figures_that_guides_repeat_are_those_of_the_experiments(path: Path) -> 
 
 def test_readme_shows_the_two_commands() -> None:
     text = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"\bmake (\w+)", text)) <= targets
-    assert {"make demo", "make test"} <= set(re.findall(r"\bmake \w+", text))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([\w-]+)", text)) <= targets
+    assert {"make demo", "make test"} <= set(re.findall(r"\bmake [\w-]+", text))
     assert "<!-- demo -->" in text.split("<!-- /demo -->")[0]
 
 

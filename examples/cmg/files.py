@@ -211,6 +211,32 @@ def temporary_folder(parent: Path, kind: str) -> tuple[Path, Callable[[], None]]
     return path, remove
 
 
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Give a temporary folder to write into, which takes the name `folder` when all is written.
+
+    If the writing fails, nothing is left. An empty folder is replaced.
+
+    Raises:
+        DataError: `folder` exists and is not empty, or cannot be written.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise DataError(
+            f"{folder}: exists and is not empty. Hint: choose another folder, or remove it."
+        )
+    partial, remove = temporary_folder(folder.parent, folder.name)
+    try:
+        yield partial
+        if folder.is_dir():
+            folder.rmdir()  # it is empty
+        partial.rename(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error}).") from error
+    finally:
+        remove()
+
+
 def make_writable(folder: Path) -> None:
     """Create `folder` if needed, and check that files can be written to it.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from .clips import Clips, check_finite
 from .containers import CLIPS_AT_ONCE, Array, write_features
 from .data import MASK, META, SEGMENTS, Meta
 from .errors import DataError
-from .files import temporary_folder
+from .files import new_folder
 
 
 def write_store(folder: str | Path, clips: Clips) -> None:
@@ -32,11 +31,7 @@ def write_store(folder: str | Path, clips: Clips) -> None:
     Raises:
         DataError: The folder exists or cannot be written to, or features do not fit float16.
     """
-    folder = Path(os.path.abspath(folder))
-    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise DataError(f"{folder}: exists and is not empty. Hint: another --output, or remove it.")
-    partial, remove = temporary_folder(folder.parent, folder.name)
-    try:
+    with new_folder(folder) as partial:
         for name in clips.modalities:
             _write_features(partial / f"{name}.npy", clips, name)
         for name, array in _small_arrays(clips).items():
@@ -45,13 +40,6 @@ def write_store(folder: str | Path, clips: Clips) -> None:
             modalities=clips.modalities, encoders=clips.encoders, class_names=clips.class_names
         )
         (partial / META).write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
-        if folder.is_dir():
-            folder.rmdir()  # it is empty
-        partial.rename(folder)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error}).") from error
-    finally:
-        remove()
 
 
 def _write_features(path: Path, clips: Clips, name: str) -> None:

@@ -22,6 +22,8 @@ see style.py. `load_scenes` has two digits in a frame, of which speech and text 
 
     frames            uint8 [N, 10, 56, 56]          the frames, in the style HOME
     masks             bool  [N, 10, 56, 56]          the pixels of the named digit
+
+media.py writes the clips as media files instead: video with sound, and captions.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,10 +40,66 @@ from . import clips as plots
 from . import pictures, sentences, speech
 from .style import AWAY, HOME, Style
 
-__all__ = ["load", "load_away", "load_scenes", "render", "render_scenes"]
+__all__ = [
+    "Rendered",
+    "load",
+    "load_away",
+    "load_scenes",
+    "render",
+    "render_clip",
+    "render_scenes",
+    "streams",
+]
 
 VERSION = 1
 T = plots.SEGMENTS
+
+
+class Rendered(NamedTuple):
+    """One clip as it is seen, heard and read.
+
+    Attributes:
+        plot: The digit of every segment of each modality.
+        frames: float32 [T, 56, 56], one a segment: 0 is black, 1 is white, noise goes beyond.
+        boxes: int64 [T, 4], x0 y0 x1 y1 of the digit in pixels, ends exclusive; zeros = no digit.
+        sound: float32 [T, 16000], one second a segment; speech has power 1 on average.
+        sentences: T sentences.
+    """
+
+    plot: plots.Clip
+    frames: np.ndarray
+    boxes: np.ndarray
+    sound: np.ndarray
+    sentences: list[str]
+
+
+def streams(
+    seed: int, split: int, place: int, style: Style = HOME
+) -> tuple[np.random.Generator, ...]:
+    """Random generators of one clip: for its plot, picture, sound, sentences and camera."""
+    key = (split, place, *style.name.encode())
+    children = np.random.SeedSequence(seed, spawn_key=key).spawn(5)
+    return tuple(np.random.default_rng(child) for child in children)
+
+
+def render_clip(seed: int, split: int, place: int, style: Style = HOME) -> Rendered:
+    """Render one clip, which depends only on these arguments.
+
+    Args:
+        seed: Seed of the data set.
+        split: 0, 1 or 2.
+        place: Index of the clip in its split.
+        style: Style of the rendering.
+    """
+    story, film, sound, words, _ = streams(seed, split, place, style)
+    plot = plots.compose(story, style)
+    voices = speech.voices(seed, split, style)
+    voice = voices[sound.integers(len(voices))]
+    frames, boxes = pictures.film(plot.shown["video"], split, film, style)
+    heard = speech.record(plot.shown["audio"], voice, sound, style)
+    return Rendered(
+        plot, frames, boxes, heard, sentences.write(plot.shown["text"], split, words, style)
+    )
 
 
 def render(
@@ -61,21 +120,16 @@ def render(
         "split": np.repeat(np.arange(3), clips),
         "video_box": np.empty((N, T, 4), np.int64),
     }
-    voices = [speech.voices(seed, split, style) for split in range(3)]
     places = [(split, place) for split in range(3) for place in range(clips[split])]
     for n, (split, place) in enumerate(places):
-        key = (split, place, *style.name.encode())
-        streams = np.random.SeedSequence(seed, spawn_key=key).spawn(4)
-        plot, film, sound, words = (np.random.default_rng(stream) for stream in streams)
-        clip = plots.compose(plot, style)
-        voice = voices[split][sound.integers(len(voices[split]))]
-        frames, data["video_box"][n] = pictures.film(clip.shown["video"], split, film, style)
-        data["video"][n] = pictures.see(frames)
-        data["audio"][n] = speech.hear(speech.record(clip.shown["audio"], voice, sound, style))
-        data["text"][n] = sentences.read(sentences.write(clip.shown["text"], split, words, style))
-        data["labels"][n] = clip.label
+        clip = render_clip(seed, split, place, style)
+        data["audio"][n] = speech.hear(clip.sound)
+        data["video"][n] = pictures.see(clip.frames)
+        data["text"][n] = sentences.read(clip.sentences)
+        data["labels"][n] = clip.plot.label
         for name in plots.MODALITIES:
-            data[f"seg_labels_{name}"][n] = clip.shown[name]
+            data[f"seg_labels_{name}"][n] = clip.plot.shown[name]
+        data["video_box"][n] = clip.boxes
     return data
 
 
