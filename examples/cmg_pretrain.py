@@ -36,9 +36,10 @@ from cmg.batches import IN_MEMORY, Batches
 from cmg.checkpoint import save_model
 from cmg.clips import PRETRAIN, TEST, TRAIN
 from cmg.command import exit_code, natural, natural_float, positive_int, seed
-from cmg.evaluation import Codes, Scores, evaluate
+from cmg.evaluation import Scores, evaluate
 from cmg.figures import plot_codes, plot_training, require_matplotlib
 from cmg.files import in_use, make_writable, write_atomic
+from cmg.heads import Codes
 from cmg.model import PARTS, Config, UniCode
 from cmg.presets import PRESETS
 from cmg.ranks import is_first, joined, local_device

@@ -16,7 +16,7 @@ from .checkpoint import load_model
 from .clips import Clips
 from .containers import Rows
 from .errors import DataError
-from .evaluation import Codes
+from .heads import Codes
 from .model import Config, UniCode
 from .standardize import Standardizer
 

@@ -16,8 +16,9 @@ from cmg.checkpoint import save_model
 from cmg.clips import PRETRAIN, TEST, TRAIN
 from cmg.digits import VERSION
 from cmg.errors import DataError
-from cmg.evaluation import Codes, evaluate
+from cmg.evaluation import evaluate
 from cmg.files import in_use, make_writable, write_atomic
+from cmg.heads import Codes
 from cmg.model import Config
 from cmg.report import code_counts, codebook_summary
 from cmg.run import TrainedRun
