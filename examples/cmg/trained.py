@@ -312,7 +312,7 @@ class _Tokens(nn.Module):
         self.model, self.modality = model, modality
 
     def forward(self, x: Tensor) -> Tensor:
-        valid = torch.ones_like(x[:, :, 0].flatten(2)[..., 0], dtype=torch.bool)
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         z = self.model.encode(self.modality, x, valid)  # the mask avoids a fused operator
         tokens: Tensor = self.model.quantizer.encode(z)
         return tokens
