@@ -80,7 +80,7 @@ def load_run(source: str | Path, **hub: Any) -> TrainedModel:
                 raise ValueError(f"the standardizer of {name} does not fit")
             if prod(about.grids.get(name, (cells,))) != cells:
                 raise ValueError(f"the grid of {name} does not fit")
-        heads = _heads(tensors, config.dim, len(about.class_names))
+        heads = _heads(tensors, config, len(about.class_names))
         if odd := [name for name, x in tensors.items() if not x.isfinite().all()]:
             raise ValueError(f"{odd[0]} is not finite")
         return TrainedModel(str(source), model, standardizer, heads, about)
@@ -121,15 +121,16 @@ def _about(content: Any) -> About:
     return replace(found, class_names=tuple(found.class_names), grids=grids)
 
 
-def _heads(tensors: Mapping[str, Tensor], dim: int, names: int) -> Heads:
+def _heads(tensors: Mapping[str, Tensor], config: Config, names: int) -> Heads:
+    """The classifiers, of this many class names; 0: the classes have no names."""
     heads = Heads({}, {})
-    for kind, width, first in (("clips", 2 * dim, 0), ("segments", dim, 1)):
+    for kind, width, first in (("clips", 2 * config.dim, 0), ("segments", config.dim, 1)):
         parts: dict[str, dict[str, Tensor]] = {}
         for key, x in _part(tensors, f"heads/{kind}/").items():
             name, _, part = key.partition("/")
             parts.setdefault(name, {})[part] = x
-        for name, found in parts.items():
-            head = Head(**found)
+        for name in sorted(parts, key=[*config.shapes].index):
+            head = Head(**parts[name])
             K = len(head.classes)
             shapes = [tuple(x.shape) for x in vars(head).values()]
             ascending = bool((head.classes.diff() > 0).all()) and int(head.classes[0]) >= 0
