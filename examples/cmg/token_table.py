@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -84,7 +83,7 @@ def _rows(
     model: TrainedModel, clips: Clips, labels_from: str | None
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of a few clips."""
-    N, numbers = len(clips.split), count()
+    N = len(clips.split)
     with tqdm(desc="encoding", total=N, unit="clip", disable=None) as bar:
         for chosen in torch.arange(N).split(CLIPS_AT_ONCE):
             features = {name: clips.read(name, chosen) for name in clips.modalities}
@@ -92,7 +91,7 @@ def _rows(
             tokens = model.tokens(features, masks)
             classes = {} if labels_from is None else model.classify_tokens(tokens, labels_from)
             rows = []
-            for k, n in zip(range(len(chosen)), numbers, strict=False):
+            for k, n in enumerate(chosen.tolist()):
                 for name, i in tokens.items():
                     row = {"id": clips.ids[n] if clips.ids else str(n), "modality": name}
                     row |= {"tokens": i[k].tolist(), "mask": (i[k] >= 0).tolist()}

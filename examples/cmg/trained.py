@@ -249,7 +249,7 @@ class TrainedModel(nn.Module):
         self, name: str, x: Rows, masks: Masks | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Rows, their features z on the device, and their mask; a few clips at a time."""
-        mask = None if masks is None else masks.get(name)
+        mask = torch.as_tensor(masks[name]) if masks and name in masks else None
         self._check(name, x, mask)
         for rows in torch.arange(x.shape[0]).split(_AT_ONCE):
             part, valid = torch.as_tensor(x[rows]), None

@@ -173,6 +173,8 @@ def test_what_is_not_valid_has_no_influence(model: TrainedModel) -> None:
     segments = model.localize(spoilt, labels_from="audio", masks={"video": mask})["video"]
     assert (segments.label[~mask] == BACKGROUND).all()
     assert (segments.probability[~mask] == 0).all()
+    of_numpy = model.tokens(spoilt, {"video": mask.numpy()})
+    assert torch.equal(of_numpy["video"], one["video"])
     short = {"video": x["video"][:1, :3]}
     padded = model.tokens({"video": x["video"][:1]}, {"video": torch.arange(5)[None] < 3})
     assert torch.equal(model.tokens(short)["video"], padded["video"][:, :3])
