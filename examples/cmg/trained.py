@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -190,9 +190,9 @@ class TrainedModel(nn.Module):
     def export_onnx(self, path: str | Path, modality: str) -> None:
         """Write an ONNX model from raw features of a modality to tokens.
 
-        Its input "features" is float32 [N, T, ..., C] and its output "tokens" int64 [N, T], for any
-        N and T, without masks. Of two codes whose distances differ by floating-point error alone,
-        it may choose the other one.
+        Its input "features" is float32 [N, T, *grid, C] and its output "tokens" int64 [N, T], for
+        any N and T, without masks; see `grid`. Of two codes whose distances differ by
+        floating-point error alone, it may choose the other one.
 
         Args:
             path: The file to write.
@@ -214,7 +214,7 @@ class TrainedModel(nn.Module):
             dynamic_shapes=({0: torch.export.Dim("N"), 1: torch.export.Dim("T")},),
             strict=False,
         )
-        exported = torch.onnx.export(
+        exported: Any = torch.onnx.export(
             program.run_decompositions(decompositions()),
             (),
             input_names=["features"],
@@ -281,7 +281,9 @@ class TrainedModel(nn.Module):
             raise DataError(f"mask of {name}: must be bool {list(shape[:2])}; got {got}.")
 
     def grid(self, name: str) -> tuple[int, ...]:
-        """The shape of the cells of a segment; () for a vector.
+        """The shape of the cells of a segment, such as (7, 7); () for a vector.
+
+        It is (49,) if an earlier version saved the run.
 
         Raises:
             DataError: The model has no such modality.
@@ -294,11 +296,14 @@ class TrainedModel(nn.Module):
 
     def channels(self, name: str) -> int:
         """Number of channels C of the raw features."""
-        return len(self.standardize[name].mean)
+        return len(self.get_buffer(f"standardize.{name}.mean"))
 
 
 class _Affine(nn.Module):
     """y = (x - mean) @ axes, [..., C] -> [..., width]; see `Standardizer`."""
+
+    mean: Tensor
+    axes: Tensor
 
     def __init__(self, mean: Tensor, axes: Tensor) -> None:
         super().__init__()

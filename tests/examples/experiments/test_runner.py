@@ -143,7 +143,7 @@ def test_without_an_action_it_says_what_is_left_and_runs_nothing(
 
 def test_a_model_that_is_missing_is_one_line(clips_path: Path, tmp_path: Path) -> None:
     """The line that its process ends with."""
-    with pytest.raises(SystemExit, match=r"^avt: .*avt-seed0/model\.safetensors: no such file\.$"):
+    with pytest.raises(SystemExit, match=r"^avt: .*avt-seed0: no such folder\. Hint: .*$"):
         runner._one_line_of(evaluate_stored, small("avt", clips_path), [0], tmp_path, tmp_path)
 
 
