@@ -22,7 +22,7 @@ from cmg.clips import Clips
 from cmg.data import load_clips
 from cmg.errors import DataError
 from cmg.hugging_face import load_datasets
-from cmg.sources import open_data
+from cmg.sources import open_data, open_to_encode
 from cmg.standardize import Standardizer
 
 datasets = pytest.importorskip("datasets")
@@ -240,3 +240,18 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"needs the package datasets\. Hint: pip install datasets"):
         load_datasets("a/b")
+
+
+def test_columns_without_labels(tmp_path: Path) -> None:
+    """Train on them, and encode one of them."""
+    arrays = complete()
+    bare = {name: arrays[name] for name in ("audio", "video", "mask_video")}
+    dataset_of(bare).save_to_disk(tmp_path / "bare")
+    source = f"datasets:{tmp_path / 'bare'}"
+    _, clips = open_data(source, labels="optional")
+    assert (clips.labelled, clips.modalities, len(clips.rows(0))) == (False, ("audio", "video"), N)
+    one = open_to_encode(source, ["video", "text"])
+    assert one.modalities == ("video",)
+    assert torch.equal(one.masks["video"], torch.from_numpy(arrays["mask_video"]))
+    with pytest.raises(DataError, match="array 'split' is missing"):
+        open_data(source)
