@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Open the data, and write the folder."""
-    name, clips = open_data(args.data, args.modalities, args.text_encoder)
+    name, clips = open_data(args.data, args.modalities, args.text_encoder, "optional")
     print(description(name, clips), flush=True)
     write_store(args.output, clips)
     print(f"written to {args.output}")

@@ -12,6 +12,8 @@ a classifier on labels of ONE modality and tests it on ANOTHER, in every directi
         --preset cmg-released --downstream ave:ROOT avvp:ROOT
     torchrun --nproc-per-node 2 examples/cmg_pretrain.py       the same run on two processes
 
+Without labels in the data, it trains the model, and leaves the classifiers out.
+
 Writes metrics.json, model.safetensors, config.json, codes.png and training.png into --output; with
 --downstream also downstream.json, the scores on each of these sets.
 """
@@ -33,12 +35,12 @@ from torch import Tensor
 from cmg import data as generic
 from cmg.advice import about_data, about_run
 from cmg.batches import IN_MEMORY, Batches
-from cmg.checkpoint import save_model
 from cmg.clips import PRETRAIN, TEST, TRAIN
 from cmg.command import exit_code, natural, natural_float, positive_int, seed
-from cmg.evaluation import Codes, Scores, evaluate
+from cmg.evaluation import Scores, evaluate, fit_heads
 from cmg.figures import plot_codes, plot_training, require_matplotlib
 from cmg.files import in_use, make_writable, write_atomic
+from cmg.heads import Codes
 from cmg.model import PARTS, Config, UniCode
 from cmg.presets import PRESETS
 from cmg.ranks import is_first, joined, local_device
@@ -47,6 +49,7 @@ from cmg.released import SETS
 from cmg.report import code_counts, codebook_summary, description, headline, table, write_metrics
 from cmg.sources import open_data, open_downstream
 from cmg.standardize import Standardizer
+from cmg.stored import save_run
 from cmg.training import CHECKPOINT, Execution, Recipe, Trainer
 
 
@@ -66,9 +69,11 @@ def _run(args: argparse.Namespace, held: ExitStack) -> None:
     began = time.monotonic()
     require_matplotlib()
     device = local_device(args.device)
-    name, clips = open_data(args.data, args.modalities, args.text_encoder)
+    name, clips = open_data(args.data, args.modalities, args.text_encoder, "optional")
     if args.reference:
         check_reference(clips)
+    if not clips.labelled:
+        clips = clips.holding_out()
     downstream = {x: open_downstream(x, clips, args.text_encoder) for x in args.downstream}
     folder = args.output = args.output or Path("runs") / name
     make_writable(folder)
@@ -104,25 +109,28 @@ def _run(args: argparse.Namespace, held: ExitStack) -> None:
     if not is_first():
         return
 
-    save_model(folder, model.state_dict() | standardizer.tensors(), model.config.json())
+    save_run(folder, model, standardizer, clips)  # whatever happens in the evaluation
+    codes, indices = _quantized(model, batches)
+    heads = fit_heads(codes, clips)
+    save_run(folder, model, standardizer, clips, heads)
     codebook = model.quantizer.codebook
-    indices, scores = _scores(model, batches)
-    held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
+    held_out = {m: i[clips.test_rows()] for m, i in indices.items()}
     metrics = {
         "dataset": name,
         "modalities": list(clips.modalities),
         "seed": args.seed,
         "epochs": recipe.epochs,
-        **scores,
+        **evaluate(codes, indices, clips, len(codebook), heads),
         "codebook": codebook_summary(held_out, len(codebook)),
         "seconds": time.monotonic() - began,
     }
     plot_codes(folder / "codes.png", codebook, code_counts(held_out, len(codebook)))
     plot_training(folder / "training.png", history)
     write_metrics(folder / "metrics.json", metrics)
-    transferred = {}
+    transferred: dict[str, dict[str, Scores]] = {}
     for data, others in downstream.items():
-        transferred[data] = _scores(model, Batches(others, standardizer, args.in_memory))[1]
+        coded = _quantized(model, Batches(others, standardizer, args.in_memory))
+        transferred[data] = evaluate(*coded, others, len(codebook))
     if transferred:
         write_atomic(folder / "downstream.json", json.dumps(transferred, indent=2).encode())
     else:  # remove the file of an earlier run, which would pass for this model's
@@ -136,13 +144,12 @@ def _run(args: argparse.Namespace, held: ExitStack) -> None:
         print(f"\n{data}, without further pre-training:\n\n{table(found)}")
 
 
-def _scores(model: UniCode, batches: Batches) -> tuple[dict[str, Tensor], dict[str, Scores]]:
-    """Codes of the clips of splits 1 and 2, and their scores."""
+def _quantized(model: UniCode, batches: Batches) -> tuple[dict[str, Codes], dict[str, Tensor]]:
+    """Codes, and their indices, of the clips of splits 1 and 2, or without labels of split 3."""
     clips = batches.clips
-    indices = model.quantize(batches, clips.rows(TRAIN, TEST))
-    codebook = model.quantizer.codebook
-    codes = {name: Codes(i, codebook) for name, i in indices.items()}
-    return indices, evaluate(codes, indices, clips, len(codebook))
+    rows = clips.rows(TRAIN, TEST) if clips.labelled else clips.test_rows()
+    indices = model.quantize(batches, rows)
+    return {name: Codes(i, model.quantizer.codebook) for name, i in indices.items()}, indices
 
 
 def _warn(texts: list[str]) -> None:

@@ -19,7 +19,7 @@ _AT_BOUND = 0.5  # share of log-variances at their bound
 def about_data(clips: Clips) -> list[str]:
     """What makes scores on these clips mean little."""
     found: list[str] = []
-    for name in clips.modalities:
+    for name in clips.modalities if clips.labelled else ():
         known, shown = (_classes(clips, name, split) for split in (TRAIN, TEST))
         n = int((clips.labels_of(name)[clips.rows(TEST)] >= 0).sum())
         if n == 0:

@@ -32,6 +32,7 @@ class Clips:
         ids: Names of the clips; may be empty.
         class_names: Names of the classes; may be empty.
         encoders: Name -> name of the encoder of the features; may be empty.
+        seconds: Length of a clip; None: not known.
         folder: Folder of the data set, in which what is measured on it can be stored; or None.
         unused: What else the data set holds: name -> type and shape.
     """
@@ -46,6 +47,7 @@ class Clips:
     ids: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     encoders: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
     folder: Path | None = None
     unused: dict[str, str] = field(default_factory=dict)
 
@@ -69,6 +71,22 @@ class Clips:
     def rows(self, *splits: int) -> Tensor:
         """Indices of the clips in any of `splits`, ascending."""
         return torch.isin(self.split, torch.tensor(splits)).nonzero().squeeze(1)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are clips with labels, those of split 1."""
+        return bool((self.split == TRAIN).any())
+
+    def holding_out(self) -> Clips:
+        """The same clips without labels, of which a tenth is in split 3, always the same one."""
+        order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(0))
+        split = self.split.clone()
+        split[order[: max(1, len(order) // 10)]] = VALIDATION
+        return replace(self, split=split)
+
+    def test_rows(self) -> Tensor:
+        """Indices of the clips that statistics are of: split 2, or without labels split 3."""
+        return self.rows(TEST if self.labelled else VALIDATION)
 
     def validation_rows(self) -> Tensor:
         """Indices of the clips for choices: split 3, or split 1 if there is no split 3."""

@@ -11,11 +11,14 @@
     video_box               int   [N, T, 4]       where the event is seen (optional)
     ids                     text  [N]             names of the clips (optional)
 
+Without labels there are codes, but no classifiers: all clips are in split 0, or the arrays labels,
+split and seg_labels_<modality> are missing.
+
 A folder has <name>.npy for each, and optionally meta.json with "version" (1), "modalities" (names),
-"encoders" (modality -> name) and "class_names". Features in a folder are read batch by batch, so
-that they may be larger than memory. Without "modalities" every float array of three or more
-dimensions is one. Other arrays are listed and not used. A data set of Hugging Face `datasets` has
-a column for each, and class names if the column labels is a ClassLabel.
+"encoders" (modality -> name), "class_names" and "seconds" (of a clip). Features in a folder are
+read batch by batch, so that they may be larger than memory. Without "modalities" every float array
+of three or more dimensions is one. Other arrays are listed and not used. A data set of Hugging Face
+`datasets` has a column for each, and class names if the column labels is a ClassLabel.
 
 The labels of split 0 are never used: they are replaced by -1 when the file is read.
 """
@@ -23,9 +26,11 @@ The labels of split 0 are never used: they are replaced by -1 when the file is r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,15 +45,21 @@ _CLASSES = 1 << 12  # limit of class numbers: heads have an output for each
 SEGMENTS, MASK = "seg_labels_", "mask_"
 _RESERVED = ("labels", "split", "video_box", "ids")
 _LARGEST_META = 1 << 24  # bytes
+Labels = Literal["required", "optional", "ignored"]
 
 
-def load_clips(path: str | Path, modalities: Sequence[str] | None = None) -> Clips:
+def load_clips(
+    path: str | Path, modalities: Sequence[str] | None = None, labels: Labels = "required"
+) -> Clips:
     """Read and check a data set, without pickle.
 
     Args:
         path: The npz file, or the folder of .npy files. Features of a folder are left on disk.
         modalities: The modalities to read, in this order. None reads all, in the order of the file
             or of meta.json.
+        labels: "required", or for training "optional": data in which nothing is labelled are read
+            too, as clips of split 0. "ignored", for a model that is trained: the arrays that
+            describe clips are not read, except for masks and ids, and all clips are of split 0.
 
     Raises:
         DataError: The data cannot be read, or an array is missing or malformed.
@@ -59,22 +70,28 @@ def load_clips(path: str | Path, modalities: Sequence[str] | None = None) -> Cli
         if not folder.names:
             rule = "has no .npy files, so it is not a data set"
             raise DataError(f"{path}: {rule}. Hint: see --data in --help.")
-        return read_clips(folder, read_meta(path), modalities)
-    return read_clips(NpzFile(path), Meta(), modalities)
+        return read_clips(folder, read_meta(path), modalities, labels)
+    return read_clips(NpzFile(path), Meta(), modalities, labels)
 
 
-def read_clips(arrays: Arrays, meta: Meta, modalities: Sequence[str] | None = None) -> Clips:
+def read_clips(
+    arrays: Arrays,
+    meta: Meta,
+    modalities: Sequence[str] | None = None,
+    labels: Labels = "required",
+) -> Clips:
     """Check arrays, and make clips of them.
 
     Args:
         arrays: The arrays, of any kind.
         meta: Names of modalities, encoders and classes.
         modalities: The modalities to read; None: all.
+        labels: As in `load_clips`.
 
     Raises:
         DataError: An array cannot be read, is missing or malformed.
     """
-    return _Reader(arrays, meta).clips(modalities)
+    return _Reader(arrays, meta, labels).clips(modalities)
 
 
 @dataclass(frozen=True)
@@ -111,31 +128,35 @@ def read_meta(folder: Path) -> Meta:
         found = json.loads(path.read_text(encoding="utf-8"))
         version, names = found.get("version", VERSION), found.get("modalities") or []
         encoders, classes = found.get("encoders") or {}, found.get("class_names") or []
+        seconds = found.get("seconds")
+        seconds = None if seconds is None else float(seconds)
         texts = [*names, *encoders, *encoders.values(), *classes]
         lists = isinstance(names, list) and isinstance(classes, list)
         if not (type(version) is int and lists and all(isinstance(x, str) for x in texts)):
             raise TypeError("a value has another type")
-        if version < 1 or len(classes) > _CLASSES or not all(map(str.isprintable, texts)):
+        odd = seconds is not None and not 0 < seconds < math.inf
+        if odd or version < 1 or len(classes) > _CLASSES or not all(map(str.isprintable, texts)):
             raise ValueError("a value is out of range")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        rule = "must be a JSON object of version, modalities, encoders and class_names"
+        rule = "must be a JSON object of version, modalities, encoders, class_names and seconds"
         raise DataError(f"{path}: {rule} ({error}).") from error
     if version > VERSION:
         rule = f"is of version {version}; this release reads up to {VERSION}"
         raise DataError(f"{path}: {rule}. Hint: update mmvq.")
-    return Meta(version, tuple(names), dict(encoders), tuple(classes))
+    return Meta(version, tuple(names), dict(encoders), tuple(classes), seconds)
 
 
 class _Reader:
     """Reads the arrays of a data set and checks each."""
 
-    def __init__(self, arrays: Arrays, meta: Meta) -> None:
-        self.arrays, self.meta, self.path = arrays, meta, arrays.path
+    def __init__(self, arrays: Arrays, meta: Meta, labels: Labels) -> None:
+        self.arrays, self.meta, self.path, self.labels = arrays, meta, arrays.path, labels
 
     def clips(self, modalities: Sequence[str] | None) -> Clips:
         """All clips in these modalities; None: in all."""
-        split = self.split()
-        N, names = len(split), self.names(modalities)
+        names = self.names(modalities)
+        split = self.split(names)
+        N = len(split)
         headers = {name: self.feature_header(name, N) for name in names}
         T = headers[names[0]].shape[1]
         for name, header in headers.items():
@@ -145,13 +166,14 @@ class _Reader:
         masks = {name: mask for name in names if (mask := self.mask(name, split, T)) is not None}
         features = {name: self.features(name, masks.get(name)) for name in names}
 
-        labels = self.classes("labels", split, (N,), lowest=0)
-        segment_labels: dict[str, Array] = {}
-        for name in names:
-            if (key := SEGMENTS + name) in self.arrays.names:
-                segment_labels[name] = self.classes(key, split, (N, T), lowest=BACKGROUND)
+        labels, segment_labels = np.full(N, -1), dict[str, Array]()
+        if labelled := bool(split.any()):
+            labels = self.classes("labels", split, (N,), lowest=0)
+            for name in names:
+                if (key := SEGMENTS + name) in self.arrays.names:
+                    segment_labels[name] = self.classes(key, split, (N, T), lowest=BACKGROUND)
         box = None
-        if "video_box" in self.arrays.names:
+        if labelled and "video_box" in self.arrays.names:
             box = torch.from_numpy(self.integers("video_box", (N, T, 4)).astype(np.int64))
         num_classes = 1 + max(int(x.max()) for x in (labels, *segment_labels.values()))
         if self.meta.class_names and num_classes > len(self.meta.class_names):
@@ -170,21 +192,29 @@ class _Reader:
             ids=self.ids(N),
             class_names=self.meta.class_names,
             encoders={m: x for m, x in self.meta.encoders.items() if m in features},
+            seconds=self.meta.seconds,
             folder=self.path if self.path.is_dir() else None,
             unused=self.unused(names),
         )
-        self.check_present(clips)
+        if self.labels != "ignored":
+            self.check_present(clips)
         return clips
 
-    def split(self) -> Array:
+    def split(self, names: Sequence[str]) -> Array:
+        """The split of each clip; 0 where nothing is labelled, or labels are ignored."""
+        arrays = self.arrays.names
+        described = any(x in ("labels", "split") or x.startswith(SEGMENTS) for x in arrays)
+        if self.labels == "ignored" or (self.labels == "optional" and not described):
+            return np.zeros(self.feature_header(names[0]).shape[0], np.int64)
         split = self.read("split")
         if split.ndim != 1 or split.dtype.kind not in "iu":
             raise self.error("split", "must be int [N]", split)
         odd = split[(split < 0) | (split > VALIDATION)]
         if odd.size:
             raise self.error("split", "must hold only 0, 1, 2 and 3", f"{odd[0]}")
+        nothing = self.labels == "optional" and split.size > 0 and not split.any()
         for use, number in SPLITS.items():
-            if number != VALIDATION and not (split == number).any():
+            if number != VALIDATION and not nothing and not (split == number).any():
                 raise self.error("split", f"must have clips of split {number} ({use})", "none")
         return split.astype(np.int64)
 
@@ -213,14 +243,15 @@ class _Reader:
                 raise DataError(f"{self.path}: {missing}. Modalities in the file: {offered}.")
         return names
 
-    def feature_header(self, name: str, N: int) -> Header:
+    def feature_header(self, name: str, N: int | None = None) -> Header:
         header: Header = self.arrays.header(name)
         if header.dtype.hasobject:
             self.read(name)  # raises
         if header.dtype.kind != "f" or len(header.shape) < 3 or 0 in header.shape:
             raise self.error(name, "must be float [N, T, ..., C], none of them 0", header)
-        if header.shape[0] != N:
-            raise self.error(name, f"must have N = {N} clips, as split has", header)
+        if N is not None and header.shape[0] != N:
+            first = "split" if "split" in self.arrays.names else "the first modality"
+            raise self.error(name, f"must have N = {N} clips, as {first} has", header)
         return header
 
     def mask(self, name: str, split: Array, T: int) -> Tensor | None:
@@ -261,7 +292,7 @@ class _Reader:
                     hint = "leave the modality out with --modalities"
                     raise self.error(MASK + name, rule, f"none. Hint: {hint}")
             shown = clips.labels_of(name)[clips.rows(TRAIN)]
-            if len(shown[shown >= 0].unique()) < 2:
+            if clips.labelled and len(shown[shown >= 0].unique()) < 2:
                 rule = "must be valid for two classes or more in split 1"
                 raise self.error(MASK + name, rule, "one")
 

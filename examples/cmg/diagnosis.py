@@ -19,22 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .clips import PRETRAIN, TEST, TRAIN, Clips
 from .errors import DataError
-from .evaluation import (
-    Fit,
-    Head,
-    Labelled,
-    TokenNaiveBayes,
-    clip_scores,
-    over_time,
-    segment_classes,
-    transfer,
-)
+from .evaluation import Fit, Labelled, clip_scores, segment_classes, transfer
+from .heads import Head, TokenNaiveBayes, over_time
 from .reference import pool_cells
 
 Tensors = Mapping[str, Tensor]
@@ -76,7 +69,7 @@ def diagnose(
         labels: Tensors, describe: Callable[[Tensor, Tensor], Tensor]
     ) -> dict[str, dict[str, float]]:
         def score(
-            inputs: Tensors, fit: Fit, *, across: bool = True
+            inputs: Tensors, fit: Fit[Any], *, across: bool = True
         ) -> dict[tuple[str, str], float]:
             groups = [[*labels]] if across else [[name] for name in labels]
             found: dict[tuple[str, str], float] = {}
@@ -87,9 +80,9 @@ def diagnose(
         z, quantized, bare = (
             {m: describe(x[m], clips.valid(m)) for m in labels} for x in (features, codes, raw)
         )
-        of_raw = score(bare, partial(Head, iterations=100), across=False)
-        of_z, of_codes = score(z, Head), score(quantized, Head)
-        weak, tokens = score(quantized, partial(Head, weight=1.0)), score(indices, table)
+        of_raw = score(bare, partial(Head.fit, iterations=100), across=False)
+        of_z, of_codes = score(z, Head.fit), score(quantized, Head.fit)
+        weak, tokens = score(quantized, partial(Head.fit, C=1.0)), score(indices, table)
         result = {}
         for a, b in permutations(labels, 2):
             values = of_raw[b, b], of_z[b, b], of_codes[b, b], of_z[a, b], of_codes[a, b]
@@ -157,7 +150,7 @@ def _splits(clips: Clips, test: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def _accuracy(
-    inputs: Tensors, labels: Tensors, splits: list[tuple[Tensor, Tensor]], fit: Fit
+    inputs: Tensors, labels: Tensors, splits: list[tuple[Tensor, Tensor]], fit: Fit[Any]
 ) -> dict[tuple[str, str], float]:
     """Accuracy of every (source, target), the mean of the folds."""
     data = Labelled(inputs, {name: labels[name] for name in inputs})

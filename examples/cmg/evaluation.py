@@ -8,25 +8,24 @@ nothing but the indices of the codes.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import permutations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from sklearn.dummy import DummyClassifier
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from mmvq.functional import code_agreement
 
 from .clips import BACKGROUND, TEST, TRAIN, Clips
 from .containers import Rows
+from .heads import Head, Heads, TokenNaiveBayes, over_time
 
 Score = Callable[[Tensor, Tensor], dict[str, float]]  # of predicted and true classes
-Fit = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]  # inputs, labels -> inputs -> classes
+Classifier = Callable[[Tensor], Tensor]  # of inputs; gives classes
+C = TypeVar("C", bound=Classifier)
+Fit = Callable[[Tensor, Tensor], C]  # of inputs and labels
 Scores = dict[str, dict[str, float]]  # "source->target" -> name of a score -> value
 Pairs = Mapping[tuple[str, str], dict[str, float]]  # (source, target) -> name -> value
 CLIP_BOUNDS = {"upper_bound": "accuracy"}  # name of an upper bound -> the score it is of
@@ -51,119 +50,6 @@ class Labelled(NamedTuple):
             {name: x[chosen] for name, x in self.inputs.items()},
             {name: y[chosen] for name, y in self.labels.items()},
         )
-
-
-class Head:
-    """Multinomial logistic regression on frozen codes.
-
-    Codes are centred and scaled to a mean variance of 1, so that their scale does not matter. The
-    L2 penalty keeps the head from fitting details of the source modality, which would transfer
-    worse. Every clip has the same weight against it, however many segments it has.
-
-    Args:
-        x: Vectors [n, D], or [n, T, D] to classify segments.
-        labels: int64 [n] or [n, T]; those below 0 are not used.
-        weight: Weight of a clip's log-likelihood; sklearn's C.
-        iterations: Most steps of L-BFGS.
-    """
-
-    def __init__(
-        self, x: Tensor, labels: Tensor, weight: float = 0.1, iterations: int = 300
-    ) -> None:
-        used = labels >= 0
-        clips = used.flatten(1).any(1).sum().item() if used.ndim > 1 else used.sum().item()
-        rows, labels = x.detach()[used].double(), labels[used]
-        self.mean = rows.mean(0)
-        self.deviation = rows.var(0, correction=0).mean().sqrt().clamp(min=1e-12)
-        model = LogisticRegression(C=weight * clips / len(rows), max_iter=iterations)
-        if len(labels.unique()) == 1:  # nothing to tell apart
-            model = DummyClassifier()
-        with warnings.catch_warnings():  # that the last step was taken is no news
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            self.model = model.fit(self._scaled(rows), labels.numpy())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Predict the classes of [..., D]: int64 [...]."""
-        rows = x.detach().double().flatten(0, -2)
-        return torch.from_numpy(self.model.predict(self._scaled(rows))).view(x.shape[:-1])
-
-    def probabilities(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The classes [K] that the head knows, ascending, and their probabilities [n, K]."""
-        shares = self.model.predict_proba(self._scaled(x.detach().double()))
-        return torch.from_numpy(self.model.classes_), torch.from_numpy(shares)
-
-    def _scaled(self, rows: Tensor) -> Any:
-        return ((rows - self.mean) / self.deviation).numpy()
-
-
-def over_time(codes: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Describe a clip by mean and maximum over its segments: [N, T, D] -> [N, 2 D].
-
-    Args:
-        codes: Vectors [N, T, D].
-        valid: bool [N, T], segments to use; None: all. A clip without any gets zeros.
-    """
-    if valid is None or valid.all():
-        return torch.cat([codes.mean(1), codes.amax(1)], -1)
-    use, count = valid[..., None], valid.sum(1)[:, None]
-    mean = codes.where(use, 0).sum(1) / count.clamp(min=1)
-    return torch.cat([mean, codes.where(use, -torch.inf).amax(1).where(count > 0, 0)], -1)
-
-
-class Codes:
-    """Quantized vectors [N, T, D] of code indices, made when indexed with clips.
-
-    Args:
-        indices: int64 [N, T]; -1 gives zeros.
-        codebook: Codes [L, D].
-    """
-
-    def __init__(self, indices: Tensor, codebook: Tensor) -> None:
-        self.indices, self.codebook = indices, codebook.detach().cpu()
-        self.shape = (*indices.shape, codebook.shape[1])
-
-    def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        """Vectors [n, T, D] of the clips with these indices."""
-        chosen = self.indices[rows]
-        return self.codebook[chosen.clamp(min=0)].where(chosen[..., None] >= 0, 0)
-
-
-class TokenNaiveBayes:
-    r"""A naive Bayes classifier on code indices alone: the log-probability of each code by class.
-
-    $$\hat c = \mathrm{argmax}_c\, \ln m_c + \sum_t \ln P(l_t | c), \quad
-      P(l | c) = \frac{n_{cl} + s\, p_l}{n_c + s}, \quad p_l = \frac{n_l + 1}{n + L}$$
-
-    n_cl counts the segments of class c with code l, and m_c the clips (or segments) of class c. The
-    smoothing s draws rare classes and codes to the frequency p of the code in all classes.
-
-    Args:
-        indices: int64 [n, T], -1 where not valid.
-        labels: Classes, int64 [n] (of the whole clip) or [n, T]; those below 0 are not used.
-        codebook_size: Number of codes L.
-    """
-
-    smoothing = 10.0
-
-    def __init__(self, indices: Tensor, labels: Tensor, codebook_size: int) -> None:
-        num_classes = 1 + int(labels.max())
-        counts = torch.zeros(num_classes, codebook_size, dtype=torch.double)
-        each = labels if labels.ndim > 1 else labels[:, None].expand_as(indices)
-        used = (each >= 0) & (indices >= 0)
-        ones = torch.ones(int(used.sum()), dtype=torch.double)
-        counts.index_put_((each[used], indices[used]), ones, accumulate=True)
-        frequency = (counts.sum(0) + 1) / (counts.sum() + codebook_size)
-        total = counts.sum(1, keepdim=True)
-        self.table = (counts + self.smoothing * frequency).log() - (total + self.smoothing).log()
-        self.prior = labels[labels >= 0].bincount(minlength=num_classes).double().log()
-        self.clips = labels.ndim == 1
-
-    def __call__(self, indices: Tensor) -> Tensor:
-        """Predict classes of [N, T]: int64 [N] by the sum over segments, or [N, T]."""
-        scores = self.table[:, indices.clamp(min=0)].where(indices >= 0, 0)  # [classes, N, T]
-        if self.clips:
-            scores = scores.sum(-1)
-        return (self.prior.view(-1, *[1] * (scores.ndim - 1)) + scores).argmax(0)
 
 
 def clip_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
@@ -204,8 +90,26 @@ def segment_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
     }
 
 
+def fit_heads(codes: Mapping[str, Rows], clips: Clips) -> Heads:
+    """Train the heads of each modality on split 1.
+
+    Args:
+        codes: Name -> quantized vectors [N, T, D] of all N clips, with one D for all.
+        clips: The clips; if they have no labels, there are no heads.
+    """
+    if not clips.labelled:
+        return Heads({}, {})
+    rows = clips.rows(TRAIN)
+    of_clips, of_segments = _clips(codes, clips), _segments(codes, clips)
+    return Heads(*(fitted(data.rows(rows), Head.fit) for data in (of_clips, of_segments)))
+
+
 def evaluate(
-    codes: Mapping[str, Rows], indices: Mapping[str, Tensor], clips: Clips, codebook_size: int
+    codes: Mapping[str, Rows],
+    indices: Mapping[str, Tensor],
+    clips: Clips,
+    codebook_size: int,
+    heads: Heads | None = None,
 ) -> dict[str, Scores]:
     """Evaluate every direction of transfer, and how far codes are shared, for metrics.json.
 
@@ -213,36 +117,73 @@ def evaluate(
         codes: Name -> quantized vectors [N, T, D] of all N clips, with one D for all. Only those of
             splits 1 and 2 are used.
         indices: Name -> their codes, int64 [N, T], -1 where not valid.
-        clips: Clips with labels and splits. Labels of split 0 are not used.
+        clips: Clips with splits. Labels of split 0 are not used.
         codebook_size: Number of codes L.
+        heads: The heads to test; None: those of `fit_heads`.
 
     Returns:
         The results of `classification` and `localization`, each with "token_accuracy" (of
-        `TokenNaiveBayes`), and of `agreement`, by name.
+        `TokenNaiveBayes`), and of `agreement`, by name. Without labels, the first two are empty.
     """
+    rows = clips.test_rows()
+    held_out = {name: i[rows] for name, i in indices.items()}
+    shown = {name: y[rows] for name, y in clips.segment_labels.items()}
+    alike = agreement(held_out, shown)
+    if not clips.labelled:
+        return {"classification": {}, "localization": {}, "agreement": alike}
+    heads = fit_heads(codes, clips) if heads is None else heads
+    of_clips = classification(codes, clips, heads.clips)
+    of_segments = localization(codes, clips, heads.segments)
     table = partial(TokenNaiveBayes, codebook_size=codebook_size)
-    of_clips, of_segments = classification(codes, clips), localization(codes, clips)
-    labels = {name: clips.labels_of(name) for name in indices}
-    tokens = _tested(indices, labels, clips, table, clip_scores)
-    for way, found in directions(tokens, {}).items():
-        of_clips[way]["token_accuracy"] = found["accuracy"]
-    tokens = _tested(indices, segment_classes(clips), clips, table, segment_scores)
-    for way, found in directions(tokens, {}).items():
-        of_segments[way]["token_accuracy"] = found["segment_accuracy"]
-    held_out = {name: i[clips.rows(TEST)] for name, i in indices.items()}
-    shown = {name: y[clips.rows(TEST)] for name, y in clips.segment_labels.items()}
-    return {
-        "classification": of_clips,
-        "localization": of_segments,
-        "agreement": agreement(held_out, shown),
-    }
+    for found, labels, score, name in (
+        (of_clips, {m: clips.labels_of(m) for m in indices}, clip_scores, "accuracy"),
+        (of_segments, segment_classes(clips), segment_scores, "segment_accuracy"),
+    ):
+        data = _labelled(indices, labels)
+        tokens = transfer(data.rows(clips.rows(TRAIN)), data.rows(rows), table, score)
+        for way, scores in directions(tokens, {}).items():
+            found[way]["token_accuracy"] = scores[name]
+    return {"classification": of_clips, "localization": of_segments, "agreement": alike}
 
 
-def classification(codes: Mapping[str, Rows], clips: Clips) -> Scores:
-    """Classify clips: {"a->b": {"accuracy", "chance", "upper_bound"}}."""
+def classification(
+    codes: Mapping[str, Rows], clips: Clips, heads: Mapping[str, Head] | None = None
+) -> Scores:
+    """Classify clips: {"a->b": {"accuracy", "chance", "upper_bound"}}; heads as in `evaluate`."""
+    return directions(_scores(_clips(codes, clips), clips, heads, clip_scores), CLIP_BOUNDS)
+
+
+def localization(
+    codes: Mapping[str, Rows], clips: Clips, heads: Mapping[str, Head] | None = None
+) -> Scores:
+    """Classify segments: the fields of `segment_scores`, and two upper bounds.
+
+    "upper_bound" is that of segment_f1, "upper_bound_accuracy" that of segment_accuracy. The result
+    is empty if the clips have no segment labels. Heads are as in `evaluate`.
+    """
+    scores = _scores(_segments(codes, clips), clips, heads, segment_scores)
+    return directions(scores, SEGMENT_BOUNDS)
+
+
+def _scores(data: Labelled, clips: Clips, heads: Mapping[str, Head] | None, score: Score) -> Pairs:
+    """Scores on split 2 of these heads, or of heads trained on split 1."""
+    found = fitted(data.rows(clips.rows(TRAIN)), Head.fit) if heads is None else heads
+    return tested(found, data.rows(clips.rows(TEST)), score)
+
+
+def _clips(codes: Mapping[str, Rows], clips: Clips) -> Labelled:
     described = {name: _OverTime(x, clips.masks.get(name)) for name, x in codes.items()}
-    labels = {name: clips.labels_of(name) for name in codes}
-    return directions(_tested(described, labels, clips, Head, clip_scores), CLIP_BOUNDS)
+    return _labelled(described, {name: clips.labels_of(name) for name in codes})
+
+
+def _segments(codes: Mapping[str, Rows], clips: Clips) -> Labelled:
+    return _labelled(codes, segment_classes(clips))
+
+
+def _labelled(inputs: Mapping[str, Any], labels: Mapping[str, Tensor]) -> Labelled:
+    """The inputs, which are read when indexed with clips, that have labels."""
+    both = [name for name in labels if name in inputs]
+    return Labelled({m: inputs[m] for m in both}, {m: labels[m] for m in both})
 
 
 class _OverTime(NamedTuple):
@@ -253,16 +194,6 @@ class _OverTime(NamedTuple):
 
     def __getitem__(self, rows: Any) -> Tensor:
         return over_time(self.codes[rows], None if self.valid is None else self.valid[rows])
-
-
-def localization(codes: Mapping[str, Rows], clips: Clips) -> Scores:
-    """Classify segments: the fields of `segment_scores`, and two upper bounds.
-
-    "upper_bound" is that of segment_f1, "upper_bound_accuracy" that of segment_accuracy. The result
-    is empty if the clips have no segment labels.
-    """
-    labels = segment_classes(clips)
-    return directions(_tested(codes, labels, clips, Head, segment_scores), SEGMENT_BOUNDS)
 
 
 def agreement(indices: Mapping[str, Tensor], shown: Mapping[str, Tensor]) -> Scores:
@@ -302,29 +233,30 @@ def segment_classes(clips: Clips) -> dict[str, Tensor]:
     }
 
 
-def transfer(train: Labelled, test: Labelled, fit: Fit, score: Score) -> Pairs:
+def transfer(train: Labelled, test: Labelled, fit: Fit[Any], score: Score) -> Pairs:
     """Train a classifier on each modality and test it on each: scores of every (source, target).
 
     Args:
         train: Clips to train on, one classifier for each modality.
         test: Clips to test all classifiers on, of the same data set or another.
-        fit: Trains a classifier, such as `Head` or `TokenNaiveBayes`.
+        fit: Trains a classifier, such as `Head.fit` or `TokenNaiveBayes`.
         score: Computes scores from predicted and true labels.
     """
-    scores: dict[tuple[str, str], dict[str, float]] = {}
-    for source, labels in train.labels.items():
-        predict = fit(train.inputs[source], labels)
-        for target, truth in test.labels.items():
-            scores[source, target] = score(predict(test.inputs[target]), truth)
-    return scores
+    return tested(fitted(train, fit), test, score)
 
 
-def _tested(
-    inputs: Mapping[str, Any], labels: Mapping[str, Tensor], clips: Clips, fit: Fit, score: Score
-) -> Pairs:
-    """`transfer` from split 1 to split 2; the inputs are read when indexed with clips."""
-    data = Labelled(inputs, {name: y for name, y in labels.items() if name in inputs})
-    return transfer(data.rows(clips.rows(TRAIN)), data.rows(clips.rows(TEST)), fit, score)
+def fitted(train: Labelled, fit: Fit[C]) -> dict[str, C]:
+    """A classifier for each modality with labels."""
+    return {name: fit(train.inputs[name], labels) for name, labels in train.labels.items()}
+
+
+def tested(classifiers: Mapping[str, Classifier], test: Labelled, score: Score) -> Pairs:
+    """Scores of every classifier on every modality with labels."""
+    return {
+        (source, target): score(predict(test.inputs[target]), truth)
+        for source, predict in classifiers.items()
+        for target, truth in test.labels.items()
+    }
 
 
 def directions(scores: Pairs, bounds: Mapping[str, str]) -> Scores:

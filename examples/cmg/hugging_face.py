@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .clips import Clips
 from .containers import Array, Header, to_tensor
-from .data import Meta, read_clips
+from .data import Labels, Meta, read_clips
 from .errors import DataError
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
 _ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def load_datasets(source: str, modalities: Sequence[str] | None = None) -> Clips:
+def load_datasets(
+    source: str, modalities: Sequence[str] | None = None, labels: Labels = "required"
+) -> Clips:
     """Open a data set and check it. Features are left on disk.
 
     Args:
@@ -37,15 +39,16 @@ def load_datasets(source: str, modalities: Sequence[str] | None = None) -> Clips
             of Parquet files or a name on the Hub. All its splits are taken together, in order: the
             column "split" says what a clip is for.
         modalities: The modalities to read; None: all.
+        labels: As in `load_clips`.
 
     Raises:
         DataError: `datasets` is not installed, there is no such data set, or a column is missing
             or malformed.
     """
     dataset = _open(source)
-    labels = dataset.features.get("labels")
-    names = tuple(getattr(labels, "names", None) or ())  # of a ClassLabel
-    clips = read_clips(ArrowArrays(source, dataset), Meta(class_names=names), modalities)
+    column = dataset.features.get("labels")
+    names = tuple(getattr(column, "names", None) or ())  # of a ClassLabel
+    clips = read_clips(ArrowArrays(source, dataset), Meta(class_names=names), modalities, labels)
     folders = {Path(x["filename"]).absolute().parent for x in dataset.cache_files}
     return replace(clips, folder=folders.pop() if len(folders) == 1 else None)
 

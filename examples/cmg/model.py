@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -26,6 +27,9 @@ from .codebook_size import choose_codes, first_codes
 from .encoders import Decoder, SemanticEncoder, SpecificEncoder
 from .errors import DataError
 from .ranks import from_first_rank
+
+if TYPE_CHECKING:
+    from .trained import TrainedModel
 
 PARTS = ("club", "contrast", "cpc", "mm-ema", "reset", "matching")  # what --without can leave out
 
@@ -138,6 +142,43 @@ class UniCode(nn.Module):
             }
         )
         self.matching = CrossModalCodeMatchingLoss(gather=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> TrainedModel:
+        """Load what `cmg_pretrain.py` saved, for use: frozen, on the CPU, in eval mode.
+
+        Nothing is unpickled, and the sizes in the config are compared with the tensors of the file
+        before memory is allocated.
+
+        Args:
+            source: A folder, or a repository "user/name" on the Hub (extra `hub`), with
+                model.safetensors.
+            revision: Branch, tag or commit of the repository.
+            token: Access token of the Hub.
+            cache_dir: Folder of the downloaded files.
+            local_files_only: Whether to use the cache alone.
+
+        Raises:
+            DataError: There is no such model, or it is damaged or of another version of this
+                example.
+        """
+        from .stored import load_run  # which needs this class
+
+        return load_run(
+            source,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
 
     def _quantizer(self, codebook_size: int) -> MultiModalEMAQuantizer:
         c, M = self.config, len(self.config.shapes)

@@ -82,8 +82,10 @@ def check_reference(clips: Clips) -> None:
     """Check that CCA can be measured on these clips.
 
     Raises:
-        DataError: They have masks.
+        DataError: They have masks, or no labels.
     """
+    if not clips.labelled:
+        raise DataError("--reference cca: takes clips with labels; got none.")
     if clips.masks:
         raise DataError(
             f"--reference cca: takes clips without masks; got masks of {', '.join(clips.masks)}."

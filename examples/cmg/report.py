@@ -88,7 +88,7 @@ def description(name: str, clips: Clips) -> str:
         shape = " x ".join(map(str, x.shape[2:]))
         lines.append(f"  {m}: {shape} per segment{encoder}, {labels}{missing}")
     names = f" ({_some(clips.class_names)})" if clips.class_names else ""
-    lines.append(f"  classes: {clips.num_classes}{names}")
+    lines.append(f"  classes: {clips.num_classes}{names}" if clips.labelled else "  no labels")
     counts = {use: len(clips.rows(number)) for use, number in SPLITS.items()}
     lines.append("  splits: " + ", ".join(f"{use} {n:,}" for use, n in counts.items()))
     if clips.unused:
@@ -133,6 +133,8 @@ def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
 def table(metrics: Mapping[str, Any], reference: Mapping[str, Any] | None = None) -> str:
     """The table printed at the end: a line for each direction.
 
+    Without labels, only "same code" and "by chance" are known.
+
     "of bound" is accuracy / upper bound. "tokens" is the accuracy of `evaluation.TokenNaiveBayes`,
     from the indices of the codes alone. "same code" is the agreement of the two modalities where
     both show the same event, and "by chance" what it would be if they chose codes independently.
@@ -145,9 +147,12 @@ def table(metrics: Mapping[str, Any], reference: Mapping[str, Any] | None = None
     """
     sharing = {"same code": "share", "by chance": "chance"}
     sharing_columns = {
-        name: [metrics["agreement"][way][key] for way in metrics["classification"]]
+        name: [scores[key] for scores in metrics["agreement"].values()]
         for name, key in sharing.items()
     }
+    if not metrics["classification"]:
+        note = "no labels, so there are no classifiers; on the clips that were held out:"
+        return f"{note}\n\n{_block([*metrics['agreement']], sharing_columns)}"
     clips = _columns("classification", "clip accuracy", "accuracy", "upper_bound", metrics)
     segments = _columns(
         "localization", "segment accuracy", "segment_accuracy", "upper_bound_accuracy", metrics

@@ -37,7 +37,10 @@ def write_store(folder: str | Path, clips: Clips) -> None:
         for name, array in _small_arrays(clips).items():
             np.save(partial / f"{name}.npy", array, allow_pickle=False)
         meta = Meta(
-            modalities=clips.modalities, encoders=clips.encoders, class_names=clips.class_names
+            modalities=clips.modalities,
+            encoders=clips.encoders,
+            class_names=clips.class_names,
+            seconds=clips.seconds,
         )
         (partial / META).write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
 

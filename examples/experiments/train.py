@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from cmg.batches import Batches
-from cmg.checkpoint import save_model
 from cmg.clips import PRETRAIN, TEST, TRAIN
 from cmg.digits import VERSION
 from cmg.errors import DataError
-from cmg.evaluation import Codes, evaluate
+from cmg.evaluation import evaluate
 from cmg.files import in_use, make_writable, write_atomic
+from cmg.heads import Codes
 from cmg.model import Config
 from cmg.report import code_counts, codebook_summary
 from cmg.run import TrainedRun
 from cmg.standardize import Standardizer
+from cmg.stored import save_run
 from cmg.training import CHECKPOINT, Recipe, Trainer
 
 from . import data
@@ -107,9 +108,7 @@ def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Pat
                 "codes": _code_map(codebook, held_out),
                 "seconds": time.monotonic() - began,
             }
-            save_model(
-                runs / name, model.state_dict() | standardizer.tensors(), model.config.json()
-            )
+            save_run(runs / name, model, standardizer, clips)
             write_result(results / f"{name}.json", result)
 
 

@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from cmg.clips import BACKGROUND, Clips
-from cmg.evaluation import (
-    Head,
-    Scores,
-    TokenNaiveBayes,
-    agreement,
-    clip_scores,
-    evaluate,
-    over_time,
-    segment_scores,
-)
+from cmg.evaluation import Scores, agreement, clip_scores, evaluate, segment_scores
+from cmg.heads import Head, TokenNaiveBayes, over_time
 
 WAYS = {f"{a}->{b}" for a in ("audio", "video", "text") for b in ("audio", "video", "text")}
 WAYS -= {"audio->audio", "video->video", "text->text"}
@@ -149,20 +141,20 @@ def test_a_clip_is_described_by_mean_and_maximum() -> None:
 def test_the_head_weighs_clips_and_not_segments() -> None:
     x = torch.randn(60, 1, 5, generator=torch.Generator().manual_seed(0))
     y = (x[..., 0] > 0).long()
-    once = Head(x, y).probabilities(x[:, 0])[1]
-    often = Head(x.expand(60, 7, 5), y.expand(60, 7)).probabilities(x[:, 0])[1]
+    once = Head.fit(x, y).probabilities(x[:, 0])
+    often = Head.fit(x.expand(60, 7, 5), y.expand(60, 7)).probabilities(x[:, 0])
     torch.testing.assert_close(once, often, atol=1e-3, rtol=0)
 
 
 def test_a_head_knows_only_the_classes_that_it_saw() -> None:
     x = torch.eye(4).repeat(10, 1)
-    head = Head(x, torch.tensor([2, 2, 5, 5]).repeat(10))
-    assert head.probabilities(x[:1])[0].tolist() == [2, 5]
+    head = Head.fit(x, torch.tensor([2, 2, 5, 5]).repeat(10))
+    assert head.classes.tolist() == [2, 5]
     assert head(x[:4]).tolist() == [2, 2, 5, 5]
 
 
 def test_a_head_of_one_class_predicts_it() -> None:
-    assert Head(torch.randn(5, 4), torch.full((5,), 3))(torch.randn(2, 4)).tolist() == [3, 3]
+    assert Head.fit(torch.randn(5, 4), torch.full((5,), 3))(torch.randn(2, 4)).tolist() == [3, 3]
 
 
 def test_token_naive_bayes_by_hand() -> None:

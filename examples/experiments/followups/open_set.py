@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cmg.clips import TEST, TRAIN
-from cmg.evaluation import Head, Scores, directions, over_time
+from cmg.evaluation import Scores, directions
+from cmg.heads import Head, over_time
 from cmg.run import TrainedRun
 
 UNKNOWN = -1
@@ -44,7 +45,7 @@ def score_open_set(run: TrainedRun, known: float = 0.6, accept: float = 0.9) -> 
     scores: dict[tuple[str, str], dict[str, float]] = {}
     described = {name: over_time(x) for name, x in codes.items()}
     for a, x in described.items():
-        head = Head(x[learned], truth[learned])
+        head = Head.fit(x[learned], truth[learned])
         confidence, _ = _answer(head, x[held_out])
         threshold = confidence.quantile(1 - accept)
         for b, there in described.items():
@@ -88,6 +89,5 @@ def open_scores(answer: Tensor, truth: Tensor) -> dict[str, float]:
 
 def _answer(head: Head, x: Tensor) -> tuple[Tensor, Tensor]:
     """The highest probability and its class, both [n]."""
-    classes, shares = head.probabilities(x)
-    confidence, place = shares.max(-1)
-    return confidence, classes[place]
+    confidence, place = head.probabilities(x).max(-1)
+    return confidence, head.classes[place]

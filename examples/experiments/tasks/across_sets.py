@@ -7,7 +7,8 @@ modality of another set, with other writers, voices, sentences and layout.
 from __future__ import annotations
 
 from cmg.clips import TEST, TRAIN, Clips
-from cmg.evaluation import Head, Labelled, Scores, segment_classes, segment_scores, transfer
+from cmg.evaluation import Labelled, Scores, segment_classes, segment_scores, transfer
+from cmg.heads import Head
 from cmg.run import TrainedRun
 
 from .sets import away, between_sets, encode
@@ -33,7 +34,7 @@ def localize_across(
     target = away(run) if target is None else target
     learned, held = _labelled(run, source), _labelled(run, target)
     test = held.rows(target.rows(TEST))
-    heads = (Head, segment_scores)
+    heads = (Head.fit, segment_scores)
     across = transfer(learned.rows(source.rows(TRAIN)), test, *heads)
     within = transfer(held.rows(target.rows(TRAIN)), test, *heads)
     return between_sets(across, within, "segment_f1")

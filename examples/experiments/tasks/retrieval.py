@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from cmg import retrieval
 from cmg.clips import TEST, TRAIN
 from cmg.errors import DataError
 from cmg.evaluation import Scores, directions
@@ -117,8 +118,6 @@ def recall(similarity: Tensor) -> dict[str, float]:
     Returns:
         "r5", "r10", and "chance_r5", "chance_r10" of k random items.
     """
-    own = similarity.diagonal()[:, None]
-    rank = (similarity >= own).sum(1)  # 1 = first
-    n = len(similarity)
-    found = {f"r{k}": (rank <= k).double().mean().item() for k in RANKS}
+    own, n = retrieval.ranks(similarity), len(similarity)
+    found = {f"r{k}": retrieval.recall(own, k) for k in RANKS}
     return found | {f"chance_r{k}": min(k / n, 1.0) for k in RANKS}

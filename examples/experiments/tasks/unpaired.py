@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cmg.clips import TEST, TRAIN, Clips
-from cmg.evaluation import Head, Labelled, Scores, clip_scores, over_time, transfer
+from cmg.evaluation import Labelled, Scores, clip_scores, transfer
+from cmg.heads import Head, over_time
 from cmg.run import TrainedRun
 
 from .sets import away, between_sets, encode
@@ -46,7 +47,7 @@ def classify_unpaired(
     train, test = (
         [_part(codes, clips, split, shared) for codes, clips in coded] for split in (TRAIN, TEST)
     )
-    heads = (Head, clip_scores)
+    heads = (Head.fit, clip_scores)
     found: dict[str, Scores] = {}
     for way, source, target in (("first->second", 0, 1), ("second->first", 1, 0)):
         across = transfer(train[source], test[target], *heads)
