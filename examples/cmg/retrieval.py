@@ -33,7 +33,7 @@ def find(model: TrainedModel, query: Tensor, gallery: Tensor, most: int = 10) ->
         Their numbers, int64 [n, min(most, m)], the most similar first.
     """
     like = similarity(query, gallery, model.codebook)
-    return like.argsort(1, descending=True, stable=True)[:, :most]
+    return like.argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 def similarity(query: Tensor, gallery: Tensor, codebook: Tensor) -> Tensor:

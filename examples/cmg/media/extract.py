@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..clips import PRETRAIN
 from ..data import MASK, META, Meta
 from ..errors import DataError
-from ..files import in_use, make_writable, write_atomic
+from ..files import cache_folder, in_use, make_writable, temporary_folder, write_atomic
 from .decode import Cut, Decoded, decode, require_av
 from .encoders import MODALITIES, Encoder, default_encoder, load_encoder
 from .folder import MediaFolder, Source
@@ -126,6 +126,23 @@ def extract(
             output.rmdir()  # it is empty
         partial.rename(output)
     return report
+
+
+@contextmanager
+def temporary_store(
+    folder: MediaFolder, settings: Settings, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Path, Report]]:
+    """The data set of `extract` and its report; it is removed at the end.
+
+    Raises:
+        DataError: As in `extract`.
+        ImportError: A package is not installed.
+    """
+    path, remove = temporary_folder(cache_folder(), "media")
+    try:
+        yield path / "store", extract(folder, path / "store", settings, device=device)
+    finally:
+        remove()
 
 
 def _possible(folder: MediaFolder, settings: Settings) -> list[str]:
