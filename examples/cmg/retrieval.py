@@ -7,8 +7,8 @@
 The similarity of two clips is the mean over time of the cosine of their codes. It was chosen by the
 recall of a clip's own other modalities on split 1 of the built-in digits (400 clips, all
 directions, seeds 0 and 1, recall at 5): 0.75, as with Euclidean distances. Where time is left out,
-it is 0.31 for the cosine of mean codes and 0.22 for tf-idf of tokens. For clips of one event each,
-whose time does not matter, mean codes are as good.
+it is 0.31 for the cosine of mean codes and 0.22 for tf-idf of tokens; but of the first ten clips,
+mean codes find 0.96 of the class of the query, and this similarity 0.93.
 """
 
 from __future__ import annotations

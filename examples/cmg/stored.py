@@ -6,10 +6,10 @@ config has a key "data": what is known of the features and classes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,9 @@ def load_run(source: str | Path, **hub: Any) -> TrainedModel:
         for name, (cells, width) in shapes.items():
             if standardizer.axes[name].shape != (len(standardizer.mean[name]), width):
                 raise ValueError(f"the standardizer of {name} does not fit")
-            if prod(about.grids.get(name, (cells,))) != cells:
+            if math.prod(about.grids.get(name, (cells,))) != cells:
                 raise ValueError(f"the grid of {name} does not fit")
-        heads = _heads(tensors, config.dim, len(about.class_names))
+        heads = _heads(tensors, config, len(about.class_names))
         if odd := [name for name, x in tensors.items() if not x.isfinite().all()]:
             raise ValueError(f"{odd[0]} is not finite")
         return TrainedModel(str(source), model, standardizer, heads, about)
@@ -111,25 +111,25 @@ def _folder(source: str | Path, hub: Mapping[str, Any]) -> Path:
 def _about(content: Any) -> About:
     found = About(**content)
     grids = {name: tuple(grid) for name, grid in found.grids.items()}
-    texts = [*found.encoders, *found.encoders.values(), *found.class_names]
-    numbers = [
-        0.0 if found.seconds is None else found.seconds,
-        *(n for x in grids.values() for n in x),
-    ]
-    if not all(isinstance(x, str) for x in texts) or not all(x >= 0 for x in numbers):
+    names = [*found.encoders, *found.encoders.values(), *found.class_names]
+    texts = isinstance(found.class_names, list | tuple) and all(isinstance(x, str) for x in names)
+    sizes = all(type(n) is int and n > 0 for grid in grids.values() for n in grid)
+    seconds = found.seconds is None or 0 < found.seconds < math.inf
+    if not (texts and sizes and seconds):
         raise ValueError(f"{_ABOUT} in its config is {content!r:.100}")
     return replace(found, class_names=tuple(found.class_names), grids=grids)
 
 
-def _heads(tensors: Mapping[str, Tensor], dim: int, names: int) -> Heads:
+def _heads(tensors: Mapping[str, Tensor], config: Config, names: int) -> Heads:
+    """The classifiers, of this many class names; 0: the classes have no names."""
     heads = Heads({}, {})
-    for kind, width, first in (("clips", 2 * dim, 0), ("segments", dim, 1)):
+    for kind, width, first in (("clips", 2 * config.dim, 0), ("segments", config.dim, 1)):
         parts: dict[str, dict[str, Tensor]] = {}
         for key, x in _part(tensors, f"heads/{kind}/").items():
             name, _, part = key.partition("/")
             parts.setdefault(name, {})[part] = x
-        for name, found in parts.items():
-            head = Head(**found)
+        for name in sorted(parts, key=[*config.shapes].index):
+            head = Head(**parts[name])
             K = len(head.classes)
             shapes = [tuple(x.shape) for x in vars(head).values()]
             ascending = bool((head.classes.diff() > 0).all()) and int(head.classes[0]) >= 0

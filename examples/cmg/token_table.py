@@ -48,6 +48,8 @@ def write_tokens(
     with optional_import("write_tokens", "Parquet needs pyarrow", "pip install 'mmvq[media]'"):
         import pyarrow as pa
         import pyarrow.parquet as pq
+    if labels_from is not None:
+        model.classify_tokens({}, labels_from)  # raises if there is no such classifier
     columns = [
         ("id", pa.string()),
         ("modality", pa.string()),

@@ -94,6 +94,10 @@ class TrainedModel(nn.Module):
         self.semantic, self.quantizer = parts.semantic, parts.quantizer
         self.requires_grad_(False).eval()
 
+    def train(self, mode: bool = True) -> TrainedModel:
+        """Stay in eval mode."""
+        return super().train(False)
+
     @property
     def codebook(self) -> Tensor:
         """The codes [L, D]."""
@@ -270,9 +274,10 @@ class TrainedModel(nn.Module):
         if not fits or (isinstance(x, Tensor) and not x.is_floating_point()):
             wanted = ", ".join(map(str, ("N", "T", *grid, C)))
             rule = f"the model takes {name} float [{wanted}]"
-            raise DataError(f"{self.source}: {rule}; got {kind}{list(shape)}.")
+            got = f"{kind}{list(shape)}".removeprefix("torch.")
+            raise DataError(f"{self.source}: {rule}; got {got}.")
         if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != shape[:2]):
-            got = f"{mask.dtype}{list(mask.shape)}"
+            got = f"{mask.dtype}{list(mask.shape)}".removeprefix("torch.")
             raise DataError(f"mask of {name}: must be bool {list(shape[:2])}; got {got}.")
 
     def grid(self, name: str) -> tuple[int, ...]:

@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from cmg.clips import BACKGROUND, Clips
-from cmg.evaluation import Scores, agreement, clip_scores, evaluate, segment_scores
+from cmg.evaluation import Scores, agreement, clip_scores, evaluate, fit_heads, segment_scores
 from cmg.heads import Head, TokenNaiveBayes, over_time
 
 WAYS = {f"{a}->{b}" for a in ("audio", "video", "text") for b in ("audio", "video", "text")}
@@ -151,6 +152,63 @@ def test_a_head_knows_only_the_classes_that_it_saw() -> None:
     head = Head.fit(x, torch.tensor([2, 2, 5, 5]).repeat(10))
     assert head.classes.tolist() == [2, 5]
     assert head(x[:4]).tolist() == [2, 2, 5, 5]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+@pytest.mark.parametrize("segments", [None, 5])
+def test_a_head_is_logistic_regression(classes: int, segments: int | None) -> None:
+    """The same predictions as scikit-learn, with some labels unknown, and one class not shown."""
+    generator = torch.Generator().manual_seed(classes)
+    shape = (90,) if segments is None else (90, segments)
+    x = 3 + 5 * torch.randn(*shape, 6, generator=generator)
+    y = torch.randint(-1, classes, shape, generator=generator)
+    y[y == 1] = classes  # so that class 1 is missing
+    head, used = Head.fit(x, y, C=0.5), y >= 0
+    mean, scale = x[used].double().mean(0), x[used].double().var(0, correction=0).mean().sqrt()
+    clips = used.flatten(1).any(1).sum().item() if segments else used.sum().item()
+    model = LogisticRegression(C=0.5 * clips / int(used.sum()), max_iter=300)
+    model.fit(((x[used].double() - mean) / scale).numpy(), y[used].numpy())
+    other = 3 + 5 * torch.randn(2000, 6, generator=generator)
+    rows = ((other.double() - mean) / scale).numpy()
+    assert head.classes.tolist() == model.classes_.tolist()
+    assert head(other).tolist() == model.predict(rows).tolist()
+    expected = torch.from_numpy(model.predict_proba(rows))
+    torch.testing.assert_close(head.probabilities(other), expected)
+    assert head(other.view(4, 500, 6)).shape == (4, 500)
+
+
+def test_a_class_that_one_modality_lacks(clips: Clips) -> None:
+    """Its head does not know the class; the others do, and are saved and tested all the same."""
+    labels = clips.labels.clone()
+    mask = torch.ones(120, 4, dtype=torch.bool)
+    mask[clips.rows(1)] = (labels[clips.rows(1)] != 2)[:, None]
+    lacking = dataclasses.replace(clips, masks={"audio": mask})
+    heads = fit_heads(ideal_codes(lacking), lacking)
+    assert heads.clips["audio"].classes.tolist() == [0, 1]
+    assert heads.segments["audio"].classes.tolist() == [0, 1, 2]
+    assert heads.clips["text"].classes.tolist() == [0, 1, 2]
+    scores = evaluated(ideal_codes(lacking), lacking)["classification"]
+    assert scores["audio->text"]["accuracy"] < scores["text->audio"]["accuracy"] == 1.0
+
+
+def test_heads_are_trained_once(clips: Clips) -> None:
+    """And the scores of given heads are those of heads that are trained on the spot."""
+    codes = ideal_codes(clips)
+    heads = fit_heads(codes, clips)
+    indices = {name: x - BACKGROUND for name, x in clips.segment_labels.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Head, "fit", None)
+        given = evaluate(codes, indices, clips, clips.num_classes + 1, heads)
+    assert given == evaluated(codes, clips)
+
+
+def test_without_labels_there_are_no_heads(clips: Clips) -> None:
+    bare = Clips.of(clips.features).holding_out()
+    indices = {name: torch.arange(4).expand(120, 4) for name in clips.features}
+    assert fit_heads(ideal_codes(clips), bare) == ({}, {})
+    blocks = evaluate(ideal_codes(clips), indices, bare, 4)
+    assert blocks["classification"] == blocks["localization"] == {}
+    assert blocks["agreement"]["audio->text"] == {"share": 1.0, "chance": 0.25}
 
 
 def test_a_head_of_one_class_predicts_it() -> None:

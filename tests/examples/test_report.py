@@ -114,5 +114,15 @@ def test_the_table_with_the_reference() -> None:
     assert segment.split("\n")[0].split()[-4:] == ["CCA", "CCA", "+", "LR"]
 
 
+def test_the_table_without_labels() -> None:
+    found = table(metrics() | {"classification": {}, "localization": {}})
+    note, block = found.split("\n\n")
+    assert note.startswith("no labels, so there are no classifiers")
+    assert [line.split() for line in block.split("\n")] == [
+        ["same", "code", "by", "chance"],
+        *([way, "0.500", "0.030"] for way in ("audio->video", "video->audio", "mean")),
+    ]
+
+
 def test_the_table_without_localization() -> None:
     assert "segment" not in table(metrics() | {"localization": {}})
