@@ -11,12 +11,12 @@ distribution of the code of one modality given that of another, and the other ha
 a held-out estimate of the mutual information, which is usually too low. It falls where there are
 too many codes for the data. The weight of the prior of P(b | a) is the best of a few. The size is
 
-    L = the largest of 8, 16, 32, ... 512 with I(L) >= 0.9 max I
+    L = the largest of 8, 16, 32, ... 512 with I(L) >= 0.9 max I,
 
-Where I is about the highest, more codes tell more of their own modality. Rounding decides which
-codes k-means finds, and moves I by some hundredths of a nat. So that it does not decide L, I is the
-mean over a few starts of k-means, each with its own halves, and sizes differ by a factor of two:
-I is flat about its maximum, but falls by more than that from L to 2 L.
+since more codes tell more of their own modality where I is about the highest. Which codes k-means
+finds depends on the order of the clips and on rounding, which move I by some hundredths of a nat.
+So that they do not decide L, I is the mean over a few starts of k-means, each with its own halves,
+and sizes are far apart: past its flat maximum, I falls by much more than that from L to 2 L.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def choose_codes(
         held_out_masks: Name -> bool [N', T], True = valid; None: all.
     """
     vectors = _means(features, masks)
-    sizes, information, most = [], [], 0
+    sizes, information, most = [], [], -1
     for L in SIZES:
         used, found = 0, 0.0
         for start in range(_STARTS):
             order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(start))
-            centres = kmeans(vectors[order], L)  # its first centres depend on the order
+            centres = kmeans(vectors[order], L)  # the order decides its start
             indices = {name: nearest_code(x, centres) for name, x in held_out.items()}
             if held_out_masks is not None:
                 indices = {m: torch.where(held_out_masks[m], i, -1) for m, i in indices.items()}
@@ -101,9 +101,7 @@ def _means(features: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -
     return (torch.where(valid, z, 0).sum(0) / count.clamp(min=1))[count.squeeze(-1) > 0]
 
 
-def held_out_information(
-    indices: Mapping[str, Tensor], codebook_size: int, seed: int = 0
-) -> float:
+def held_out_information(indices: Mapping[str, Tensor], codebook_size: int, seed: int = 0) -> float:
     """I in nats, the mean over the directions.
 
     Args:
