@@ -11,7 +11,7 @@ distribution of the code of one modality given that of another, and the other ha
 a held-out estimate of the mutual information, which is usually too low. It falls where there are
 too many codes for the data. The weight of the prior of P(b | a) is the best of a few. The size is
 
-    L = the largest of 8, 16, 32, ... 512 with I(L) >= 0.9 max I,
+    L = the largest of 12, 24, 48, ... 384 with I(L) >= 0.95 max I,
 
 since more codes tell more of their own modality where I is about the highest. Which codes k-means
 finds depends on the order of the clips and on rounding, which move I by some hundredths of a nat.
@@ -29,9 +29,9 @@ from torch import Tensor
 
 from mmvq.functional import kmeans, nearest_code
 
-SIZES = (8, 16, 32, 64, 128, 256, 512)
-_STARTS = 3  # of k-means, for the mean of I
-_SHARE = 0.9  # of the highest I
+SIZES = (12, 24, 48, 96, 192, 384)
+_STARTS = 4  # of k-means, for the mean of I
+_SHARE = 0.95  # of the highest I
 _NOTHING = 0.01  # nats that can be sampling error
 _PRIORS = (1.0, 3.0, 10.0, 30.0)  # weight of P(b) in P(b | a), in segments
 

@@ -29,14 +29,14 @@ def views(
 
 @pytest.mark.parametrize("events", [8, 16, 32])
 def test_the_size_is_about_that_of_the_shared_events(events: int) -> None:
-    """Twice as many codes as events tell hardly less, four times as many do."""
+    """Of 12, 24, 48, ...: twice as many codes as events tell hardly less, four times as many do."""
     codes = choose_codes(views(events, 200), views(events, 200, seed=1))
     assert events <= len(codes) <= 2 * events
     assert codes.shape[1] == 8
 
 
 def test_neither_the_order_of_the_clips_nor_rounding_decides_the_size() -> None:
-    """Both change what k-means finds. Variants of an event make I flat: 16 to 64 codes tell it."""
+    """Both change what k-means finds. Variants of an event make I flat from 24 to 48 codes."""
     sizes = []
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
@@ -49,7 +49,7 @@ def test_neither_the_order_of_the_clips_nor_rounding_decides_the_size() -> None:
             for split in (0, 1)
         )
         sizes.append(len(choose_codes(z, held_out)))
-    assert set(sizes) == {64}
+    assert set(sizes) == {48}
 
 
 def test_what_is_masked_does_not_count() -> None:
@@ -70,14 +70,14 @@ def test_what_is_masked_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("information", "position"),
     [
-        ([0.5, 1.0, 1.05, 0.95, 0.946, 0.9], 4),  # .9 of the best or more, though not above
-        ([0.5, 1.0, 0.6, 0.91, 0.7], 3),  # whatever lies between
-        ([1.0, 1.09, 1.18], 2),
-        ([2.0, 1.79, 1.75], 0),
+        ([0.5, 1.0, 1.02, 0.98, 0.97, 0.96], 4),  # .95 of the best or more, though not above
+        ([0.5, 1.0, 0.6, 0.96, 0.7], 3),  # whatever lies between
+        ([1.0, 1.04, 1.08], 2),
+        ([2.0, 1.89, 1.85], 0),
         ([0.0, 0.009, 0.005, -0.2], 0),  # nothing to tell
         ([-0.1, -0.3], 0),
-        ([0.0, 0.02, 0.019], 2),
-        ([0.0, 0.02, 0.017], 1),
+        ([0.0, 0.02, 0.0195], 2),
+        ([0.0, 0.02, 0.0185], 1),
         ([2.0], 0),
         ([math.nan, math.nan], 0),
     ],
@@ -113,7 +113,7 @@ def test_clips_in_the_order_of_their_classes() -> None:
     for order in (event.repeat_interleave(20), event.repeat(20)):
         places = 3 * torch.randn(16, 8, generator=torch.Generator().manual_seed(9))
         clips = {name: places[order][:, None].expand(-1, 5, -1) for name in ("audio", "video")}
-        assert len(choose_codes(clips, clips)) == 16
+        assert len(choose_codes(clips, clips)) == 24
 
 
 def test_information_by_hand() -> None:
