@@ -37,7 +37,7 @@ demo: $(READY)
 	@$(BIN)/python examples/cmg_pretrain.py --output runs/digits
 
 demo-media: $(MEDIA)
-	@test -d runs/media/files || $(BIN)/python examples/cmg_media.py runs/media/files
+	@test -d runs/media/files || $(BIN)/python examples/cmg_media.py runs/media/files --clips 400 250 150
 	@test -d runs/media/store || \
 		$(BIN)/python examples/cmg_features.py runs/media/files --output runs/media/store
 	@$(BIN)/python examples/cmg_pretrain.py --data runs/media/store --output runs/media/run

@@ -13,7 +13,17 @@ import mmvq_kernels
 
 NEEDS = {  # packages of the extras without which these cannot be imported
     "tests/examples": ("matplotlib", "safetensors", "sklearn", "tqdm"),
+    "tests/examples/test_decode.py": ("av",),
     "tests/examples/test_digits_media.py": ("av",),
+    "tests/examples/test_files_guide.py": (
+        "av",
+        "efficientnet_lite_pytorch",
+        "onnxruntime",
+        "pyarrow",
+    ),
+    "tests/examples/test_media.py": ("av",),
+    "tests/examples/test_media_encoders.py": ("efficientnet_lite_pytorch", "transformers"),
+    "tests/media_files.py": ("av",),
     "tests/examples/test_fuzz.py": ("hypothesis",),
     "tests/examples/test_released.py": ("h5py", "hypothesis"),
     "tests/examples/test_story.py": ("nbclient", "nbformat"),

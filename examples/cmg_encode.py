@@ -1,14 +1,16 @@
 """Encode clips with a trained model: write their tokens, and their classes, to a Parquet file.
 
     python examples/cmg_encode.py runs/clips --data STORE --output tokens.parquet
+    python examples/cmg_encode.py runs/clips --data FOLDER --output tokens.parquet    media files
     python examples/cmg_encode.py runs/clips --data sounds.npz --output tokens.parquet
         --labels-from video                    also the class, by a classifier of codes of video
     python examples/cmg_encode.py user/name --data STORE --output tokens.parquet    from the Hub
 
 RUN is the --output of cmg_pretrain.py. The data need no labels and no split, one modality of the
 run is enough, and clips may have any number of segments. Features must be of the encoders that the
-run was trained with. A row is a clip in a modality, with the columns id, modality, tokens (-1 where
-not valid) and mask, and with --labels-from also label and probability.
+run was trained with; a folder of media files (see cmg_features.py) is encoded by them. A row is a
+clip in a modality, with the columns id, modality, tokens (-1 where not valid) and mask, and with
+--labels-from also label and probability.
 """
 
 from __future__ import annotations
@@ -16,10 +18,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from cmg.clips import Clips
 from cmg.command import exit_code
+from cmg.errors import DataError
+from cmg.media.encoders import MODALITIES
+from cmg.media.extract import Settings, temporary_store
+from cmg.media.folder import is_media_folder, open_folder
 from cmg.model import UniCode
 from cmg.ranks import local_device
 from cmg.sources import open_to_encode
@@ -37,12 +44,30 @@ def run(args: argparse.Namespace) -> None:
     """Load the model, open the data, and write the file."""
     device = local_device(args.device)
     model = UniCode.from_pretrained(args.run).to(device)
-    clips = open_to_encode(args.data, [*model.semantic], args.modalities, args.text_encoder)
-    for text in _other_encoders(model, clips):
-        print(f"warning: {text}", file=sys.stderr)
-    write_tokens(args.output, model, clips, args.labels_from)
+    with ExitStack() as held:
+        data = args.data
+        if is_media_folder(data):
+            settings = _settings(model, args.modalities)
+            store = temporary_store(open_folder(data), settings, device)
+            data, report = held.enter_context(store)
+            print(report)
+        clips = open_to_encode(str(data), [*model.semantic], args.modalities, args.text_encoder)
+        for text in _other_encoders(model, clips):
+            print(f"warning: {text}", file=sys.stderr)
+        write_tokens(args.output, model, clips, args.labels_from)
     names = " ".join(clips.modalities)
     print(f"{len(clips.split):,} clips of {names}, {len(model.codebook)} codes: {args.output}")
+
+
+def _settings(model: TrainedModel, modalities: Sequence[str] | None) -> Settings:
+    """How the clips of the run were encoded, for media files of some modalities."""
+    wanted = set(MODALITIES if modalities is None else modalities)
+    encoders = {name: x for name, x in model.about.encoders.items() if name in wanted}
+    if not encoders or model.about.seconds is None:
+        rule = "does not say how its features were made from files"
+        hint = "encode them with cmg_features.py as those of the run were, and give that folder"
+        raise DataError(f"{model.source}: {rule}. Hint: {hint}.")
+    return Settings(model.config.segments, model.about.seconds, encoders)
 
 
 def _other_encoders(model: TrainedModel, clips: Clips) -> list[str]:
@@ -59,7 +84,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, or user/name on the Hub")
-    parser.add_argument("--data", required=True, help="as --data of cmg_pretrain.py")
+    parser.add_argument(
+        "--data", required=True, help="folder of media files, or as --data of cmg_pretrain.py"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="Parquet file")
     parser.add_argument(
         "--labels-from", metavar="NAME", help="also classify, by labels of this modality"

@@ -31,6 +31,7 @@ NAMES = {
 }
 each_document = pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 NEEDS_GPU = "<!-- needs a GPU -->"  # first in a document whose python blocks do
+IN_ORDER = "<!-- its shell and python blocks run in order -->"  # tests/examples/test_files_guide.py
 
 
 def prose(text: str) -> str:
@@ -129,6 +130,10 @@ def needs_gpu(path: Path) -> bool:
     return path.read_text().startswith(NEEDS_GPU)
 
 
+def needs_files(path: Path) -> bool:
+    return path.read_text().startswith(IN_ORDER)
+
+
 def run_blocks(path: Path, text: str, **stand_ins: object) -> dict[str, Any]:
     """In order, in one namespace, which is returned. A stand-in replaces what a block defined."""
     found = blocks(text, "python")
@@ -142,7 +147,9 @@ def run_blocks(path: Path, text: str, **stand_ins: object) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of its exporter
-@pytest.mark.parametrize("path", [p for p in DOCS if not needs_gpu(p)], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [p for p in DOCS if not (needs_gpu(p) or needs_files(p))], ids=lambda path: path.name
+)
 def test_python_blocks_run(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,8 +9,14 @@ distribution of the code of one modality given that of another, and the other ha
     I = mean over segments of ln P(b | a) / P(b)    [nats]
 
 a held-out estimate of the mutual information, which is usually too low. It falls where there are
-too many codes for the data. The weight of the prior of P(b | a) is the best of a few. Of the sizes
-whose I is about the highest, the largest is taken: its codes tell more of their own modality.
+too many codes for the data. The weight of the prior of P(b | a) is the best of a few. The size is
+
+    L = the largest of 12, 24, 48, ... 384 with I(L) >= 0.95 max I,
+
+since more codes tell more of their own modality where I is about the highest. Which codes k-means
+finds depends on the order of the clips and on rounding, which move I by some hundredths of a nat.
+So that they do not decide L, I is the mean over a few starts of k-means, each with its own halves,
+and sizes are far apart: past its flat maximum, I falls by much more than that from L to 2 L.
 """
 
 from __future__ import annotations
@@ -23,8 +29,10 @@ from torch import Tensor
 
 from mmvq.functional import kmeans, nearest_code
 
-SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_TOLERANCE = 0.01  # nats that count as nothing: less can be sampling error
+SIZES = (12, 24, 48, 96, 192, 384)
+_STARTS = 4  # of k-means, for the mean of I
+_SHARE = 0.95  # of the highest I
+_NOTHING = 0.01  # nats that can be sampling error
 _PRIORS = (1.0, 3.0, 10.0, 30.0)  # weight of P(b) in P(b | a), in segments
 
 
@@ -47,25 +55,31 @@ def choose_codes(
         masks: Name -> bool [N, T], True = valid; None: all.
         held_out_masks: Name -> bool [N', T], True = valid; None: all.
     """
-    codes, information, most = [], [], -1
+    vectors = _means(features, masks)
+    sizes, information, most = [], [], -1
     for L in SIZES:
-        centres = first_codes(features, L, masks)
-        indices = {name: nearest_code(x, centres) for name, x in held_out.items()}
-        if held_out_masks is not None:
-            indices = {m: torch.where(held_out_masks[m], i, -1) for m, i in indices.items()}
-        if (used := len(torch.stack([*indices.values()]).unique())) > most:
+        used, found = 0, 0.0
+        for start in range(_STARTS):
+            order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(start))
+            centres = kmeans(vectors[order], L)  # the order decides its start
+            indices = {name: nearest_code(x, centres) for name, x in held_out.items()}
+            if held_out_masks is not None:
+                indices = {m: torch.where(held_out_masks[m], i, -1) for m, i in indices.items()}
+            used += len(torch.stack([*indices.values()]).unique())
+            found += held_out_information(indices, L, start) / _STARTS
+        if used > most:
             most = used
-            codes.append(centres)
-            information.append(held_out_information(indices, L))
-    return codes[largest(information)]
+            sizes.append(L)
+            information.append(found)
+    return first_codes(features, sizes[largest(information)], masks)
 
 
 def largest(information: Sequence[float]) -> int:
     """The last position at which I is about the highest; 0 where it is about 0 at all of them."""
     best = max(information)
-    if not best > _TOLERANCE:  # NaN of a single clip included
+    if not best > _NOTHING:  # NaN of a single clip included
         return 0
-    return max(k for k, value in enumerate(information) if value >= best - _TOLERANCE)
+    return max(k for k, value in enumerate(information) if value >= _SHARE * best)
 
 
 def first_codes(
@@ -74,25 +88,34 @@ def first_codes(
     masks: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Centres [L, D] of k-means on the means over the modalities that are valid."""
+    return kmeans(_means(features, masks), codebook_size)
+
+
+def _means(features: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> Tensor:
+    """Means [n, D] over the modalities that are valid, of the segments with one or more."""
     z = torch.stack([*features.values()])
     if masks is None:
-        mean = z.mean(0).flatten(0, 1)
-    else:
-        valid = torch.stack([masks[name] for name in features])[..., None]
-        count = valid.sum(0)
-        mean = (torch.where(valid, z, 0).sum(0) / count.clamp(min=1))[count.squeeze(-1) > 0]
-    return kmeans(mean, codebook_size)
+        return z.mean(0).flatten(0, 1)
+    valid = torch.stack([masks[name] for name in features])[..., None]
+    count = valid.sum(0)
+    return (torch.where(valid, z, 0).sum(0) / count.clamp(min=1))[count.squeeze(-1) > 0]
 
 
-def held_out_information(indices: Mapping[str, Tensor], codebook_size: int) -> float:
-    """I in nats, the mean over the directions: indices int64 [N, T], -1 where not valid."""
-    pairs = [*permutations(indices, 2)]
-    return sum(_information(indices[a], indices[b], codebook_size) for a, b in pairs) / len(pairs)
+def held_out_information(indices: Mapping[str, Tensor], codebook_size: int, seed: int = 0) -> float:
+    """I in nats, the mean over the directions.
+
+    Args:
+        indices: Name -> int64 [N, T], -1 where not valid.
+        codebook_size: Number of codes L.
+        seed: Of the halves.
+    """
+    pairs = [(indices[a], indices[b]) for a, b in permutations(indices, 2)]
+    return sum(_information(a, b, codebook_size, seed) for a, b in pairs) / len(pairs)
 
 
-def _information(a: Tensor, b: Tensor, L: int) -> float:
+def _information(a: Tensor, b: Tensor, L: int, seed: int) -> float:
     """I of one direction, the mean of both halves, with the best of the priors."""
-    order = torch.randperm(len(a), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(a), generator=torch.Generator().manual_seed(seed))
     halves = order[: len(a) // 2], order[len(a) // 2 :]  # a file may be in the order of the classes
     found = torch.zeros(len(_PRIORS), dtype=torch.double)
     for seen, held in (halves, halves[::-1]):

@@ -69,7 +69,8 @@ def load_clips(
         folder = Folder(path)
         if not folder.names:
             rule = "has no .npy files, so it is not a data set"
-            raise DataError(f"{path}: {rule}. Hint: see --data in --help.")
+            hint = "of media files, cmg_features.py makes one; for the format, see --help"
+            raise DataError(f"{path}: {rule}. Hint: {hint}.")
         return read_clips(folder, read_meta(path), modalities, labels)
     return read_clips(NpzFile(path), Meta(), modalities, labels)
 

@@ -11,6 +11,7 @@ import pytest
 from media_files import beeps, captions, film, grey, left_bright, plain, turned
 
 from cmg.errors import DataError
+from cmg.media import decode as decoding
 from cmg.media.decode import Cut, Decoded, decode
 from cmg.media.folder import is_media_folder, open_folder
 
@@ -240,6 +241,19 @@ def test_a_file_that_names_other_files_opens_none(tmp_path: Path, content: str) 
     clip = decoded(tmp_path, "a")
     assert not clip.valid["video"].any()
     assert "cannot be decoded" in notes(clip, "video")[0]
+
+
+def test_frames_that_are_too_large_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(tmp_path / "a.mp4", sound=beeps(4))
+    monkeypatch.setattr(decoding, "_MOST_PIXELS", 64 * 48 - 1)
+    clip = decoded(tmp_path, "a")
+    assert not clip.valid["video"].any()
+    assert clip.valid["audio"].all()
+    assert notes(clip, "video")
+    monkeypatch.undo()
+    is_right(decoded(tmp_path, "a"))
 
 
 def test_captions(tmp_path: Path) -> None:

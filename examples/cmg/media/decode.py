@@ -31,6 +31,7 @@ _SAFE = {
 }
 _SILENCE = 1e-4  # amplitude: -80 dB of full scale
 _LARGEST_CAPTION = 1 << 20  # bytes
+_MOST_PIXELS = 1 << 26  # of a frame
 _WIDEST = 4  # of the sides of a frame; longer ones are compressed to it before the crop
 _JUMP = 0.04  # seconds between the time stamp of sound and where it would follow
 
@@ -243,6 +244,7 @@ class _Stream:
         import av
 
         stream.codec_context.thread_count = 1  # clips are decoded in parallel
+        stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
         start = (box.start_time or 0) / av.time_base
         following, rate, broken, cause = 0.0, 0.0, 0, ""
         if self.kind == "video":

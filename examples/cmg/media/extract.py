@@ -14,7 +14,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from ..clips import PRETRAIN
 from ..data import MASK, META, Meta
 from ..errors import DataError
-from ..files import in_use, make_writable, write_atomic
+from ..files import cache_folder, in_use, make_writable, temporary_folder, write_atomic
 from .decode import Cut, Decoded, decode, require_av
 from .encoders import MODALITIES, Encoder, default_encoder, load_encoder
 from .folder import MediaFolder, Source
@@ -65,7 +66,8 @@ class Report(NamedTuple):
         valid: Modality -> share of its segments that are valid. Those without any are left out of
             the data set.
         problems: (id, modality, what is wrong).
-        seconds: Stage -> seconds of this run: "decoding" is the sum over the workers.
+        seconds: Stage -> seconds that this run spent in it. Decoding is the sum over the workers;
+            the modalities are encoded side by side.
     """
 
     clips: int
@@ -126,6 +128,23 @@ def extract(
     return report
 
 
+@contextmanager
+def temporary_store(
+    folder: MediaFolder, settings: Settings, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Path, Report]]:
+    """The data set of `extract` and its report; it is removed at the end.
+
+    Raises:
+        DataError: As in `extract`.
+        ImportError: A package is not installed.
+    """
+    path, remove = temporary_folder(cache_folder(), "media")
+    try:
+        yield path / "store", extract(folder, path / "store", settings, device=device)
+    finally:
+        remove()
+
+
 def _possible(folder: MediaFolder, settings: Settings) -> list[str]:
     """The modalities for which a clip has a file."""
     files = {
@@ -148,20 +167,17 @@ def _fill(
 ) -> dict[str, float]:
     """Encode the batches that are not done; return the seconds of each stage."""
     first = store.batches * BATCH
-    spent = dict.fromkeys(["decoding", *encoders, "writing"], 0.0)
+    spent = dict.fromkeys(["decoding", *encoders], 0.0)
     cut = _cut(encoders, settings)
     bar = tqdm(desc="encoding", total=len(sources), initial=first, unit="clip", disable=None)
-    with bar:
+    with bar, ThreadPoolExecutor() as pool:
         for batch in _decoded(sources[first:], cut, workers):
             spent["decoding"] += sum(clip.seconds for clip in batch)
-            features, valid, notes = _encode([x.clip for x in batch], encoders, spent)
-            begun = time.perf_counter()
-            store.add(
-                features,
-                valid,
-                [(x.id, *note) for x, found in zip(batch, notes, strict=True) for note in found],
-            )
-            spent["writing"] += time.perf_counter() - begun
+            features, valid, notes = _encode([x.clip for x in batch], encoders, pool, spent)
+            problems = [
+                (item.id, *note) for item, found in zip(batch, notes, strict=True) for note in found
+            ]
+            store.add(features, valid, problems)
             bar.update(len(batch))
     return spent
 
@@ -242,38 +258,48 @@ def _as_it_is(item: _Item) -> _Item:
     return item
 
 
-@torch.inference_mode()
 def _encode(
-    clips: Sequence[Decoded], encoders: Mapping[str, Encoder], spent: dict[str, float]
+    clips: Sequence[Decoded],
+    encoders: Mapping[str, Encoder],
+    pool: ThreadPoolExecutor,
+    spent: dict[str, float],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[tuple[str, str]]]]:
     """Features [n, T, C] in float16, validity [n, T], and notes of n clips."""
-    features, validity = {}, {}
-    notes = [[*clip.notes] for clip in clips]
-    for name, encoder in encoders.items():
+    features, validity, notes = {}, {}, [[*clip.notes] for clip in clips]
+
+    def work(name: str) -> tuple[str, Tensor, Tensor, float]:
         begun = time.perf_counter()
         valid = torch.from_numpy(np.stack([clip.valid[name] for clip in clips]))
-        x = torch.zeros(*valid.shape, encoder.width)
-        if name == "video":
-            shown = [clip.frames[clip.valid[name]] for clip in clips]
-            if valid.any():
-                x[valid] = encoder(torch.from_numpy(np.concatenate(shown)))
-        elif name == "audio":
-            rows = valid.any(1)
-            sound = [clip.sound for clip, heard in zip(clips, rows, strict=True) if heard]
-            if sound:
-                x[rows] = encoder(torch.from_numpy(np.stack(sound)))
-        else:
-            lines = [line for clip in clips for line in clip.captions if line]
-            if lines:
-                different = {line: k for k, line in enumerate(dict.fromkeys(lines))}
-                x[valid] = encoder([*different])[torch.tensor([different[y] for y in lines])]
-        odd = valid & ~(x.abs() <= _LARGEST).all(-1)
-        for k in odd.any(1).nonzero().flatten().tolist():
+        with torch.inference_mode():
+            x = _encoded(name, clips, encoders[name], valid)
+        return name, x, valid, time.perf_counter() - begun
+
+    for name, x, valid, seconds in pool.map(work, encoders):  # the modalities side by side
+        fits = (x.abs() <= _LARGEST).all(-1)
+        for k in (valid & ~fits).any(1).nonzero().flatten().tolist():
             notes[k].append((name, "the encoder gave NaN, Inf or numbers too large for float16"))
-        validity[name] = valid & ~odd
+        validity[name] = valid & fits
         features[name] = torch.where(validity[name][..., None], x, 0).half()
-        spent[name] += time.perf_counter() - begun
+        spent[name] += seconds
     return features, validity, notes
+
+
+def _encoded(name: str, clips: Sequence[Decoded], encoder: Encoder, valid: Tensor) -> Tensor:
+    """Features [n, T, C] in float32; zeros where not valid [n, T], or arbitrary."""
+    x = torch.zeros(*valid.shape, encoder.width)
+    if not valid.any():
+        return x
+    if name == "video":
+        shown = [clip.frames[clip.valid[name]] for clip in clips]
+        x[valid] = encoder(torch.from_numpy(np.concatenate(shown)))
+    elif name == "audio":
+        heard = [clip.sound for clip in clips if clip.valid[name].any()]
+        x[valid.any(1)] = encoder(torch.from_numpy(np.stack(heard)))
+    else:
+        lines = [line for clip in clips for line in clip.captions if line]
+        different = {line: k for k, line in enumerate(dict.fromkeys(lines))}
+        x[valid] = encoder([*different])[torch.tensor([different[line] for line in lines])]
+    return x
 
 
 class _Partial:

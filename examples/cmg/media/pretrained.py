@@ -130,12 +130,9 @@ class Videos(Images):
         super().__init__(_First(inside, frames), size, mean, deviation, frames)
         self.network = inside
 
-    def forward(self, frames: Tensor, most: int = 4) -> Tensor:
+    def forward(self, frames: Tensor) -> Tensor:
         """Encode frames uint8 [n, F, size, size, 3]."""
-        x = rearrange(frames, "n f h w c -> n f c h w")
-        return torch.cat(
-            [self.network(self.normalised(part)).float().cpu() for part in x.split(most)]
-        )
+        return self.encode(rearrange(frames, "n f h w c -> n f c h w"))
 
 
 class _First(nn.Module):
