@@ -15,8 +15,8 @@ too many codes for the data. The weight of the prior of P(b | a) is the best of 
 
 since more codes tell more of their own modality where I is about the highest. Which codes k-means
 finds depends on the order of the clips and on rounding, which move I by some hundredths of a nat.
-So that they do not decide L, I is the mean over a few starts of k-means, each with its own halves,
-and sizes are far apart: past its flat maximum, I falls by much more than that from L to 2 L.
+So that they seldom decide L, I is the mean over a few starts of k-means, each with its own halves,
+and sizes are far apart: past its flat maximum, I mostly falls by much more from L to 2 L.
 """
 
 from __future__ import annotations
