@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmvq import figures
 
-from .errors import DataError
+from .errors import optional_import
 from .files import write_atomic
 
 if TYPE_CHECKING:
@@ -25,12 +25,8 @@ def require_matplotlib() -> None:
     Raises:
         DataError: matplotlib is not installed.
     """
-    try:
+    with optional_import("figures", "pip install 'mmvq[examples]'"):
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise DataError(
-            "figures need matplotlib, which is not installed. Hint: pip install 'mmvq[examples]'."
-        ) from error
 
 
 def plot_codes(path: str | Path, codebook: Tensor, counts: Mapping[str, Tensor]) -> None:

@@ -211,6 +211,26 @@ def temporary_folder(parent: Path, kind: str) -> tuple[Path, Callable[[], None]]
     return path, remove
 
 
+def free_name(folder: str | Path) -> Path:
+    """The absolute path of a folder that does not exist or is empty.
+
+    Raises:
+        DataError: It exists and is not empty.
+    """
+    path = Path(os.path.abspath(folder))
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        hint = "choose another folder, or remove it"
+        raise DataError(f"{path}: exists and is not empty. Hint: {hint}.")
+    return path
+
+
+def give_name(partial: Path, folder: Path) -> None:
+    """Rename a complete folder to `folder`, which does not exist or is empty."""
+    if folder.is_dir():
+        folder.rmdir()
+    partial.rename(folder)
+
+
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """Give a temporary folder to write into, which takes the name `folder` when all is written.
@@ -220,17 +240,11 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         DataError: `folder` exists and is not empty, or cannot be written.
     """
-    folder = Path(os.path.abspath(folder))
-    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise DataError(
-            f"{folder}: exists and is not empty. Hint: choose another folder, or remove it."
-        )
+    folder = free_name(folder)
     partial, remove = temporary_folder(folder.parent, folder.name)
     try:
         yield partial
-        if folder.is_dir():
-            folder.rmdir()  # it is empty
-        partial.rename(folder)
+        give_name(partial, folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error}).") from error
     finally:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .clips import Clips
 from .containers import Array, Header, to_tensor
 from .data import Labels, Meta, read_clips
-from .errors import DataError
+from .errors import DataError, optional_import
 
 if TYPE_CHECKING:
     import pyarrow
@@ -55,11 +55,8 @@ def load_datasets(
 
 def _open(source: str) -> Dataset:
     where = f"datasets:{source}"
-    try:
+    with optional_import(where, "pip install datasets"):
         import datasets
-    except ImportError:
-        hint = "pip install datasets"
-        raise DataError(f"{where}: needs the package datasets. Hint: {hint}") from None
     path = Path(source)
     if not path.is_dir() and not _ON_THE_HUB.fullmatch(source):
         raise DataError(f"{where}: no such folder. Hint: see --data in --help.")

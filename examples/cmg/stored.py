@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvq.optional import optional_import
-
 from .checkpoint import load_model, save_model
 from .clips import Clips
-from .errors import DataError
+from .errors import DataError, optional_import
 from .heads import Head, Heads
 from .model import Config, UniCode
 from .standardize import Standardizer
@@ -98,11 +96,12 @@ def _folder(source: str | Path, hub: Mapping[str, Any]) -> Path:
     if not _ON_THE_HUB.fullmatch(str(source)):
         raise DataError(f"{source}: no such folder. Hint: RUN is the --output of cmg_pretrain.py.")
     try:
-        where, rule = "UniCode.from_pretrained", "the Hub needs huggingface_hub"
-        with optional_import(where, rule, "pip install 'mmvq[hub]'"):
+        with optional_import(f"{source}, on the Hub", "pip install 'mmvq[hub]'"):
             from huggingface_hub import snapshot_download
         files = ["model.safetensors", "config.json"]
         return Path(snapshot_download(str(source), allow_patterns=files, **hub))
+    except DataError:
+        raise
     except Exception as error:  # many types, also those of the file system and of the network
         text = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{source}: neither a folder nor on the Hub ({text:.300}).") from error

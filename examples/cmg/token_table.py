@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from mmvq.optional import optional_import
-
 from .clips import Clips
 from .containers import CLIPS_AT_ONCE
+from .errors import optional_import
 from .files import write_atomic
 from .trained import TrainedModel
 
@@ -41,10 +40,9 @@ def write_tokens(
 
     Raises:
         DataError: The clips do not fit the model, it has no such classifier, or the file cannot be
-            written.
-        ImportError: pyarrow is not installed.
+            written, or pyarrow is not installed.
     """
-    with optional_import("write_tokens", "Parquet needs pyarrow", "pip install 'mmvq[media]'"):
+    with optional_import(str(path), "pip install 'mmvq[media]'"):
         import pyarrow as pa
         import pyarrow.parquet as pq
     if labels_from is not None:

@@ -13,11 +13,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmvq.onnx import decompositions
-from mmvq.optional import optional_import
 
 from .clips import BACKGROUND, Clips, check_finite, only_valid
 from .containers import Rows
-from .errors import DataError
+from .errors import DataError, optional_import
 from .files import write_atomic
 from .heads import Codes, Head, Heads, over_time
 from .model import UniCode
@@ -199,13 +198,12 @@ class TrainedModel(nn.Module):
             modality: A modality of the model.
 
         Raises:
-            DataError: The model has no such modality, or the file cannot be written.
-            ImportError: onnx or onnxscript is not installed.
+            DataError: The model has no such modality, the file cannot be written, or onnx or
+                onnxscript is not installed.
         """
         example = torch.zeros(2, 3, *self.grid(modality), self.channels(modality))
         example = example.to(self.codebook.device)
-        hint = "pip install 'mmvq[onnx]'"
-        with optional_import("export_onnx", "ONNX needs onnx and onnxscript", hint):
+        with optional_import("export_onnx", "pip install 'mmvq[onnx]'"):
             import onnx  # noqa: F401
             import onnxscript  # noqa: F401
         program = torch.export.export(

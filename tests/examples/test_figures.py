@@ -44,6 +44,6 @@ def test_the_lowest_panel_of_every_column_has_its_epochs(
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(DataError, match="figures need matplotlib, which is not installed"):
+    with pytest.raises(DataError, match="figures: matplotlib is not installed"):
         plot_training(tmp_path / "training.png", {"loss": [1.0]})
     assert not list(tmp_path.iterdir())

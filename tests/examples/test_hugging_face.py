@@ -238,7 +238,7 @@ def test_a_name_that_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"needs the package datasets\. Hint: pip install datasets"):
+    with pytest.raises(DataError, match=r"datasets is not installed\. Hint: pip install datasets"):
         load_datasets("a/b")
 
 

@@ -341,8 +341,12 @@ def test_an_interrupted_command_says_how_to_go_on(
 
 
 def test_a_missing_package_is_named(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r"pip install 'mmvq\[media\]'"):
-        extract(open_folder(folder), tmp_path / "store", SETTINGS)
+    assert cmg_features.main([str(folder), *OPTIONS, "--output", str(tmp_path / "store")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.endswith(": av is not installed. Hint: pip install 'mmvq[media]'\n")

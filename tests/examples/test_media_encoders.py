@@ -144,7 +144,7 @@ def test_the_default_is_the_first_that_is_installed(monkeypatch: pytest.MonkeyPa
     ]  # fmt: skip
     monkeypatch.setattr("cmg.media.encoders.find_spec", lambda name: None)
     assert [default_encoder(m) for m in MODALITIES] == ["log-mel", "patches", "n-grams"]
-    with pytest.raises(ImportError, match=r"pip install 'mmvq\[media\]'"):
+    with pytest.raises(DataError, match=r"pip install 'mmvq\[media\]'"):
         load_encoder("text", "wordllama")
 
 
@@ -263,5 +263,5 @@ def test_a_model_of_another_modality_says_so(models: Path) -> None:
 def test_a_library_that_is_not_installed_is_named(library: str) -> None:
     if importlib.util.find_spec(library):
         pytest.skip(f"{library} is installed")
-    with pytest.raises(ImportError, match=f"pip install {library}"):
+    with pytest.raises(DataError, match=f"pip install {library}"):
         load_encoder("video", f"{library}:resnet18")

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmvq.optional import optional_import
-
+from ..errors import optional_import
 from .folder import Source
 
 Array = np.ndarray[Any, Any]
@@ -84,9 +83,9 @@ def require_av() -> None:
     """Check that PyAV is installed.
 
     Raises:
-        ImportError: It is not.
+        DataError: It is not.
     """
-    with optional_import("cmg.media", "video and sound need PyAV", "pip install 'mmvq[media]'"):
+    with optional_import("video and sound (PyAV)", "pip install 'mmvq[media]'"):
         import av  # noqa: F401
 
 

@@ -28,10 +28,8 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from mmvq.optional import optional_import
-
 from ..digits.sentences import read as hash_ngrams
-from ..errors import DataError
+from ..errors import DataError, optional_import
 
 MODALITIES = ("audio", "video", "text")
 
@@ -95,11 +93,11 @@ def load_encoder(modality: str, name: str, device: torch.device | str = "cpu") -
         device: Where to compute.
 
     Raises:
-        DataError: It cannot be loaded, or does not encode the modality.
-        ImportError: A package that it needs is not installed.
+        DataError: It cannot be loaded, does not encode the modality, or needs a package that is not
+            installed.
     """
     if (build := _BUILT_IN[modality].get(name)) is not None:
-        with optional_import(f"--{modality} {name}", "its packages", "pip install 'mmvq[media]'"):
+        with optional_import(f"--{modality} {name}", "pip install 'mmvq[media]'"):
             encoder = build()
     elif other := [m for m, known in _BUILT_IN.items() if name in known]:
         choices = ", ".join(_BUILT_IN[modality])

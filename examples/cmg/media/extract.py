@@ -29,7 +29,15 @@ from tqdm import tqdm
 from ..clips import PRETRAIN
 from ..data import MASK, META, Meta
 from ..errors import DataError
-from ..files import cache_folder, in_use, make_writable, temporary_folder, write_atomic
+from ..files import (
+    cache_folder,
+    free_name,
+    give_name,
+    in_use,
+    make_writable,
+    temporary_folder,
+    write_atomic,
+)
 from .decode import Cut, Decoded, decode, require_av
 from .encoders import MODALITIES, Encoder, default_encoder, load_encoder
 from .folder import MediaFolder, Source
@@ -107,13 +115,11 @@ def extract(
 
     Raises:
         DataError: `output` is not empty, was begun with other files or settings, or cannot be
-            written; an encoder cannot be loaded; no clip has anything to encode.
-        ImportError: A package is not installed.
+            written; an encoder cannot be loaded; no clip has anything to encode; a package is not
+            installed.
     """
     require_av()
-    output = Path(os.path.abspath(output))
-    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise DataError(f"{output}: exists and is not empty. Hint: another --output, or remove it.")
+    output = free_name(output)
     names = _possible(folder, settings)
     encoders = {name: load_encoder(name, settings.encoders[name], device) for name in names}
     partial = output.with_name(f"{output.name}.partial")
@@ -122,9 +128,7 @@ def extract(
         held.enter_context(in_use(partial))
         spent = _fill(store, folder.sources, encoders, settings, workers)
         report = store.finish(folder, settings, spent)
-        if output.is_dir():
-            output.rmdir()  # it is empty
-        partial.rename(output)
+        give_name(partial, output)
     return report
 
 
@@ -136,7 +140,6 @@ def temporary_store(
 
     Raises:
         DataError: As in `extract`.
-        ImportError: A package is not installed.
     """
     path, remove = temporary_folder(cache_folder(), "media")
     try:

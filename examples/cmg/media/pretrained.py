@@ -20,9 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmvq.optional import optional_import
-
-from ..errors import DataError
+from ..errors import DataError, optional_import
 from .encoders import Images, _Encoder
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -41,7 +39,7 @@ def load_pretrained(modality: str, name: str) -> _Encoder:
     }
     load = loaders.get((modality, library)) if rest else None
     package = library if load else "transformers"
-    with optional_import(f"--{modality} {name}", f"{package} is needed", f"pip install {package}"):
+    with optional_import(f"--{modality} {name}", f"pip install {package}"):
         try:
             if load is not None:
                 return load(rest)

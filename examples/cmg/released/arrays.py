@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, optional_import
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _LARGEST = 2**26  # maximum bytes of a clip's pickle; the largest released one has 1 MB
@@ -237,10 +237,8 @@ def read_h5(path: Path, key: str) -> H5Array:
     Raises:
         DataError: The file or the key is missing, or h5py is not installed.
     """
-    try:
+    with optional_import(str(path), "pip install h5py"):
         import h5py
-    except ImportError as error:
-        raise DataError(f"{path}: needs h5py. Hint: pip install h5py") from error
     try:
         file = h5py.File(path, "r")
         names = ", ".join(map(ascii, file)) or "none"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, optional_import
 from .sets import SEGMENTS, ReleasedSet, in_all_segments
 
 
@@ -26,10 +26,8 @@ def with_text(released: ReleasedSet, encoder: str) -> ReleasedSet:
         DataError: transformers is not installed, the encoder cannot be loaded, or a category has no
             prompt.
     """
-    try:
+    with optional_import("text", "pip install transformers"):
         from transformers import AutoModel, AutoTokenizer
-    except ImportError as error:
-        raise DataError("text: needs transformers. Hint: pip install transformers") from error
     try:
         tokenizer, model = (x.from_pretrained(encoder) for x in (AutoTokenizer, AutoModel))
     except Exception as error:  # damaged files raise many types
