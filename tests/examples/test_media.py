@@ -26,6 +26,7 @@ from cmg.clips import Clips
 from cmg.data import load_clips
 from cmg.errors import DataError
 from cmg.media import extract as extraction
+from cmg.media import loading
 from cmg.media.encoders import load_encoder
 from cmg.media.extract import Report, Settings, extract
 from cmg.media.folder import open_folder
@@ -34,7 +35,7 @@ T = 4
 FAST = {"audio": "log-mel", "video": "patches", "text": "n-grams"}
 SETTINGS = Settings(segments=T, seconds=4.0, encoders=FAST)
 CLASSES = ("dog", "cat", "bird")
-original = extraction.decode
+original = loading.decode
 OPTIONS = ["--segments", "4", "--seconds", "4", *(f"--{m}={x}" for m, x in FAST.items())]
 
 
@@ -158,7 +159,7 @@ def test_an_interrupted_extraction_continues_to_the_same_bytes(
     extract(found, whole, SETTINGS, workers=0)
     partial = tmp_path / "store.partial"
     with monkeypatch.context() as patch:
-        patch.setattr(extraction, "decode", before_call(8, interrupt, original))
+        patch.setattr(loading, "decode", before_call(8, interrupt, original))
         with pytest.raises(KeyboardInterrupt):
             extract(found, output, SETTINGS, workers=0)
     journal = partial / "journal.jsonl"
@@ -174,9 +175,7 @@ def test_an_interrupted_extraction_continues_to_the_same_bytes(
     with pytest.raises(DataError, match=r"was interrupted\. Hint: --resume"):
         extract(found, output, SETTINGS, workers=0)
     decoded = []
-    monkeypatch.setattr(
-        extraction, "decode", lambda s, cut: decoded.append(s.id) or original(s, cut)
-    )
+    monkeypatch.setattr(loading, "decode", lambda s, cut: decoded.append(s.id) or original(s, cut))
     extract(found, output, SETTINGS, workers=0, resume=True)
     assert len(decoded) == 14 - 6
     assert contents(output) == contents(whole)
@@ -208,12 +207,12 @@ def test_a_killed_process_continues_to_the_same_bytes(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 import cmg_features
-from cmg.media import extract
-decode = extract.decode
+from cmg.media import loading
+decode = loading.decode
 def slowly(*arguments):
     time.sleep(0.05)
     return decode(*arguments)
-extract.decode = slowly
+loading.decode = slowly
 sys.exit(cmg_features.main(sys.argv[1:]))
 """
 
@@ -242,7 +241,7 @@ def test_what_was_begun_with_other_files_or_settings_is_not_continued(
 ) -> None:
     media = shutil.copytree(folder, tmp_path / "media")
     with monkeypatch.context() as patch:
-        patch.setattr(extraction, "decode", before_call(5, interrupt, original))
+        patch.setattr(loading, "decode", before_call(5, interrupt, original))
         with pytest.raises(KeyboardInterrupt):
             extract(open_folder(media), tmp_path / "store", SETTINGS, workers=0)
     media, settings = change(media, SETTINGS)
@@ -258,7 +257,7 @@ def test_a_worker_that_dies_is_an_error_that_names_the_clips(
             os._exit(9)
         return original(source, cut)
 
-    monkeypatch.setattr(extraction, "decode", dies)
+    monkeypatch.setattr(loading, "decode", dies)
     with pytest.raises(DataError, match=r"has died, on one of .*good3.* Hint: remove that file"):
         extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=1)
 
@@ -267,7 +266,7 @@ def test_numbers_that_do_not_fit_are_not_valid(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Odd(torch.nn.Module):
-        width, rate, frames, size, name = 3, 16_000, 0, 0, "odd"
+        width, rate, frames, size = 3, 16_000, 0, 0
 
         def forward(self, sound: torch.Tensor) -> torch.Tensor:
             x = torch.ones(*sound.shape[:2], 3)
@@ -334,7 +333,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(extraction, "decode", before_call(2, interrupt, original))
+    monkeypatch.setattr(loading, "decode", before_call(2, interrupt, original))
     arguments = [str(folder), *OPTIONS, "--output", str(tmp_path / "store"), "--workers", "0"]
     assert cmg_features.main(arguments) == 130
     assert "--resume continues" in capsys.readouterr().err

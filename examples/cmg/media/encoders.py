@@ -38,14 +38,12 @@ class Encoder(Protocol):
     """An encoder of segments.
 
     Attributes:
-        name: The name that gives it.
         width: Numbers C of a segment.
         frames: Of video: frames of a segment. Otherwise 0.
         size: Of video: height and width of a frame in pixels. Otherwise 0.
         rate: Of audio: samples a second. Otherwise 0.
     """
 
-    name: str
     width: int
     frames: int
     size: int
@@ -64,7 +62,6 @@ class _Encoder(nn.Module):
     """The attributes of an encoder of one modality."""
 
     frames = size = rate = width = 0
-    name = ""
 
 
 Build = Callable[[], _Encoder]
@@ -108,7 +105,6 @@ def load_encoder(modality: str, name: str, device: torch.device | str = "cpu") -
         from .pretrained import load_pretrained
 
         encoder = load_pretrained(modality, name)
-    encoder.name = name
     return encoder.eval().requires_grad_(False).to(device)
 
 

@@ -8,43 +8,33 @@ a clip is a row of its problems.csv, and what it lacks is not valid in its masks
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..clips import PRETRAIN
-from ..data import MASK, META, Meta
+from ..containers import Array
+from ..data import Meta
 from ..errors import DataError
-from ..files import (
-    cache_folder,
-    free_name,
-    give_name,
-    in_use,
-    make_writable,
-    temporary_folder,
-    write_atomic,
-)
-from .decode import Cut, Decoded, decode, require_av
+from ..files import cache_folder, free_name, give_name, in_use, make_writable, temporary_folder
+from .decode import Cut, Decoded, require_av
 from .encoders import MODALITIES, Encoder, default_encoder, load_encoder
-from .folder import MediaFolder, Source
+from .folder import MediaFolder
+from .loading import load
+from .partial import PROBLEMS, PartialStore, Problem
 
 BATCH = 16  # clips
-PROBLEMS = "problems.csv"
-_JOURNAL, _MANIFEST = "journal.jsonl", "manifest.json"
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -80,7 +70,7 @@ class Report(NamedTuple):
 
     clips: int
     valid: dict[str, float]
-    problems: list[tuple[str, str, str]]
+    problems: list[Problem]
     seconds: dict[str, float]
 
     def __str__(self) -> str:
@@ -123,13 +113,26 @@ def extract(
     names = _possible(folder, settings)
     encoders = {name: load_encoder(name, settings.encoders[name], device) for name in names}
     partial = output.with_name(f"{output.name}.partial")
-    with ExitStack() as held:
-        store = _Partial(partial, folder, settings, encoders, resume)
-        held.enter_context(in_use(partial))
-        spent = _fill(store, folder.sources, encoders, settings, workers)
-        report = store.finish(folder, settings, spent)
+    make_writable(partial)
+    with in_use(partial):
+        store = PartialStore(
+            partial,
+            {name: encoder.width for name, encoder in encoders.items()},
+            len(folder.sources),
+            settings.segments,
+            _manifest(folder, settings, encoders),
+            resume,
+        )
+        spent = _fill(store, folder, encoders, settings, workers)
+        meta = Meta(
+            encoders=dict(settings.encoders),
+            class_names=folder.class_names,
+            seconds=settings.seconds,
+        )
+        notes = [(name, "", text) for name, text in folder.notes]
+        share = store.finish(_described(folder), meta, notes)
         give_name(partial, output)
-    return report
+    return Report(len(folder.sources), share, store.problems, spent)
 
 
 @contextmanager
@@ -162,25 +165,22 @@ def _possible(folder: MediaFolder, settings: Settings) -> list[str]:
 
 
 def _fill(
-    store: _Partial,
-    sources: Sequence[Source],
+    store: PartialStore,
+    folder: MediaFolder,
     encoders: Mapping[str, Encoder],
     settings: Settings,
     workers: int | None,
 ) -> dict[str, float]:
-    """Encode the batches that are not done; return the seconds of each stage."""
-    first = store.batches * BATCH
+    """Encode the clips that are not written; return the seconds of each stage."""
     spent = dict.fromkeys(["decoding", *encoders], 0.0)
-    cut = _cut(encoders, settings)
-    bar = tqdm(desc="encoding", total=len(sources), initial=first, unit="clip", disable=None)
+    N, left = len(folder.sources), folder.sources[store.written :]
+    bar = tqdm(desc="encoding", total=N, initial=store.written, unit="clip", disable=None)
     with bar, ThreadPoolExecutor() as pool:
-        for batch in _decoded(sources[first:], cut, workers):
-            spent["decoding"] += sum(clip.seconds for clip in batch)
-            features, valid, notes = _encode([x.clip for x in batch], encoders, pool, spent)
-            problems = [
-                (item.id, *note) for item, found in zip(batch, notes, strict=True) for note in found
-            ]
-            store.add(features, valid, problems)
+        for batch in load(left, _cut(encoders, settings), BATCH, workers):
+            spent["decoding"] += sum(x.seconds for x in batch)
+            features, masks, notes = _encode([x.clip for x in batch], encoders, pool, spent)
+            problems = [(batch[k].id, *note) for k, found in enumerate(notes) for note in found]
+            store.add(features, masks, problems)
             bar.update(len(batch))
     return spent
 
@@ -195,70 +195,6 @@ def _cut(encoders: Mapping[str, Encoder], settings: Settings) -> Cut:
         rate=audio.rate if audio else 0,
         captions="text" in encoders,
     )
-
-
-class _Item(NamedTuple):
-    """A decoded clip and the seconds it took."""
-
-    id: str
-    clip: Decoded
-    seconds: float
-
-
-class _Sources(Dataset[_Item]):
-    """Decodes the clip that it is indexed with."""
-
-    def __init__(self, sources: Sequence[Source], cut: Cut) -> None:
-        self.sources, self.cut = sources, cut
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, k: int) -> _Item:
-        begun = time.perf_counter()
-        clip = decode(self.sources[k], self.cut)
-        return _Item(self.sources[k].id, clip, time.perf_counter() - begun)
-
-
-def _decoded(sources: Sequence[Source], cut: Cut, workers: int | None) -> Iterator[list[_Item]]:
-    """Decoded clips in batches, in order.
-
-    Raises:
-        DataError: A worker has died.
-    """
-    if workers is None:
-        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
-    if len(sources) < 2:
-        workers = 0
-    loader = DataLoader(
-        _Sources(sources, cut),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),
-    )
-    batch: list[_Item] = []
-    done = 0
-    try:
-        for item in loader:
-            batch.append(item)
-            if len(batch) == BATCH:
-                yield batch
-                done, batch = done + len(batch), []
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        near = ", ".join(x.id for x in sources[done + len(batch) :][: 4 * workers])
-        rule = f"a process that decodes has died, on one of {near:.300}"
-        hint = "remove that file, or decode with --workers 0 to see which, and use --resume"
-        raise DataError(f"{rule}. Hint: {hint}.") from error
-    if batch:
-        yield batch
-
-
-def _as_it_is(item: _Item) -> _Item:
-    return item
 
 
 def _encode(
@@ -305,138 +241,27 @@ def _encoded(name: str, clips: Sequence[Decoded], encoder: Encoder, valid: Tenso
     return x
 
 
-class _Partial:
-    """A data set that is being written.
-
-    Args:
-        path: Its folder.
-        folder: The clips.
-        settings: Segments and encoders.
-        encoders: The loaded encoders.
-        resume: Whether it may exist.
-
-    Attributes:
-        batches: Number of batches that are written.
-        problems: Of these: id, modality, text.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        folder: MediaFolder,
-        settings: Settings,
-        encoders: Mapping[str, Encoder],
-        resume: bool,
-    ) -> None:
-        self.path, self.batches, self.rows = path, 0, 0
-        self.problems: list[tuple[str, str, str]] = []
-        manifest = _manifest(folder, settings, encoders)
-        if path.exists():
-            self._continue(manifest, resume)
-        else:
-            self._create(manifest, len(folder.sources), settings.segments, encoders)
-        names = [*encoders, *(MASK + name for name in encoders)]
-        self.arrays = {
-            name: np.lib.format.open_memmap(path / f"{name}.npy", mode="r+") for name in names
-        }
-
-    def _create(self, manifest: Any, N: int, T: int, encoders: Mapping[str, Encoder]) -> None:
-        make_writable(self.path)
-        for name, encoder in encoders.items():
-            for key, kind, shape in (
-                (name, "<f2", (N, T, encoder.width)),
-                (MASK + name, "?", (N, T)),
-            ):
-                np.lib.format.open_memmap(self.path / f"{key}.npy", "w+", np.dtype(kind), shape)
-        write_atomic(self.path / _MANIFEST, json.dumps(manifest).encode())
-
-    def _continue(self, manifest: Any, resume: bool) -> None:
-        where = f"{self.path}: holds an extraction that was interrupted"
-        if not resume:
-            raise DataError(f"{where}. Hint: --resume to continue it, or remove it.")
-        try:
-            found = json.loads((self.path / _MANIFEST).read_bytes())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{where} before it began ({error}). Hint: remove it.") from error
-        wanted = json.loads(json.dumps(manifest))
-        if different := [key for key in wanted if found.get(key) != wanted[key]]:
-            rule = f"with other {' and '.join(different)}"
-            raise DataError(f"{where}, {rule}. Hint: the same command, or remove it.")
-        journal = self.path / _JOURNAL
-        whole = 0
-        for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
-            if not line.endswith(b"\n"):  # killed while it was written
-                break
-            self.batches, whole = self.batches + 1, whole + len(line)
-            self.problems += map(tuple, json.loads(line))
-        if journal.exists():
-            os.truncate(journal, whole)
-        self.rows = min(self.batches * BATCH, len(wanted["files"]))
-
-    def add(
-        self,
-        features: Mapping[str, Tensor],
-        valid: Mapping[str, Tensor],
-        problems: list[tuple[str, str, str]],
-    ) -> None:
-        """Write a batch, and then that it is written."""
-        try:
-            n = len(next(iter(features.values())))
-            for name, x in features.items():
-                for key, values in ((name, x), (MASK + name, valid[name])):
-                    self.arrays[key][self.rows : self.rows + n] = values.numpy()
-                    self.arrays[key].flush()
-            with (self.path / _JOURNAL).open("ab") as journal:
-                journal.write(json.dumps(problems).encode() + b"\n")
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be written ({error}).") from error
-        self.rows, self.batches = self.rows + n, self.batches + 1
-        self.problems += problems
-
-    def finish(self, folder: MediaFolder, settings: Settings, seconds: dict[str, float]) -> Report:
-        """Write labels and descriptions, and remove what was for this extraction only."""
-        names = [name for name in self.arrays if MASK + name in self.arrays]
-        share = {name: float(self.arrays[MASK + name].mean()) for name in names}
-        self.arrays.clear()
-        problems = [(name, "", text) for name, text in folder.notes] + self.problems
-        kept = [name for name in names if share[name] > 0]
-        if not kept:
-            text = ", ".join(f"{x[0]}: {x[2]}" for x in problems[:3])
-            raise DataError(f"{folder.path}: nothing could be decoded ({text}).")
-        for name in names:
-            if name not in kept:
-                for key in (name, MASK + name):
-                    (self.path / f"{key}.npy").unlink()
-        classes = {name: k for k, name in enumerate(folder.class_names)}
-        labels = [classes.get(x.label, -1) if x.split != PRETRAIN else -1 for x in folder.sources]
-        np.save(self.path / "labels.npy", np.array(labels, np.int64))
-        np.save(self.path / "split.npy", np.array([x.split for x in folder.sources], np.int8))
-        np.save(self.path / "ids.npy", np.array([x.id for x in folder.sources]))
-        encoders = {name: settings.encoders[name] for name in kept}
-        meta = Meta(
-            modalities=tuple(kept),
-            encoders=encoders,
-            class_names=folder.class_names,
-            seconds=settings.seconds,
-        )
-        (self.path / META).write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
-        with (self.path / PROBLEMS).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("id", "modality", "problem"), *problems])
-        for name in (_JOURNAL, _MANIFEST):
-            (self.path / name).unlink()
-        return Report(len(folder.sources), share, problems, seconds)
+def _described(folder: MediaFolder) -> dict[str, Array]:
+    """Labels, splits and ids of the clips."""
+    classes = {name: k for k, name in enumerate(folder.class_names)}
+    labels = [classes.get(x.label, -1) if x.split != PRETRAIN else -1 for x in folder.sources]
+    return {
+        "labels": np.array(labels, np.int64),
+        "split": np.array([x.split for x in folder.sources], np.int8),
+        "ids": np.array([x.id for x in folder.sources]),
+    }
 
 
 def _manifest(
     folder: MediaFolder, settings: Settings, encoders: Mapping[str, Encoder]
 ) -> dict[str, Any]:
-    """What an extraction depends on."""
+    """What the features depend on."""
 
     def state(path: Path | None) -> list[object] | None:
         if path is None:
             return None
         found = path.stat()
-        return [str(path.relative_to(folder.path)), found.st_size, found.st_mtime_ns]
+        return [os.path.relpath(path, folder.path), found.st_size, found.st_mtime_ns]
 
     return {
         "files": [[x.id, *map(state, (x.picture, x.sound, x.captions))] for x in folder.sources],

@@ -1,0 +1,88 @@
+"""Decode clips in worker processes, in order."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import DataError
+from .decode import Cut, Decoded, decode
+from .folder import Source
+
+_AHEAD = 4  # clips that a worker decodes ahead
+
+
+class Loaded(NamedTuple):
+    """A decoded clip, and the seconds that it took."""
+
+    id: str
+    clip: Decoded
+    seconds: float
+
+
+class _Sources(Dataset[Loaded]):
+    """Decodes the clip that it is indexed with."""
+
+    def __init__(self, sources: Sequence[Source], cut: Cut) -> None:
+        self.sources, self.cut = sources, cut
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, k: int) -> Loaded:
+        begun = time.perf_counter()
+        clip = decode(self.sources[k], self.cut)
+        return Loaded(self.sources[k].id, clip, time.perf_counter() - begun)
+
+
+def load(
+    sources: Sequence[Source], cut: Cut, batch_size: int, workers: int | None
+) -> Iterator[list[Loaded]]:
+    """Give the decoded clips in batches, in the order of `sources`.
+
+    Args:
+        sources: The files of the clips.
+        cut: How to cut them.
+        batch_size: Clips in a batch.
+        workers: Processes that decode; None: one for each core, at most 8; 0: this process.
+
+    Raises:
+        DataError: A worker has died.
+    """
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
+    if len(sources) < 2:
+        workers = 0
+    loader = DataLoader(
+        _Sources(sources, cut),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=_AHEAD if workers else None,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),
+    )
+    batch: list[Loaded] = []
+    done = 0
+    try:
+        for item in loader:
+            batch.append(item)
+            done += 1
+            if len(batch) == batch_size or done == len(sources):
+                yield batch
+                batch = []
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        near = ", ".join(source.id for source in sources[done : done + _AHEAD * workers])
+        rule = f"a process that decodes has died, on one of {near:.300}"
+        hint = "remove that file, or find it with --workers 0; then use --resume"
+        raise DataError(f"{rule}. Hint: {hint}.") from error
+
+
+def _as_it_is(item: Loaded) -> Loaded:
+    return item
