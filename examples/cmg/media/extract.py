@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -244,7 +245,7 @@ def _decoded(sources: Sequence[Source], cut: Cut, workers: int | None) -> Iterat
                 yield batch
                 done, batch = done + len(batch), []
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "exited unexpectedly" not in str(error):
             raise
         near = ", ".join(x.id for x in sources[done + len(batch) :][: 4 * workers])
         rule = f"a process that decodes has died, on one of {near:.300}"
@@ -445,4 +446,4 @@ def _manifest(
 
 def _kind(text: str) -> str:
     """A problem without what differs between clips."""
-    return "".join("#" if c.isdecimal() else c for c in text.partition(" (")[0]).replace("##", "#")
+    return re.sub(r"\d+", "#", text.partition(" (")[0])
