@@ -249,16 +249,30 @@ def test_what_was_begun_with_other_files_or_settings_is_not_continued(
         extract(open_folder(media), tmp_path / "store", settings, workers=0, resume=True)
 
 
+@pytest.mark.parametrize("how", ["ends", "is killed"])
 def test_a_worker_that_dies_is_an_error_that_names_the_clips(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     def dies(source: object, cut: object) -> object:
         if source.id == "good3":
+            if how == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             os._exit(9)
         return original(source, cut)
 
     monkeypatch.setattr(loading, "decode", dies)
-    with pytest.raises(DataError, match=r"has died, on one of .*good3.* Hint: remove that file"):
+    with pytest.raises(DataError, match=r"has died, on one of .*good3.* Hint: find the file"):
+        extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=1)
+
+
+def test_a_fault_of_the_code_in_a_worker_is_no_error_of_the_data(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(source: object, cut: object) -> object:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(loading, "decode", fails)
+    with pytest.raises(RuntimeError, match="a fault"):
         extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=1)
 
 

@@ -130,6 +130,8 @@ def _frames(path: Path | None, cut: Cut) -> tuple[Array, Array, list[str]]:
     else:
         last = put(until)
         frames[last:] = frames[last - 1] if last else 0  # for the rest of its segment
+    if there.any():  # before the first frame too
+        frames[: there.argmax()] = frames[there.argmax()]
     valid = there.reshape(T, F).mean(1) >= 0.5
     notes = stream.notes + _ending("picture", valid, stream, cut)
     return frames.reshape(T, F, *frames.shape[1:]), valid, notes
@@ -157,17 +159,21 @@ def _sound(path: Path | None, cut: Cut) -> tuple[Array, Array, list[str]]:
         return sound.reshape(cut.segments, -1), invalid, ["no file"]
     stream = _Stream(path, "audio")
 
-    def put(start: int, block: Array) -> None:
+    def put(start: int, part: Any) -> int:
+        """Write the mean of the channels; return where it ends."""
+        block = part.to_ndarray().reshape(-1, part.layout.nb_channels).mean(1)
         first, last = max(start, 0), min(start + len(block), total)
         if last > first:
             sound[first:last] = block[first - start : last - start]
             covered[first:last] = True
+        return start + len(block)
 
     resampler = form = None
     cursor = 0
     for time, _, frame in stream:
         if (known := (frame.sample_rate, frame.layout.name, frame.format.name)) != form:
-            resampler, form = av.AudioResampler("fltp", None, cut.rate), known
+            # packed, as PyAV reads at most 8 planes of a planar frame
+            resampler, form = av.AudioResampler("flt", None, cut.rate), known
         expected = round(time * cut.rate)
         if abs(expected - cursor) > _JUMP * cut.rate:
             cursor = expected
@@ -175,14 +181,11 @@ def _sound(path: Path | None, cut: Cut) -> tuple[Array, Array, list[str]]:
             break
         frame.pts = None  # times are ours
         for part in resampler.resample(frame):
-            block = part.to_ndarray().mean(0)
-            put(cursor, block)
-            cursor += len(block)
+            cursor = put(cursor, part)
     else:
         if resampler is not None:
             for part in resampler.resample(None):
-                put(cursor, block := part.to_ndarray().mean(0))
-                cursor += len(block)
+                cursor = put(cursor, part)
     notes = stream.notes
     if not (finite := np.isfinite(sound)).all():
         covered &= finite
@@ -248,24 +251,26 @@ class _Stream:
         following, rate, broken, cause = 0.0, 0.0, 0, ""
         if self.kind == "video":
             rate, self.aspect = stream.average_rate, float(stream.sample_aspect_ratio or 1)
-        for packet in box.demux(stream):
-            try:
-                frames = packet.decode()
-            except av.error.FFmpegError as error:
-                broken, cause = broken + 1, _first(error)
-                continue
-            for frame in frames:
-                time = following if frame.time is None else frame.time - start
-                if self.kind == "audio":
-                    lasting = frame.samples / frame.sample_rate
-                elif frame.duration:
-                    lasting = float(frame.duration * frame.time_base)
-                else:
-                    lasting = float(1 / rate) if rate else 0.0
-                following = time + lasting
-                yield time, lasting, frame
-        if broken:
-            self.notes.append(f"{broken} damaged packets ({cause})")
+        try:
+            for packet in box.demux(stream):
+                try:
+                    frames = packet.decode()
+                except av.error.FFmpegError as error:
+                    broken, cause = broken + 1, _first(error)
+                    continue
+                for frame in frames:
+                    time = following if frame.time is None else frame.time - start
+                    if self.kind == "audio":
+                        lasting = frame.samples / frame.sample_rate
+                    elif frame.duration:
+                        lasting = float(frame.duration * frame.time_base)
+                    else:
+                        lasting = float(1 / rate) if rate else 0.0
+                    following = time + lasting
+                    yield time, lasting, frame
+        finally:  # also if the rest is not needed
+            if broken:
+                self.notes.append(f"{broken} damaged packets ({cause})")
 
 
 def _is_cover(stream: Any) -> bool:

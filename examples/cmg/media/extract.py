@@ -9,6 +9,7 @@ a clip is a row of its problems.csv, and what it lacks is not valid in its masks
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from ..files import cache_folder, free_name, give_name, in_use, make_writable, t
 from .decode import Cut, Decoded, require_av
 from .encoders import MODALITIES, Encoder, default_encoder, load_encoder
 from .folder import MediaFolder
-from .loading import load
+from .loading import deaths, load
 from .partial import PROBLEMS, PartialStore, Problem
 
 BATCH = 16  # clips
@@ -175,7 +176,7 @@ def _fill(
     spent = dict.fromkeys(["decoding", *encoders], 0.0)
     N, left = len(folder.sources), folder.sources[store.written :]
     bar = tqdm(desc="encoding", total=N, initial=store.written, unit="clip", disable=None)
-    with bar, ThreadPoolExecutor() as pool:
+    with bar, ThreadPoolExecutor() as pool, deaths(lambda: folder.sources[store.written :]):
         for batch in load(left, _cut(encoders, settings), BATCH, workers):
             spent["decoding"] += sum(x.seconds for x in batch)
             features, masks, notes = _encode([x.clip for x in batch], encoders, pool, spent)
@@ -273,4 +274,4 @@ def _manifest(
 
 def _kind(text: str) -> str:
     """A problem without what differs between clips."""
-    return "".join("#" if c.isdecimal() else c for c in text.partition(" (")[0]).replace("##", "#")
+    return re.sub(r"\d+", "#", text.partition(" (")[0])

@@ -100,12 +100,12 @@ def open_folder(path: str | Path) -> MediaFolder:
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error}).") from error
     pictures = _merge(folder, found[""], found["clips"], found["video"])
-    ids = sorted({*pictures, *found["audio"]})
+    ids = {*pictures, *found["audio"]}
     if not ids:
         kinds = "clips/<id>.mp4, or video/<id>.mp4 and audio/<id>.wav"
         raise DataError(f"{folder}: has no media files. Hint: put them as {kinds}.")
     notes = [
-        (x, "captions without a video or sound") for x in sorted({*found["captions"]} - {*ids})
+        (x, "captions without a video or sound") for x in sorted(found["captions"].keys() - ids)
     ]
     given: dict[str, tuple[str, int | None]] = {}
     for row, label, split in rows:
@@ -117,7 +117,7 @@ def open_folder(path: str | Path) -> MediaFolder:
         else:
             given[name] = label, split
     sources = []
-    for name in ids:
+    for name in sorted(ids):
         picture = pictures.get(name)
         label, split = given.get(name, ("", PRETRAIN))
         sources.append(
@@ -152,11 +152,11 @@ def _files(folder: Path, part: str) -> list[Path]:
 
 
 def _by_id(folder: Path, part: str) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in _files(folder, part):
-        name = path.relative_to(folder / part).with_suffix("").as_posix()
-        found = _merge(folder, found, {name: path})
-    return found
+    root = folder / part
+    return _merge(
+        folder,
+        *({x.relative_to(root).with_suffix("").as_posix(): x} for x in _files(folder, part)),
+    )
 
 
 def _merge(folder: Path, *parts: Mapping[str, Path]) -> dict[str, Path]:

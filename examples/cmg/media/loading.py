@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from .decode import Cut, Decoded, decode
 from .folder import Source
 
 _AHEAD = 4  # clips that a worker decodes ahead
+_NEAR = 32  # clips that a message names
 
 
 class Loaded(NamedTuple):
@@ -50,9 +53,6 @@ def load(
         cut: How to cut them.
         batch_size: Clips in a batch.
         workers: Processes that decode; None: one for each core, at most 8; 0: this process.
-
-    Raises:
-        DataError: A worker has died.
     """
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
@@ -67,20 +67,33 @@ def load(
         generator=torch.Generator(),
     )
     batch: list[Loaded] = []
-    done = 0
+    for k, item in enumerate(loader, 1):
+        batch.append(item)
+        if len(batch) == batch_size or k == len(sources):
+            yield batch
+            batch = []
+
+
+@contextmanager
+def deaths(left: Callable[[], Sequence[Source]]) -> Iterator[None]:
+    """Where clips of `load` are used: a worker that dies raises an error that says near which clip.
+
+    The signal of its death can arrive anywhere in this process.
+
+    Args:
+        left: Gives the clips that are not done.
+
+    Raises:
+        DataError: A worker has died.
+    """
     try:
-        for item in loader:
-            batch.append(item)
-            done += 1
-            if len(batch) == batch_size or done == len(sources):
-                yield batch
-                batch = []
+        yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not re.search("DataLoader worker .* (exited unexpectedly|killed by)", str(error)):
             raise
-        near = ", ".join(source.id for source in sources[done : done + _AHEAD * workers])
-        rule = f"a process that decodes has died, on one of {near:.300}"
-        hint = "remove that file, or find it with --workers 0; then use --resume"
+        near = ", ".join(source.id for source in left()[:_NEAR])
+        rule = f"a process that decodes has died, on one of {near}, ..."
+        hint = "find the file with --workers 0 and remove it; then use --resume"
         raise DataError(f"{rule}. Hint: {hint}.") from error
 
 
