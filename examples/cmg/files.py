@@ -211,6 +211,19 @@ def temporary_folder(parent: Path, kind: str) -> tuple[Path, Callable[[], None]]
     return path, remove
 
 
+def require_new(folder: str | Path) -> Path:
+    """The absolute path of a folder that does not exist or is empty.
+
+    Raises:
+        DataError: It is something else.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        hint = "choose another folder, or remove it"
+        raise DataError(f"{folder}: exists and is not empty. Hint: {hint}.")
+    return folder
+
+
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """Give a temporary folder to write into, which takes the name `folder` when all is written.
@@ -220,11 +233,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         DataError: `folder` exists and is not empty, or cannot be written.
     """
-    folder = Path(os.path.abspath(folder))
-    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise DataError(
-            f"{folder}: exists and is not empty. Hint: choose another folder, or remove it."
-        )
+    folder = require_new(folder)
     partial, remove = temporary_folder(folder.parent, folder.name)
     try:
         yield partial

@@ -169,6 +169,7 @@ def test_what_is_not_valid_has_no_influence(model: TrainedModel) -> None:
     assert (model.vectors(one)["video"][~mask] == 0).all()
     found = model.classify(spoilt, labels_from="audio", masks={"video": mask})["video"]
     assert (found.label[2], found.probability[2]) == (-1, 0)
+    assert model.class_name(-1) == "-1"
     assert (found.label >= 0).sum() == 5
     segments = model.localize(spoilt, labels_from="audio", masks={"video": mask})["video"]
     assert (segments.label[~mask] == BACKGROUND).all()
@@ -203,6 +204,7 @@ ERRORS: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
     ({"video": torch.zeros(2, 3, 3, 2, 6)}, None, r"video float \[N, T, 2, 2, 6\]"),
     ({"video": torch.zeros(2, 3, 6)}, None, r"video float \[N, T, 2, 2, 6\]"),
     ({"audio": torch.full((2, 3, 12), np.nan)}, None, "audio: must be finite; got .* clip 0"),
+    ({"audio": torch.full((2, 3, 12), 1e300, dtype=torch.double)}, None, "audio: must be finite"),
     (
         {"audio": torch.zeros(2, 3, 12)},
         {"audio": torch.ones(2, 4).bool()},

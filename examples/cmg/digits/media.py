@@ -18,7 +18,6 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from ..files import new_folder
+from ..media.decode import require_av
 from . import pictures, render_clip, sentences, speech, streams
 from .style import HOME, Style
 
@@ -64,9 +64,10 @@ def write_media(
             in this process.
 
     Raises:
-        DataError: PyAV is not installed, or the folder is not empty or cannot be written.
+        DataError: The folder is not empty or cannot be written.
+        ImportError: PyAV is not installed.
     """
-    _require_av()
+    require_av()
     places = [(split, place) for split in range(3) for place in range(clips[split])]
     with new_folder(folder) as new:
         for name in ("clips", "captions"):
@@ -180,10 +181,3 @@ def _encode(path: Path, frames: np.ndarray, sound: np.ndarray) -> None:
             file.mux(audio.encode(block))
         file.mux(video.encode())
         file.mux(audio.encode())
-
-
-def _require_av() -> None:
-    if find_spec("av") is None:
-        raise DataError(
-            "media files need PyAV, which is not installed. Hint: pip install 'mmvq[media]'."
-        )

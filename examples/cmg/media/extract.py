@@ -30,7 +30,14 @@ from tqdm import tqdm
 from ..clips import PRETRAIN
 from ..data import MASK, META, Meta
 from ..errors import DataError
-from ..files import cache_folder, in_use, make_writable, temporary_folder, write_atomic
+from ..files import (
+    cache_folder,
+    in_use,
+    make_writable,
+    require_new,
+    temporary_folder,
+    write_atomic,
+)
 from .decode import Cut, Decoded, decode, require_av
 from .encoders import MODALITIES, Encoder, default_encoder, load_encoder
 from .folder import MediaFolder, Source
@@ -112,9 +119,7 @@ def extract(
         ImportError: A package is not installed.
     """
     require_av()
-    output = Path(os.path.abspath(output))
-    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise DataError(f"{output}: exists and is not empty. Hint: another --output, or remove it.")
+    output = require_new(output)
     names = _possible(folder, settings)
     encoders = {name: load_encoder(name, settings.encoders[name], device) for name in names}
     partial = output.with_name(f"{output.name}.partial")
@@ -225,7 +230,7 @@ def _decoded(sources: Sequence[Source], cut: Cut, workers: int | None) -> Iterat
         DataError: A worker has died.
     """
     if workers is None:
-        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
+        workers = min(os.cpu_count() or 1, 8)
     if len(sources) < 2:
         workers = 0
     loader = DataLoader(

@@ -46,7 +46,7 @@ def load_pretrained(modality: str, name: str) -> _Encoder:
             if load is not None:
                 return load(rest)
             return {"video": _video, "audio": Sound, "text": Text}[modality](name)
-        except (ImportError, KeyboardInterrupt, DataError):
+        except (ImportError, DataError):
             raise
         except Exception as error:  # models of any kind, files of any state
             text = " ".join(str(error).split()) or type(error).__name__
