@@ -123,7 +123,7 @@ def _built_in(modality: str, name: str) -> Callable[[Build], Build]:
 
 
 class Images(_Encoder):
-    """The mean over the frames of a segment of what a network makes of each.
+    """A network of frames: the mean over those of a segment, or of all together.
 
     Args:
         network: [n, 3, size, size] -> [n, C].
@@ -131,6 +131,7 @@ class Images(_Encoder):
         mean: Mean of the channels to subtract, from 0 to 1.
         deviation: Standard deviation to divide by.
         frames: Frames of a segment.
+        together: Whether the network takes all frames of a segment, [n, F, 3, size, size].
     """
 
     def __init__(
@@ -140,21 +141,25 @@ class Images(_Encoder):
         mean: Sequence[float],
         deviation: Sequence[float],
         frames: int = 2,
+        *,
+        together: bool = False,
     ) -> None:
         super().__init__()
-        self.network, self.size, self.frames = network, size, frames
+        self.network, self.size, self.frames, self.together = network, size, frames, together
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1))
         with torch.inference_mode():
-            self.width = self.network(torch.zeros(1, 3, size, size)).shape[-1]
+            x = torch.zeros(1, frames, size, size, 3, dtype=torch.uint8)
+            self.width = self(x).shape[-1]
 
     def forward(self, frames: Tensor) -> Tensor:
         """Encode frames uint8 [n, F, size, size, 3]."""
-        found = self.encode(rearrange(frames, "n f h w c -> (n f) c h w"))
+        if self.together:
+            return self._encode(rearrange(frames, "n f h w c -> n f c h w"))
+        found = self._encode(rearrange(frames, "n f h w c -> (n f) c h w"))
         return reduce(found, "(n f) c -> n c", "mean", f=frames.shape[1])
 
-    def encode(self, x: Tensor) -> Tensor:
-        """What the network makes of frames uint8 [n, ..., 3, size, size]."""
+    def _encode(self, x: Tensor) -> Tensor:
         device, parts = self.mean.device, []
         # few at a time: on a CPU, activations that fit its cache are three times as fast
         for part in x.split(4 if device.type == "cpu" else 64):

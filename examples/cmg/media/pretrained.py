@@ -100,7 +100,7 @@ def _video(name: str) -> _Encoder:
     size = size or getattr(config, "image_size", 224)
     given = (size, settings["image_mean"], settings["image_std"])
     if frames := getattr(config, "num_frames", 0):
-        return Videos(network, *given, frames)
+        return Images(_Pixels(network), *given, frames, together=True)
     return Images(_Pixels(network), *given)
 
 
@@ -120,30 +120,6 @@ class _Pixels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(pixel_values=x)
-
-
-class Videos(Images):
-    """A network of all frames of a segment, [n, F, 3, size, size] -> [n, C]."""
-
-    def __init__(self, network: Output, size: int, mean: Any, deviation: Any, frames: int) -> None:
-        inside = _Pixels(network)
-        super().__init__(_First(inside, frames), size, mean, deviation, frames)
-        self.network = inside
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Encode frames uint8 [n, F, size, size, 3]."""
-        return self.encode(rearrange(frames, "n f h w c -> n f c h w"))
-
-
-class _First(nn.Module):
-    """A network of F frames as one of a single frame, which is repeated."""
-
-    def __init__(self, network: nn.Module, frames: int) -> None:
-        super().__init__()
-        self.network, self.frames = network, frames
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x[:, None].expand(-1, self.frames, -1, -1, -1))
 
 
 class Sound(_Encoder):
@@ -184,6 +160,8 @@ class Text(_Encoder):
         config = self.network.model.config
         config = getattr(config, "text_config", config)
         positions = getattr(config, "max_position_embeddings", 512)
+        # SigLIP takes its last position, padding included, as in its training
+        self.padding = "max_length" if config.model_type.startswith("siglip") else "longest"
         self.longest = min(self.tokenizer.model_max_length, positions, 512)
         with torch.inference_mode():
             self.width = self(["a"]).shape[-1]
@@ -194,12 +172,12 @@ class Text(_Encoder):
         for start in range(0, len(lines), _AT_ONCE):
             given = self.tokenizer(
                 [*lines[start : start + _AT_ONCE]],
-                padding=True,
+                padding=self.padding,
                 truncation=True,
                 max_length=self.longest,
                 return_tensors="pt",
             ).to(device)
-            mask = given.pop("attention_mask")
+            mask = given.pop("attention_mask", None)
             found.append(self.network(mask, **given).float().cpu())
         return torch.cat(found)
 
