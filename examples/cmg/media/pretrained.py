@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from mmvq.optional import optional_import
 
 from ..errors import DataError
-from .encoders import Images, _Encoder
+from .encoders import Encoder, Images
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _AT_ONCE = 32  # segments in a batch
 _POOLED = ("dino", "audio-spectrogram-transformer", "convnext", "resnet", "swin")
 
 
-def load_pretrained(modality: str, name: str) -> _Encoder:
+def load_pretrained(modality: str, name: str) -> Encoder:
     """Load an encoder of another library, see `load_encoder`."""
     library, _, rest = name.partition(":")
     loaders = {
@@ -89,7 +89,7 @@ class Output(nn.Module):
         return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def _video(name: str) -> _Encoder:
+def _video(name: str) -> Encoder:
     from transformers import AutoModel
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -122,7 +122,7 @@ class _Pixels(nn.Module):
         return self.network(pixel_values=x)
 
 
-class Sound(_Encoder):
+class Sound(Encoder):
     """A model of sound of transformers, segment by segment."""
 
     def __init__(self, name: str) -> None:
@@ -148,7 +148,7 @@ class Sound(_Encoder):
         return torch.cat(found).unflatten(0, sound.shape[:2])
 
 
-class Text(_Encoder):
+class Text(Encoder):
     """A model of text of transformers, line by line."""
 
     def __init__(self, name: str) -> None:
@@ -210,7 +210,7 @@ def _open_clip_image(name: str) -> Images:
     return Images(visual, side[0] if isinstance(side, tuple) else side, mean, deviation)
 
 
-class OpenClipText(_Encoder):
+class OpenClipText(Encoder):
     """The text model of open_clip."""
 
     def __init__(self, name: str) -> None:
@@ -229,7 +229,7 @@ class OpenClipText(_Encoder):
         return self.model.encode_text(tokens).float().cpu()
 
 
-class SentenceTransformerText(_Encoder):
+class SentenceTransformerText(Encoder):
     """A model of sentence-transformers, with its own pooling."""
 
     def __init__(self, name: str) -> None:
