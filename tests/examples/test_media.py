@@ -324,6 +324,9 @@ def test_the_command_line_and_what_it_refuses(
     empty.mkdir()
     (empty / "a.mp4").write_text("x")
     assert "nothing could be decoded (a: cannot be decoded" in refused(capsys, empty, *other)
+    (tmp_path / "dogs" / "dog").mkdir(parents=True)
+    (tmp_path / "dogs" / "dog" / "1.mp4").write_text("x")  # not below clips/
+    assert "Hint: put them as clips/<id>.mp4" in refused(capsys, tmp_path / "dogs", *other)
     assert "no clip has a file for text" in refused(
         capsys, empty, "--output", tmp_path / "third", "--modalities", "text"
     )
