@@ -39,7 +39,7 @@ demo: $(READY)
 demo-media: $(MEDIA)
 	@test -d runs/media/files || $(BIN)/python examples/cmg_media.py runs/media/files --clips 400 250 150
 	@test -d runs/media/store || \
-		$(BIN)/python examples/cmg_features.py runs/media/files --output runs/media/store
+		$(BIN)/python examples/cmg_features.py runs/media/files --output runs/media/store --resume
 	@$(BIN)/python examples/cmg_pretrain.py --data runs/media/store --output runs/media/run
 	@$(BIN)/python examples/cmg_encode.py runs/media/run --data runs/media/store \
 		--output runs/media/tokens.parquet --labels-from audio

@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> None:
     with ExitStack() as held:
         data = args.data
         if is_media_folder(data):
-            settings = _settings(model, args.modalities)
-            store = temporary_store(open_folder(data), settings, device)
+            folder = open_folder(data)
+            store = temporary_store(folder, _settings(model, args.modalities), device)
             data, report = held.enter_context(store)
             print(report)
         clips = open_to_encode(str(data), [*model.semantic], args.modalities, args.text_encoder)

@@ -95,7 +95,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         known = "a built-in, a model of Hugging Face, or LIBRARY:NAME"
         files.add_argument(f"--{name}", metavar="ENCODER", help=f"{known} (default: built in)")
     files.add_argument(
-        "--workers", type=natural, metavar="N", help="processes that decode; default: all cores"
+        "--workers",
+        type=natural,
+        metavar="N",
+        help="processes that decode; default: one for each core, at most 8",
     )
     files.add_argument(
         "--resume", action="store_true", help="continue an extraction that was interrupted"

@@ -31,7 +31,7 @@ def tokenizer(folder: Path) -> None:
 
 
 def save_models(root: Path) -> None:
-    """Write a folder for each of clip, dinov2, videomae, wav2vec2, ast, clap, whisper and bert."""
+    """Write a folder for each of these models, with the name of its type."""
     import transformers as hf
 
     torch.manual_seed(0)
@@ -49,6 +49,14 @@ def save_models(root: Path) -> None:
     config = hf.Dinov2Config(**INSIDE, image_size=28, patch_size=14)
     hf.Dinov2Model(config).save_pretrained(root / "dinov2")
     images(root / "dinov2", crop_size={"height": 28, "width": 28})
+
+    config = hf.SiglipConfig(
+        text_config=text | {"max_position_embeddings": 64, "eos_token_id": 3, "bos_token_id": 2},
+        vision_config=INSIDE | {"image_size": 32, "patch_size": 8},
+    )
+    hf.SiglipModel(config).save_pretrained(root / "siglip")
+    images(root / "siglip", size=side)
+    tokenizer(root / "siglip")
 
     config = hf.VideoMAEConfig(**INSIDE, image_size=32, patch_size=16, num_frames=4)
     hf.VideoMAEModel(config).save_pretrained(root / "videomae")

@@ -12,7 +12,7 @@ from .ranks import is_first
 
 
 def exit_code(name: str, run: Callable[[], None], stopped: Callable[[], str]) -> int:
-    """Run a command; return 0, 2 for unusable input, or 130 if interrupted.
+    """Run a command; return 0, 2 for unusable input or a missing package, or 130 if interrupted.
 
     Args:
         name: Name of the command.
@@ -24,6 +24,8 @@ def exit_code(name: str, run: Callable[[], None], stopped: Callable[[], str]) ->
         return 0
     except (DataError, OSError) as error:
         code, message = 2, str(error)
+    except ImportError as error:  # of an extra
+        code, message = 2, " ".join(str(error).split())
     except KeyboardInterrupt:
         code, message = 130, stopped()
     if is_first():

@@ -9,6 +9,7 @@ nothing but the indices of the codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import permutations
 from typing import Any, NamedTuple, TypeVar
@@ -186,7 +187,8 @@ def _labelled(inputs: Mapping[str, Any], labels: Mapping[str, Tensor]) -> Labell
     return Labelled({m: inputs[m] for m in both}, {m: labels[m] for m in both})
 
 
-class _OverTime(NamedTuple):
+@dataclass(frozen=True)
+class _OverTime:
     """`over_time` of the clips that it is indexed with."""
 
     codes: Rows

@@ -20,20 +20,20 @@ from torch.nn.functional import normalize
 from .trained import TrainedModel
 
 
-def find(model: TrainedModel, query: Tensor, gallery: Tensor, most: int = 10) -> Tensor:
+def find(model: TrainedModel, query: Tensor, gallery: Tensor, k: int = 10) -> Tensor:
     """The clips of the gallery that are most similar to each query.
 
     Args:
         model: The model that the tokens are of.
         query: Tokens int64 [n, T] of one modality, -1 where not valid.
         gallery: Tokens int64 [m, T'] of the same modality or another.
-        most: Number of clips to find.
+        k: Number of clips to find.
 
     Returns:
-        Their numbers, int64 [n, min(most, m)], the most similar first.
+        Their numbers, int64 [n, min(k, m)], the most similar first.
     """
-    like = similarity(query, gallery, model.codebook)
-    return like.argsort(dim=1, descending=True, stable=True)[:, :most]
+    found = similarity(query, gallery, model.codebook)
+    return found.argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
 def similarity(query: Tensor, gallery: Tensor, codebook: Tensor) -> Tensor:

@@ -182,9 +182,9 @@ class TrainedModel(nn.Module):
         return self._each(self.tokens(features, masks), predict)
 
     def class_name(self, label: int) -> str:
-        """The name of a class; its number if the data of the run have no names."""
+        """The name of a class; the number itself if it has none, as -1."""
         names = self.about.class_names
-        return names[label] if names else str(label)
+        return names[label] if 0 <= label < len(names) else str(label)
 
     def export_onnx(self, path: str | Path, modality: str) -> None:
         """Write an ONNX model from raw features of a modality to tokens.
@@ -250,14 +250,14 @@ class TrainedModel(nn.Module):
         mask = torch.as_tensor(masks[name]) if masks and name in masks else None
         self._check(name, x, mask)
         for rows in torch.arange(x.shape[0]).split(_AT_ONCE):
-            part, valid = torch.as_tensor(x[rows]), None
+            part, valid = torch.as_tensor(x[rows]).float(), None
             if mask is not None:
                 valid = mask[rows].cpu()
                 part = only_valid(part, valid.to(part.device))
             check_finite(name, part, rows)
             device = self.codebook.device
             here = None if valid is None else valid.to(device)
-            yield rows, self.encode(name, part.to(device).float(), here), valid
+            yield rows, self.encode(name, part.to(device), here), valid
 
     def encode(self, name: str, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Features z [N, T, D] of a modality, of raw float32 features on the model's device."""

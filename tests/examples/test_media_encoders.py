@@ -148,7 +148,8 @@ def test_the_default_is_the_first_that_is_installed(monkeypatch: pytest.MonkeyPa
 
 
 HUGGING_FACE = [
-    ("video", "clip", 12), ("video", "dinov2", 16), ("video", "videomae", 16),
+    ("video", "clip", 12), ("video", "siglip", 16), ("video", "dinov2", 16),
+    ("video", "videomae", 16), ("text", "siglip", 16),
     ("audio", "wav2vec2", 16), ("audio", "ast", 16), ("audio", "clap", 12),
     ("audio", "whisper", 16), ("text", "clip", 12), ("text", "clap", 12), ("text", "bert", 16),
 ]  # fmt: skip

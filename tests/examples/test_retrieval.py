@@ -37,7 +37,7 @@ def test_the_first_are_the_most_similar() -> None:
     generator = torch.Generator().manual_seed(0)
     model: Any = SimpleNamespace(codebook=torch.randn(16, 8, generator=generator))
     gallery = torch.randint(16, (50, 6), generator=generator)
-    found = find(model, gallery[[7, 3]], gallery, most=4)
+    found = find(model, gallery[[7, 3]], gallery, k=4)
     assert found.shape == (2, 4)
     assert found[:, 0].tolist() == [7, 3]
     assert find(model, gallery[:1], gallery[:3]).shape == (1, 3)

@@ -169,6 +169,7 @@ def test_what_is_not_valid_has_no_influence(model: TrainedModel) -> None:
     assert (model.vectors(one)["video"][~mask] == 0).all()
     found = model.classify(spoilt, labels_from="audio", masks={"video": mask})["video"]
     assert (found.label[2], found.probability[2]) == (-1, 0)
+    assert model.class_name(-1) == "-1"
     assert (found.label >= 0).sum() == 5
     segments = model.localize(spoilt, labels_from="audio", masks={"video": mask})["video"]
     assert (segments.label[~mask] == BACKGROUND).all()
@@ -203,6 +204,7 @@ ERRORS: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
     ({"video": torch.zeros(2, 3, 3, 2, 6)}, None, r"video float \[N, T, 2, 2, 6\]"),
     ({"video": torch.zeros(2, 3, 6)}, None, r"video float \[N, T, 2, 2, 6\]"),
     ({"audio": torch.full((2, 3, 12), np.nan)}, None, "audio: must be finite; got .* clip 0"),
+    ({"audio": torch.full((2, 3, 12), 1e300, dtype=torch.double)}, None, "audio: must be finite"),
     (
         {"audio": torch.zeros(2, 3, 12)},
         {"audio": torch.ones(2, 4).bool()},
@@ -428,7 +430,7 @@ def test_other_encoders_are_warned_of(
         ({"audio": np.zeros((2, 4, 12), "f4")}, ["--labels-from", "smell"], "got 'smell'"),
         ({"audio": np.full((2, 4, 12), np.nan, "f4")}, [], "must be finite"),
         ({"audio": np.zeros((2, 4, 12), "f4")}, ["--device", "abacus"], "cannot use it here"),
-        ({}, [], "has no .npy files"),
+        ({}, [], "has no media files. Hint: put them as clips/<id>.mp4"),
     ],
 )
 def test_data_that_cannot_be_encoded_are_one_line(

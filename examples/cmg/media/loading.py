@@ -55,7 +55,7 @@ def load(
         workers: Processes that decode; None: one for each core, at most 8; 0: this process.
     """
     if workers is None:
-        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
+        workers = min(os.cpu_count() or 1, 8)
     if len(sources) < 2:
         workers = 0
     loader = DataLoader(

@@ -21,14 +21,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import DataError, optional_import
-from .encoders import Images, _Encoder
+from .encoders import Encoder, Images
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _AT_ONCE = 32  # segments in a batch
 _POOLED = ("dino", "audio-spectrogram-transformer", "convnext", "resnet", "swin")
 
 
-def load_pretrained(modality: str, name: str) -> _Encoder:
+def load_pretrained(modality: str, name: str) -> Encoder:
     """Load an encoder of another library, see `load_encoder`."""
     library, _, rest = name.partition(":")
     loaders = {
@@ -44,7 +44,7 @@ def load_pretrained(modality: str, name: str) -> _Encoder:
             if load is not None:
                 return load(rest)
             return {"video": _video, "audio": Sound, "text": Text}[modality](name)
-        except (ImportError, KeyboardInterrupt, DataError):
+        except (ImportError, DataError):
             raise
         except Exception as error:  # models of any kind, files of any state
             text = " ".join(str(error).split()) or type(error).__name__
@@ -87,7 +87,7 @@ class Output(nn.Module):
         return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def _video(name: str) -> _Encoder:
+def _video(name: str) -> Encoder:
     from transformers import AutoModel
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -98,7 +98,7 @@ def _video(name: str) -> _Encoder:
     size = size or getattr(config, "image_size", 224)
     given = (size, settings["image_mean"], settings["image_std"])
     if frames := getattr(config, "num_frames", 0):
-        return Videos(network, *given, frames)
+        return Images(_Pixels(network), *given, frames, together=True)
     return Images(_Pixels(network), *given)
 
 
@@ -120,31 +120,7 @@ class _Pixels(nn.Module):
         return self.network(pixel_values=x)
 
 
-class Videos(Images):
-    """A network of all frames of a segment, [n, F, 3, size, size] -> [n, C]."""
-
-    def __init__(self, network: Output, size: int, mean: Any, deviation: Any, frames: int) -> None:
-        inside = _Pixels(network)
-        super().__init__(_First(inside, frames), size, mean, deviation, frames)
-        self.network = inside
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Encode frames uint8 [n, F, size, size, 3]."""
-        return self.encode(rearrange(frames, "n f h w c -> n f c h w"))
-
-
-class _First(nn.Module):
-    """A network of F frames as one of a single frame, which is repeated."""
-
-    def __init__(self, network: nn.Module, frames: int) -> None:
-        super().__init__()
-        self.network, self.frames = network, frames
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x[:, None].expand(-1, self.frames, -1, -1, -1))
-
-
-class Sound(_Encoder):
+class Sound(Encoder):
     """A model of sound of transformers, segment by segment."""
 
     def __init__(self, name: str) -> None:
@@ -170,7 +146,7 @@ class Sound(_Encoder):
         return torch.cat(found).unflatten(0, sound.shape[:2])
 
 
-class Text(_Encoder):
+class Text(Encoder):
     """A model of text of transformers, line by line."""
 
     def __init__(self, name: str) -> None:
@@ -182,6 +158,8 @@ class Text(_Encoder):
         config = self.network.model.config
         config = getattr(config, "text_config", config)
         positions = getattr(config, "max_position_embeddings", 512)
+        # SigLIP takes its last position, padding included, as in its training
+        self.padding = "max_length" if config.model_type.startswith("siglip") else "longest"
         self.longest = min(self.tokenizer.model_max_length, positions, 512)
         with torch.inference_mode():
             self.width = self(["a"]).shape[-1]
@@ -192,12 +170,12 @@ class Text(_Encoder):
         for start in range(0, len(lines), _AT_ONCE):
             given = self.tokenizer(
                 [*lines[start : start + _AT_ONCE]],
-                padding=True,
+                padding=self.padding,
                 truncation=True,
                 max_length=self.longest,
                 return_tensors="pt",
             ).to(device)
-            mask = given.pop("attention_mask")
+            mask = given.pop("attention_mask", None)
             found.append(self.network(mask, **given).float().cpu())
         return torch.cat(found)
 
@@ -230,7 +208,7 @@ def _open_clip_image(name: str) -> Images:
     return Images(visual, side[0] if isinstance(side, tuple) else side, mean, deviation)
 
 
-class OpenClipText(_Encoder):
+class OpenClipText(Encoder):
     """The text model of open_clip."""
 
     def __init__(self, name: str) -> None:
@@ -249,7 +227,7 @@ class OpenClipText(_Encoder):
         return self.model.encode_text(tokens).float().cpu()
 
 
-class SentenceTransformerText(_Encoder):
+class SentenceTransformerText(Encoder):
     """A model of sentence-transformers, with its own pooling."""
 
     def __init__(self, name: str) -> None:
