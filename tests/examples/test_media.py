@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from cmg.data import load_clips
 from cmg.errors import DataError
 from cmg.media import extract as extraction
 from cmg.media import loading
+from cmg.media import partial as partials
 from cmg.media.encoders import load_encoder
 from cmg.media.extract import Report, Settings, extract
 from cmg.media.folder import open_folder
@@ -207,7 +209,7 @@ def test_a_killed_process_continues_to_the_same_bytes(tmp_path: Path) -> None:
 STUCK = """
 import sys, time
 import cmg_features
-from cmg.media import loading
+from cmg.media import loading, partial
 decode, done = loading.decode, []
 def decode_twenty(*arguments):
     done.append(arguments)
@@ -248,6 +250,26 @@ def test_what_was_begun_with_other_files_or_settings_is_not_continued(
     media, settings = change(media, SETTINGS)
     with pytest.raises(DataError, match=f"with other {message}. Hint: the same command"):
         extract(open_folder(media), tmp_path / "store", settings, workers=0, resume=True)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_full_disk_is_one_error_and_can_be_continued(
+    folder: Path, store: tuple[Path, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            partials.PartialStore, "_put", before_call(9, full, partials.PartialStore._put)
+        )
+        with pytest.raises(DataError, match=r"store\.partial: cannot be written .*No space left"):
+            extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=0)
+    extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=0, resume=True)
+    for name in ("audio", "mask_audio", "video", "text"):
+        assert np.array_equal(
+            np.load(tmp_path / "store" / f"{name}.npy"), np.load(store[0] / f"{name}.npy")
+        )
 
 
 @pytest.mark.parametrize("how", ["ends", "is killed"])

@@ -197,6 +197,19 @@ def test_text_is_the_mean_over_its_tokens(models: Path) -> None:
 
 
 @torch.inference_mode()
+def test_padding_of_a_model_of_sound_does_not_count(models: Path) -> None:
+    """Whisper pads a second to thirty."""
+    from transformers import AutoFeatureExtractor, AutoModel
+
+    sound = 0.1 * torch.randn(1, 1, SAMPLES)
+    extract = AutoFeatureExtractor.from_pretrained(models / "whisper")
+    given = extract(sound[0, 0].numpy(), sampling_rate=SAMPLES, return_tensors="pt")
+    encoder = AutoModel.from_pretrained(models / "whisper").get_encoder().eval()
+    expected = encoder(given["input_features"]).last_hidden_state[:, :50].mean(1)  # 50 a second
+    torch.testing.assert_close(load_encoder("audio", str(models / "whisper"))(sound)[0], expected)
+
+
+@torch.inference_mode()
 def test_the_order_of_frames_matters_to_a_model_of_videos(models: Path) -> None:
     encoder = load_encoder("video", str(models / "videomae"))
     frames = example("video", encoder)

@@ -107,7 +107,9 @@ def open_folder(path: str | Path) -> MediaFolder:
     ]
     given: dict[str, tuple[str, int | None]] = {}
     for row, label, split in rows:
-        name = row if row in ids else row.rpartition(".")[0]
+        name, _, suffix = row.rpartition(".")
+        if row in ids or suffix.lower() not in (*VIDEO, *AUDIO):
+            name = row
         if name not in ids:
             notes.append((row, f"is in {TABLE}, and has no file"))
         elif name in given:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +59,33 @@ class PartialStore:
     ) -> None:
         self.path, self.written, self.modalities = path, 0, tuple(widths)
         self.problems: list[Problem] = []
-        shapes = {name: (clips, segments, width) for name, width in widths.items()}
+        self.clips = clips
         try:
             if any(path.iterdir()):
                 self._continue(json.loads(json.dumps(manifest)), resume)
             else:
-                for name, shape in shapes.items():
-                    self._open(name, "w+", np.dtype("<f2"), shape)
-                    self._open(MASK + name, "w+", np.dtype(bool), shape[:2])
+                for name, width in widths.items():
+                    self._create(name, "<f2", (clips, segments, width))
+                    self._create(MASK + name, "|b1", (clips, segments))
                 write_atomic(path / _MANIFEST, json.dumps(manifest).encode())
-            self.features = {name: self._open(name) for name in shapes}
-            self.masks = {name: self._open(MASK + name) for name in shapes}
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({error}).") from error
 
-    def _open(self, name: str, mode: str = "r+", *kind: Any) -> Array:
-        return np.lib.format.open_memmap(self.path / f"{name}.npy", mode, *kind)
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.npy"
+
+    def _create(self, name: str, kind: str, shape: tuple[int, ...]) -> None:
+        """Write an array of zeros, which takes no room on the disk yet."""
+        header: Any = {"descr": kind, "fortran_order": False, "shape": shape}
+        with self._file(name).open("xb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + np.dtype(kind).itemsize * prod(shape))
+
+    def _put(self, name: str, rows: Array) -> None:
+        """Write the rows of the next clips."""
+        with self._file(name).open("r+b") as file:  # a map would end the process on a full disk
+            file.seek(self.written * rows[0].nbytes - self.clips * rows[0].nbytes, os.SEEK_END)
+            file.write(rows.tobytes())
 
     def _continue(self, manifest: dict[str, Any], resume: bool) -> None:
         where = f"{self.path}: holds an extraction that was interrupted"
@@ -111,11 +123,8 @@ class PartialStore:
         """
         try:
             for name, x in features.items():
-                here = slice(self.written, self.written + len(x))
-                self.features[name][here] = x.numpy()
-                self.masks[name][here] = masks[name].numpy()
-                self.features[name].flush()
-                self.masks[name].flush()
+                self._put(name, x.numpy().astype("<f2", copy=False))
+                self._put(MASK + name, masks[name].numpy())
             with (self.path / _JOURNAL).open("ab") as journal:
                 journal.write(json.dumps([len(x), [*problems]]).encode() + b"\n")
         except OSError as error:
@@ -139,9 +148,8 @@ class PartialStore:
         Raises:
             DataError: Nothing is valid, or the folder cannot be written to.
         """
-        share = {name: float(mask.mean()) for name, mask in self.masks.items()}
-        self.features.clear()
-        self.masks.clear()
+        masks = {name: np.load(self._file(MASK + name)) for name in self.modalities}
+        share = {name: float(mask.mean()) for name, mask in masks.items()}
         self.problems = [*notes, *self.problems]
         if not (kept := tuple(name for name, x in share.items() if x > 0)):
             text = ", ".join(f"{x[0]}: {x[2]}" for x in self.problems[:3])
@@ -151,9 +159,9 @@ class PartialStore:
         try:
             for name in share.keys() - {*kept}:
                 for key in (name, MASK + name):
-                    (self.path / f"{key}.npy").unlink()
+                    self._file(key).unlink()
             for name, array in arrays.items():
-                np.save(self.path / f"{name}.npy", array, allow_pickle=False)
+                np.save(self._file(name), array, allow_pickle=False)
             (self.path / META).write_text(json.dumps(asdict(meta), indent=2) + "\n", "utf-8")
             with (self.path / PROBLEMS).open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("id", "modality", "problem"), *self.problems])

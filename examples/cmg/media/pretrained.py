@@ -13,6 +13,7 @@ is never run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,8 +71,14 @@ class Output(nn.Module):
         self.shared = getattr(model, f"get_{kind}_features", None)
         self.pooled = model.config.model_type.startswith(_POOLED)
 
-    def forward(self, mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        """Encode; mask [n, positions] is that of text or sound."""
+    def forward(self, mask: Tensor | None = None, share: float = 1.0, **inputs: Tensor) -> Tensor:
+        """Encode.
+
+        Args:
+            mask: Padding mask [n, positions] of text.
+            share: Share of the positions that are not padding, of sound.
+            inputs: Of the model.
+        """
         given = inputs if mask is None else {**inputs, "attention_mask": mask}
         found = (self.shared or self.model)(**given)
         if isinstance(found, Tensor):
@@ -82,7 +89,7 @@ class Output(nn.Module):
         if x.ndim > 3:
             return x.flatten(2).mean(2)
         if mask is None or mask.shape[1] != x.shape[1]:
-            return x.mean(1)
+            return x[:, : math.ceil(share * x.shape[1])].mean(1)
         weight = mask[..., None].to(x)
         return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
 
@@ -136,13 +143,14 @@ class Sound(Encoder):
     def forward(self, sound: Tensor) -> Tensor:
         """Encode sound float32 [n, T, samples]."""
         waves, device = rearrange(sound, "n t s -> (n t) s"), next(self.parameters()).device
+        longest = max(getattr(self.extract, "n_samples", 0), waves.shape[1])  # Whisper pads to 30 s
         found = []
         for part in waves.split(_AT_ONCE):
             given = self.extract(
                 [x.numpy() for x in part.cpu()], sampling_rate=self.rate, return_tensors="pt"
             )
             inputs = {key: x.to(device) for key, x in given.items() if key != "attention_mask"}
-            found.append(self.network(**inputs).float().cpu())
+            found.append(self.network(share=waves.shape[1] / longest, **inputs).float().cpu())
         return torch.cat(found).unflatten(0, sound.shape[:2])
 
 
