@@ -11,26 +11,30 @@ import torch
 import mmvq
 import mmvq_kernels
 
+MEDIA = (
+    "av",
+    "efficientnet_lite_pytorch",
+    "pyarrow",
+    "pyopen_wakeword",
+    "transformers",
+    "wordllama",
+)
 NEEDS = {  # packages of the extras without which these cannot be imported
     "tests/examples": ("matplotlib", "safetensors", "sklearn", "tqdm"),
     "tests/examples/test_decode.py": ("av",),
     "tests/examples/test_digits_media.py": ("av",),
-    "tests/examples/test_files_guide.py": (
-        "av",
-        "efficientnet_lite_pytorch",
-        "onnxruntime",
-        "pyarrow",
-    ),
-    "tests/examples/test_media.py": ("av",),
-    "tests/examples/test_media_encoders.py": ("efficientnet_lite_pytorch", "transformers"),
-    "tests/media_files.py": ("av",),
+    "tests/examples/test_files_guide.py": (*MEDIA, "onnxruntime"),
     "tests/examples/test_fuzz.py": ("hypothesis",),
+    "tests/examples/test_media.py": ("av", "pyopen_wakeword"),
+    "tests/examples/test_media_encoders.py": MEDIA,
     "tests/examples/test_released.py": ("h5py", "hypothesis"),
     "tests/examples/test_story.py": ("nbclient", "nbformat"),
+    "tests/examples/test_use.py": ("onnxruntime", "pyarrow"),
     "tests/golden/make_state.py": ("safetensors",),
     "tests/golden/test_state.py": ("safetensors",),
     "tests/kernels/columns.py": ("triton",),
     "tests/kernels/interpreter": ("triton",),
+    "tests/media_files.py": ("av",),
     "tests/modules/test_figures.py": ("matplotlib",),
     "tests/modules/test_pretrained.py": ("huggingface_hub",),
     "tests/modules/test_vector_quantize_pytorch.py": ("vector_quantize_pytorch",),

@@ -15,6 +15,7 @@ from .errors import DataError
 PRETRAIN, TRAIN, TEST, VALIDATION = 0, 1, 2, 3
 SPLITS = {"pre-train": 0, "downstream train": 1, "downstream test": 2, "validation": 3}
 BACKGROUND = -1
+MOST_CLASSES = 1 << 12  # heads have an output for each
 
 
 @dataclass(frozen=True)

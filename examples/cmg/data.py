@@ -36,12 +36,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .clips import BACKGROUND, PRETRAIN, SPLITS, TRAIN, VALIDATION, Clips, check_finite, only_valid
+from .clips import (
+    BACKGROUND,
+    MOST_CLASSES,
+    PRETRAIN,
+    SPLITS,
+    TRAIN,
+    VALIDATION,
+    Clips,
+    check_finite,
+    only_valid,
+)
 from .containers import Array, Arrays, Folder, Header, NpzFile, Rows
 from .errors import DataError
 
 META, VERSION = "meta.json", 1
-_CLASSES = 1 << 12  # limit of class numbers: heads have an output for each
 SEGMENTS, MASK = "seg_labels_", "mask_"
 _RESERVED = ("labels", "split", "video_box", "ids")
 _LARGEST_META = 1 << 24  # bytes
@@ -136,7 +145,12 @@ def read_meta(folder: Path) -> Meta:
         if not (type(version) is int and lists and all(isinstance(x, str) for x in texts)):
             raise TypeError("a value has another type")
         odd = seconds is not None and not 0 < seconds < math.inf
-        if odd or version < 1 or len(classes) > _CLASSES or not all(map(str.isprintable, texts)):
+        if (
+            odd
+            or version < 1
+            or len(classes) > MOST_CLASSES
+            or not all(map(str.isprintable, texts))
+        ):
             raise ValueError("a value is out of range")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         rule = "must be a JSON object of version, modalities, encoders, class_names and seconds"
@@ -343,9 +357,9 @@ class _Reader:
         """The labels of all splits but 0, checked; -1 in split 0, whose labels are ignored."""
         labelled = split != PRETRAIN
         known = self.integers(name, shape)[labelled]
-        odd = known[(known < lowest) | (known >= _CLASSES)]
+        odd = known[(known < lowest) | (known >= MOST_CLASSES)]
         if odd.size:
-            rule = f"must be {lowest} to {_CLASSES - 1} outside split 0"
+            rule = f"must be {lowest} to {MOST_CLASSES - 1} outside split 0"
             raise self.error(name, rule, f"{odd[0]}. Hint: number the classes from 0")
         classes = np.full(shape, -1)
         classes[labelled] = known

@@ -370,6 +370,12 @@ class TestFolder:
         with pytest.raises(DataError, match=message):
             open_folder(tmp_path)
 
+    def test_too_many_classes_are_refused_at_once(self, tmp_path: Path) -> None:
+        self.touch(tmp_path, *(f"{k}.mp4" for k in range(4097)))
+        self.table(tmp_path, "id,label", *(f"{k},{k}" for k in range(4097)))
+        with pytest.raises(DataError, match="has 4097 labels, at most 4096 are allowed"):
+            open_folder(tmp_path)
+
     def test_folders_that_are_wrong(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="has no media files"):
             open_folder(tmp_path)

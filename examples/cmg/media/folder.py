@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..clips import PRETRAIN, SPLITS, TEST, TRAIN, VALIDATION
+from ..clips import MOST_CLASSES, PRETRAIN, SPLITS, TEST, TRAIN, VALIDATION
 from ..errors import DataError
 
 TABLE = "clips.csv"
@@ -132,6 +132,10 @@ def open_folder(path: str | Path) -> MediaFolder:
         )
     if rows and all(split is None for _, _, split in rows):
         sources = _divided(sources)
+    classes = len({source.label for source in sources} - {""})
+    if classes > MOST_CLASSES:
+        rule = f"has {classes} labels, at most {MOST_CLASSES} are allowed"
+        raise DataError(f"{folder / TABLE}: {rule}. Hint: is label a column of ids?")
     for source in sources:
         if source.split != PRETRAIN and not source.label:
             hint = "only clips of pretrain may have none"
