@@ -29,7 +29,6 @@ NEEDS = {  # packages of the extras without which these cannot be imported
     "tests/examples/test_media_encoders.py": MEDIA,
     "tests/examples/test_released.py": ("h5py", "hypothesis"),
     "tests/examples/test_story.py": ("nbclient", "nbformat"),
-    "tests/examples/test_use.py": ("onnxruntime", "pyarrow"),
     "tests/golden/make_state.py": ("safetensors",),
     "tests/golden/test_state.py": ("safetensors",),
     "tests/kernels/columns.py": ("triton",),

@@ -441,6 +441,7 @@ def test_data_that_cannot_be_encoded_are_one_line(
     more: list[str],
     message: str,
 ) -> None:
+    pytest.importorskip("pyarrow")
     data, out = write(tmp_path / "store", arrays), tmp_path / "t.parquet"
     out.write_bytes(b"earlier")
     arguments = [str(folder / "run"), "--data", str(data), "--output", str(out), *more]
