@@ -25,7 +25,7 @@ NEEDS = {  # packages of the extras without which these cannot be imported
     "tests/examples/test_digits_media.py": ("av",),
     "tests/examples/test_files_guide.py": (*MEDIA, "onnxruntime"),
     "tests/examples/test_fuzz.py": ("hypothesis",),
-    "tests/examples/test_media.py": ("av", "pyopen_wakeword"),
+    "tests/examples/test_media.py": ("av", "psutil", "pyopen_wakeword"),
     "tests/examples/test_media_encoders.py": MEDIA,
     "tests/examples/test_released.py": ("h5py", "hypothesis"),
     "tests/examples/test_story.py": ("nbclient", "nbformat"),

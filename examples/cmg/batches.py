@@ -15,6 +15,7 @@ from .clips import Clips
 from .errors import DataError
 from .ranks import local_part
 from .standardize import Standardizer
+from .workers import start_worker
 
 IN_MEMORY = 1.0  # GiB of standardised features
 
@@ -150,6 +151,7 @@ class Loader:
             batch_sampler=order,
             collate_fn=_as_it_is,
             num_workers=workers,
+            worker_init_fn=start_worker if workers else None,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),

@@ -30,10 +30,13 @@ def find(model: TrainedModel, query: Tensor, gallery: Tensor, k: int = 10) -> Te
         k: Number of clips to find.
 
     Returns:
-        Their numbers, int64 [n, min(k, m)], the most similar first.
+        Their numbers, int64 [n, min(k, m)], the most similar first; -1 in place of clips without a
+        segment that is valid in both.
     """
-    found = similarity(query, gallery, model.codebook)
-    return found.argsort(dim=1, descending=True, stable=True)[:, :k]
+    like, found = similarity(query, gallery, model.codebook).sort(
+        dim=1, descending=True, stable=True
+    )
+    return torch.where(like > -torch.inf, found, -1)[:, :k]
 
 
 def similarity(query: Tensor, gallery: Tensor, codebook: Tensor) -> Tensor:

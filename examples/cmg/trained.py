@@ -134,14 +134,14 @@ class TrainedModel(nn.Module):
         return {name: Codes(i, self.codebook)[:] for name, i in tokens.items()}
 
     def classify(
-        self, features: Features, labels_from: str, masks: Masks | None = None
+        self, features: Features, masks: Masks | None = None, *, labels_from: str
     ) -> dict[str, Prediction]:
         """The class of each clip, [N], by the labels of one modality; -1 where nothing is valid.
 
         Args:
             features: Features in any modalities.
-            labels_from: Modality whose labels the classifier was trained on.
             masks: Masks of the features.
+            labels_from: Modality whose labels the classifier was trained on.
 
         Raises:
             DataError: As in `tokens`, or there is no such classifier.
@@ -161,14 +161,14 @@ class TrainedModel(nn.Module):
         return self._each(tokens, predict)
 
     def localize(
-        self, features: Features, labels_from: str, masks: Masks | None = None
+        self, features: Features, masks: Masks | None = None, *, labels_from: str
     ) -> dict[str, Prediction]:
         """The class of each segment, [N, T]; -1 for background and where it is not valid.
 
         Args:
             features: Features in any modalities.
-            labels_from: Modality whose labels the classifier was trained on.
             masks: Masks of the features.
+            labels_from: Modality whose labels the classifier was trained on.
 
         Raises:
             DataError: As in `classify`.
@@ -189,9 +189,9 @@ class TrainedModel(nn.Module):
     def export_onnx(self, path: str | Path, modality: str) -> None:
         """Write an ONNX model from raw features of a modality to tokens.
 
-        Its input "features" is float32 [N, T, *grid, C] and its output "tokens" int64 [N, T], for
-        any N and T, without masks; see `grid`. Of two codes whose distances differ by
-        floating-point error alone, it may choose the other one.
+        Its inputs are "features", float32 [N, T, *grid, C] (see `grid`), and "mask", bool [N, T],
+        True = valid. Its output "tokens" is int64 [N, T], -1 where not valid. N and T are dynamic.
+        Of two codes whose distances differ by floating-point error alone, it may choose the other.
 
         Args:
             path: The file to write.
@@ -206,16 +206,17 @@ class TrainedModel(nn.Module):
         with optional_import("export_onnx", "pip install 'mmvq[onnx]'"):
             import onnx  # noqa: F401
             import onnxscript  # noqa: F401
+        sizes = {0: torch.export.Dim("N"), 1: torch.export.Dim("T")}
         program = torch.export.export(
             _Tokens(self, modality).eval(),
-            (example,),
-            dynamic_shapes=({0: torch.export.Dim("N"), 1: torch.export.Dim("T")},),
+            (example, torch.ones(2, 3, dtype=torch.bool, device=example.device)),
+            dynamic_shapes=(sizes, sizes),
             strict=False,
         )
         exported: Any = torch.onnx.export(
             program.run_decompositions(decompositions()),
             (),
-            input_names=["features"],
+            input_names=["features", "mask"],
             output_names=["tokens"],
             dynamo=True,
             verbose=False,
@@ -319,11 +320,10 @@ class _Tokens(nn.Module):
         super().__init__()
         self.model, self.modality = model, modality
 
-    def forward(self, x: Tensor) -> Tensor:
-        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        z = self.model.encode(self.modality, x, valid)  # the mask avoids a fused operator
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        z = self.model.encode(self.modality, only_valid(x, mask), mask)
         tokens: Tensor = self.model.quantizer.encode(z)
-        return tokens
+        return tokens.where(mask, -1)
 
 
 def _predict(head: Head, x: Tensor, valid: Tensor) -> Prediction:

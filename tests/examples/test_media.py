@@ -17,6 +17,7 @@ from pathlib import Path
 import cmg_features
 import cmg_pretrain
 import numpy as np
+import psutil
 import pytest
 import torch
 from examples.conftest import before_call, interrupt
@@ -187,7 +188,7 @@ def test_an_interrupted_extraction_continues_to_the_same_bytes(
 def test_a_killed_process_continues_to_the_same_bytes(tmp_path: Path) -> None:
     for k in range(40):
         film(tmp_path / "in" / f"{k}.mp4", 1, sound=beeps(1) + 0.1)
-    options = [str(tmp_path / "in"), *OPTIONS, "--segments", "1", "--seconds", "1", "--workers=0"]
+    options = [str(tmp_path / "in"), *OPTIONS, "--segments", "1", "--seconds", "1", "--workers=1"]
     command = [sys.executable, "-c", STUCK, *options, "--output", str(tmp_path / "store")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
@@ -198,8 +199,11 @@ def test_a_killed_process_continues_to_the_same_bytes(tmp_path: Path) -> None:
                 break
             time.sleep(0.1)
     finally:
+        workers = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGKILL)
         process.wait()
+    assert workers
+    assert psutil.wait_procs(workers, timeout=30)[1] == []  # they end with it
     assert len(journal.read_bytes().splitlines()) == 1
     assert cmg_features.main([*options, "--output", str(tmp_path / "store"), "--resume"]) == 0
     assert cmg_features.main([*options, "--output", str(tmp_path / "whole")]) == 0

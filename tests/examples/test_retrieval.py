@@ -41,7 +41,7 @@ def test_the_first_are_the_most_similar() -> None:
     assert found.shape == (2, 4)
     assert found[:, 0].tolist() == [7, 3]
     assert find(model, gallery[:1], gallery[:3]).shape == (1, 3)
-    assert find(model, gallery[:1], torch.tensor([[-1] * 6, [2] * 6])).tolist() == [[1, 0]]
+    assert find(model, gallery[:1], torch.tensor([[-1] * 6, [2] * 6])).tolist() == [[1, -1]]
     own = ranks(similarity(gallery, gallery, model.codebook))
     assert recall(own, 1) == 1.0
 

@@ -571,11 +571,14 @@ def test_onnx_from_raw_features_to_tokens(model: TrainedModel, tmp_path: Path) -
     model.export_onnx(path, "video")
     session = runtime.InferenceSession(path)
     for n, segments in ((5, 4), (1, 1), (3, 17)):
-        x = drawn("video", n, segments)
-        (found,) = session.run(["tokens"], {"features": x.numpy()})
-        expected = model.tokens({"video": x})["video"]
+        x, mask = drawn("video", n, segments), torch.ones(n, segments, dtype=torch.bool)
+        mask[0, 1:], mask[1:2] = False, False  # padding, and a clip without video
+        x[~mask] = torch.nan
+        given = {"features": x.numpy(), "mask": mask.numpy()}
+        (found,) = session.run(["tokens"], given)
+        expected = model.tokens({"video": x}, {"video": mask})["video"]
         assert found.dtype == np.int64
-        z = model.semantic_features({"video": x})["video"]
+        z = model.semantic_features({"video": x}, {"video": mask})["video"]
         near = (z[..., None, :] - model.codebook).square().sum(-1).topk(2, largest=False).values
         clear = near[..., 1] - near[..., 0] > 1e-3
         assert torch.equal(torch.from_numpy(found)[clear], expected[clear])

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import csv
 import os
-import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context, parent_process
-from multiprocessing.process import BaseProcess
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +26,7 @@ from tqdm import tqdm
 from ..errors import DataError
 from ..files import new_folder
 from ..media.decode import require_av
+from ..workers import start_worker
 from . import pictures, render_clip, sentences, speech, streams
 from .style import HOME, Style
 
@@ -117,25 +115,12 @@ def _map(write: Callable[[Place], int], places: list[Place], workers: int) -> li
     bar = partial(tqdm, desc="writing clips", total=len(places), unit="clip", disable=None)
     if min(workers, len(places)) <= 1:
         return list(bar(map(write, places)))
-    with ProcessPoolExecutor(
-        min(workers, len(places)), get_context("spawn"), _start_worker
-    ) as pool:
+    with ProcessPoolExecutor(min(workers, len(places)), get_context("spawn"), start_worker) as pool:
         try:
             return list(bar(pool.map(write, places)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _start_worker() -> None:
-    """Leave an interrupt to the process that started this one, and end when it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
-
-
-def _end_with(process: BaseProcess) -> None:
-    process.join()
-    os._exit(1)
 
 
 def _write_clip(folder: Path, seed: int, style: Style, place: Place) -> int:

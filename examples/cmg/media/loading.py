@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError
+from ..workers import start_worker
 from .decode import Cut, Decoded, decode
 from .folder import Source
 
@@ -64,6 +65,7 @@ def load(
         num_workers=workers,
         prefetch_factor=_AHEAD if workers else None,
         collate_fn=_as_it_is,
+        worker_init_fn=start_worker if workers else None,
         generator=torch.Generator(),
     )
     batch: list[Loaded] = []
