@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from cmg.clips import Clips
-from cmg.command import exit_code
+from cmg.command import exit_code, positive_float, positive_int
 from cmg.errors import DataError
 from cmg.media.encoders import MODALITIES
 from cmg.media.extract import Settings, temporary_store
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         data = args.data
         if is_media_folder(data):
             folder = open_folder(data)
-            store = temporary_store(folder, _settings(model, args.modalities), device)
+            store = temporary_store(folder, _settings(model, args), device)
             data, report = held.enter_context(store)
             print(report)
         clips = open_to_encode(str(data), [*model.semantic], args.modalities, args.text_encoder)
@@ -59,15 +59,16 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(clips.split):,} clips of {names}, {len(model.codebook)} codes: {args.output}")
 
 
-def _settings(model: TrainedModel, modalities: Sequence[str] | None) -> Settings:
-    """How the clips of the run were encoded, for media files of some modalities."""
-    wanted = set(MODALITIES if modalities is None else modalities)
+def _settings(model: TrainedModel, args: argparse.Namespace) -> Settings:
+    """How the clips of the run were encoded, but for what the arguments say."""
+    wanted = set(args.modalities or MODALITIES)
     encoders = {name: x for name, x in model.about.encoders.items() if name in wanted}
     if not encoders or model.about.seconds is None:
         rule = "does not say how its features were made from files"
         hint = "encode them with cmg_features.py as those of the run were, and give that folder"
         raise DataError(f"{model.source}: {rule}. Hint: {hint}.")
-    return Settings(model.config.segments, model.about.seconds, encoders)
+    segments, seconds = args.segments or model.config.segments, args.seconds or model.about.seconds
+    return Settings(segments, seconds, encoders)
 
 
 def _other_encoders(model: TrainedModel, clips: Clips) -> list[str]:
@@ -94,6 +95,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--modalities", nargs="+", metavar="NAME", help="modalities to encode; all by default"
     )
+    for name, kind in (("segments", positive_int), ("seconds", positive_float)):
+        text = "of a clip of media files; default: as in training"
+        parser.add_argument(f"--{name}", type=kind, metavar="N", help=text)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--text-encoder", default="bert-base-uncased", help="see cmg_pretrain.py")
     return parser.parse_args(argv)

@@ -10,6 +10,7 @@ python examples/cmg_pretrain.py --data STORE
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 def run_media(args: argparse.Namespace) -> None:
     """Encode media files."""
-    chosen = {name: getattr(args, name) or default_encoder(name) for name in MODALITIES}
+    chosen = {name: _encoder(name, getattr(args, name)) for name in MODALITIES}
     for name in args.modalities or ():
         if name not in chosen:
             raise DataError(f"--modalities: must be of {' '.join(MODALITIES)}; got {name!r}.")
@@ -70,6 +71,13 @@ def run_media(args: argparse.Namespace) -> None:
     print(f"written to {args.output}")
 
 
+def _encoder(modality: str, name: str | None) -> str:
+    """The name of an encoder; that of a local folder is its path, for later use from anywhere."""
+    if name is None:
+        return default_encoder(modality)
+    return os.path.abspath(name) if Path(name).is_dir() else name
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"{__doc__}{media.__doc__}\n{encoders.__doc__}",
@@ -79,11 +87,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "data", metavar="DATA", help="folder of media files, or as --data of cmg_pretrain.py"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="STORE", help="new folder")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="STORE", help="new folder for the features"
+    )
     parser.add_argument(
         "--modalities", nargs="+", metavar="NAME", help="modalities to write; all by default"
     )
-    parser.add_argument("--text-encoder", default="bert-base-uncased", help="see cmg_pretrain.py")
+    parser.add_argument(
+        "--text-encoder", default="bert-base-uncased", help="of the prompts of the authors' sets"
+    )
     files = parser.add_argument_group("media files")
     files.add_argument(
         "--segments", type=positive_int, default=10, metavar="T", help="of a clip (default: 10)"
@@ -92,8 +104,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seconds", type=positive_float, default=10.0, help="length of a clip (default: 10)"
     )
     for name in MODALITIES:
-        known = "a built-in, a model of Hugging Face, or LIBRARY:NAME"
-        files.add_argument(f"--{name}", metavar="ENCODER", help=f"{known} (default: built in)")
+        files.add_argument(
+            f"--{name}", metavar="ENCODER", help=f"see above; default: {default_encoder(name)}"
+        )
     files.add_argument(
         "--workers",
         type=natural,

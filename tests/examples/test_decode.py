@@ -93,7 +93,7 @@ def test_a_stream_that_begins_later_stays_in_time(tmp_path: Path) -> None:
     clip = decoded(tmp_path, "a")
     assert clip.valid["audio"].tolist() == [False, True, True, True]
     assert loudness(clip) == pytest.approx([0, 0.35, 0, 0.35], abs=0.06)
-    assert notes(clip, "audio") == ["sound in 3 of 4 segments"]
+    assert notes(clip, "audio") == ["shorter than the clip: sound in 3 of 4 segments"]
 
 
 def test_a_picture_that_begins_late_is_its_first_frame_before(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_picture_that_begins_late_is_its_first_frame_before(tmp_path: Path) ->
     film(tmp_path / "b.mkv", drop=lambda k: k < 14, sound=beeps(4), codecs=("libx264", "flac"))
     clip = decoded(tmp_path, "b")
     assert clip.valid["video"].tolist() == [False, True, True, True]
-    assert notes(clip, "video") == ["picture in 3 of 4 segments"]
+    assert notes(clip, "video") == ["shorter than the clip: picture in 3 of 4 segments"]
 
 
 def test_more_channels_than_a_layout_names(tmp_path: Path) -> None:
@@ -156,12 +156,12 @@ def test_short_and_long_clips(tmp_path: Path) -> None:
     film(tmp_path / "short.mp4", 2.2, sound=beeps(2.2))
     clip = decoded(tmp_path, "short")
     is_right(clip, 2)
-    assert notes(clip, "video") == ["picture in 2 of 4 segments"]
-    assert notes(clip, "audio") == ["sound in 2 of 4 segments"]
+    assert notes(clip, "video") == ["shorter than the clip: picture in 2 of 4 segments"]
+    assert notes(clip, "audio") == ["shorter than the clip: sound in 2 of 4 segments"]
     film(tmp_path / "long.mp4", 7, sound=beeps(7))
     clip = decoded(tmp_path, "long")
     is_right(clip)
-    assert notes(clip, "video") == ["7.0 s long; the first 4 s are used"]
+    assert notes(clip, "video") == ["longer than the clip: only the first 4 of 7.0 s are used"]
     film(tmp_path / "about.mp4", 3.9, sound=beeps(3.9))
     is_right(decoded(tmp_path, "about"))
 
@@ -282,7 +282,11 @@ def test_captions(tmp_path: Path) -> None:
         "lines": (["a dog", "", "two dogs", "nothing"], ["a dog", "", "two dogs", "nothing"], []),
         "one": (["a dog barks"], ["a dog barks"] * 4, []),
         "blank": (["", " "], [""] * 4, ["empty"]),
-        "more": (["a", "b", "", "c", "d"], ["a b c d"] * 4, ["5 lines for 4 segments"]),
+        "more": (
+            ["a", "b", "", "c", "d"],
+            ["a b c d"] * 4,
+            ["joined to one caption of the clip: 5 lines for 4 segments"],
+        ),
     }
     for name, (given, _, _) in expected.items():
         film(tmp_path / f"{name}.mp4", 0.2)
@@ -311,13 +315,14 @@ class TestFolder:
         self.touch(tmp_path, "audio/d.wav", "audio/e.mp3", "captions/b.txt", "captions/z.txt")
         self.touch(tmp_path, "clips/.hidden.mp4", "clips/.git/x.mp4", "clips/readme.md")
         found = open_folder(tmp_path)
-        assert [x.id for x in found.sources] == ["b", "c", "d", "dog/1", "e"]
+        assert [x.id for x in found.sources] == ["b", "c", "d", "dog/1", "e", "z"]
         by_id = {x.id: x for x in found.sources}
         assert by_id["b"].picture == by_id["b"].sound == tmp_path / "clips/b.MP4"
         assert by_id["b"].captions == tmp_path / "captions/b.txt"
         assert by_id["d"].sound == tmp_path / "audio/d.wav"
         assert by_id["e"].picture is None
-        assert found.notes == (("z", "captions without a video or sound"),)
+        assert found.notes == ()
+        assert by_id["z"].picture is by_id["z"].sound is None
         assert {x.split for x in found.sources} == {0}
 
     def test_labels_and_splits(self, tmp_path: Path) -> None:
@@ -331,7 +336,7 @@ class TestFolder:
             ("", 0), ("Dog", 1), ("cat", 2), ("Dog", 3), ("cat", 0), ("", 0),
         ]  # fmt: skip
         assert found.class_names == ("Dog", "cat")
-        assert found.notes == (("gone", "is in clips.csv, and has no file"),)
+        assert found.notes == (("gone", "clips.csv", "has no file"),)
 
     def test_numbers_as_labels_keep_their_order(self, tmp_path: Path) -> None:
         self.touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")

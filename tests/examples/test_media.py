@@ -127,11 +127,13 @@ def test_problems_are_rows_of_a_file_and_counted(store: tuple[Path, Report]) -> 
     assert rows == report.problems
     assert ("bad-silent", "audio", "silent") in rows
     assert ("bad-mute", "audio", "no sound") in rows
-    assert ("bad-short", "video", "picture in 2 of 4 segments") in rows
+    assert ("bad-short", "video", "shorter than the clip: picture in 2 of 4 segments") in rows
     assert {x for x, _, _ in rows} == {x for x in load_clips(output).ids if x.startswith("bad")}
     assert report.valid["audio"] == pytest.approx((9 * 4 + 2) / (14 * 4))
     assert "audio: no sound" in str(report)
-    assert "problems of 5 clips" in str(report)
+    lines = str(report).splitlines()
+    assert lines[-1].endswith("audio: shorter than the clip")
+    assert "      2  video: cannot be decoded" in lines
 
 
 def test_it_trains(store: tuple[Path, Report], tmp_path: Path) -> None:
@@ -362,10 +364,10 @@ def test_the_command_line_and_what_it_refuses(
     empty = tmp_path / "broken"
     empty.mkdir()
     (empty / "a.mp4").write_text("x")
-    assert "nothing could be decoded (a: cannot be decoded" in refused(capsys, empty, *other)
+    assert "nothing could be decoded (a: cannot be decoded:" in refused(capsys, empty, *other)
     (tmp_path / "dogs" / "dog").mkdir(parents=True)
     (tmp_path / "dogs" / "dog" / "1.mp4").write_text("x")  # not below clips/
-    assert "Hint: put them as clips/<id>.mp4" in refused(capsys, tmp_path / "dogs", *other)
+    assert "has no media files. Hint: put videos in" in refused(capsys, tmp_path / "dogs", *other)
     assert "no clip has a file for text" in refused(
         capsys, empty, "--output", tmp_path / "third", "--modalities", "text"
     )

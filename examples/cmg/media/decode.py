@@ -203,9 +203,10 @@ def _ending(what: str, valid: Array, stream: _Stream, cut: Cut) -> list[str]:
     if not valid.any():
         return [] if stream.notes else [f"no {what} in the first {cut.seconds:g} s"]
     if not valid.all():
-        return [f"{what} in {int(valid.sum())} of {len(valid)} segments"]
+        return [f"shorter than the clip: {what} in {int(valid.sum())} of {len(valid)} segments"]
     if stream.seconds >= cut.seconds * (1 + 1 / cut.segments):
-        return [f"{stream.seconds:.1f} s long; the first {cut.seconds:g} s are used"]
+        used = f"only the first {cut.seconds:g} of {stream.seconds:.1f} s are used"
+        return [f"longer than the clip: {used}"]
     return []
 
 
@@ -240,7 +241,7 @@ class _Stream:
                 else:
                     self.notes.append("no sound" if self.kind == "audio" else "no picture")
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            self.notes.append(f"cannot be decoded ({_first(error)})")
+            self.notes.append(f"cannot be decoded: {_first(error)}")
 
     def _decoded(self, box: Any, stream: Any) -> Iterator[tuple[float, float, Any]]:
         import av
@@ -270,7 +271,7 @@ class _Stream:
                     yield time, lasting, frame
         finally:  # also if the rest is not needed
             if broken:
-                self.notes.append(f"{broken} damaged packets ({cause})")
+                self.notes.append(f"damaged: {broken} packets ({cause})")
 
 
 def _is_cover(stream: Any) -> bool:
@@ -292,14 +293,14 @@ def _captions(path: Path | None, T: int) -> tuple[list[str], list[str]]:
         return nothing, ["no file"]
     try:
         if path.stat().st_size > _LARGEST_CAPTION:
-            return nothing, [f"more than {_LARGEST_CAPTION} bytes"]
+            return nothing, [f"too long: more than {_LARGEST_CAPTION} bytes"]
         lines = [x.strip() for x in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        return nothing, [f"cannot be read ({error})"]
+        return nothing, [f"cannot be read: {error}"]
     if len(lines) == T > 1:
         return lines, [] if any(lines) else ["empty"]
     text = " ".join(filter(None, lines))
     if not text:
         return nothing, ["empty"]
-    note = [f"{len(lines)} lines for {T} segments; joined to one caption of the clip"]
+    note = [f"joined to one caption of the clip: {len(lines)} lines for {T} segments"]
     return [text] * T, note if len([x for x in lines if x]) > 1 else []

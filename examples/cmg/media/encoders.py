@@ -9,15 +9,17 @@
             n-grams              768, hashed n-grams of characters
 
 The first of each modality is the default, or the second where its package is not installed. None
-needs a download. Any other name is a model of Hugging Face transformers, on the Hub or in a local
-folder, see `pretrained`; "timm:NAME", "open_clip:NAME" and "sentence-transformers:NAME" are models
-of these libraries.
+needs a download. Any other name is a model of Hugging Face transformers: a name on the Hub, or a
+local folder. "timm:NAME", "open_clip:NAME" and "sentence-transformers:NAME" are models of these
+libraries. Of each segment two frames are encoded and averaged, or as many as a model of videos
+takes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,6 +91,8 @@ def load_encoder(modality: str, name: str, device: torch.device | str = "cpu") -
         raise DataError(
             f"--{modality} {name}: is an encoder of {other[0]}. Hint: one of {choices}."
         )
+    elif not Path(name).exists() and (like := get_close_matches(name, _BUILT_IN[modality], 1)):
+        raise DataError(f"--{modality} {name}: no such encoder. Hint: {like[0]}?")
     else:
         from .pretrained import load_pretrained
 

@@ -9,7 +9,6 @@ a clip is a row of its problems.csv, and what it lacks is not valid in its masks
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from .decode import Cut, Decoded, require_av
 from .encoders import MODALITIES, Encoder, default_encoder, load_encoder
 from .folder import MediaFolder
 from .loading import deaths, load
-from .partial import PROBLEMS, PartialStore, Problem
+from .partial import PartialStore, Problem
 
 BATCH = 16  # clips
 _LARGEST = torch.finfo(torch.float16).max
@@ -78,10 +77,13 @@ class Report(NamedTuple):
         shares = ", ".join(f"{name} in {x:.1%} of segments" for name, x in self.valid.items())
         stages = ", ".join(f"{name} {x:.0f} s" for name, x in self.seconds.items())
         lines = [f"{self.clips} clips: {shares}", f"time: {stages}"]
-        if self.problems:
-            kinds = Counter((modality, _kind(text)) for _, modality, text in self.problems)
-            lines.append(f"problems of {len({x[0] for x in self.problems})} clips, see {PROBLEMS}:")
-            lines += [f"  {n:5d}  {m}: {text}".rstrip() for (m, text), n in kinds.most_common(8)]
+        kinds = Counter((where, text.partition(":")[0]) for _, where, text in self.problems)
+        # what is short or long is not wrong, and comes last
+        order = sorted(kinds.items(), key=lambda x: ("than the clip" in x[0][1], -x[1]))
+        lines += [f"  {n:5d}  {where}: {text}" for (where, text), n in order]
+        if any(2 * n > self.clips for (_, text), n in order if text.startswith("shorter")):
+            hint = "with fewer --seconds and --segments, less of them is masked"
+            lines.append(f"Hint: more than half of the clips are shorter; {hint}.")
         return "\n".join(lines)
 
 
@@ -130,8 +132,7 @@ def extract(
             class_names=folder.class_names,
             seconds=settings.seconds,
         )
-        notes = [(name, "", text) for name, text in folder.notes]
-        share = store.finish(_described(folder), meta, notes)
+        share = store.finish(_described(folder), meta, folder.notes)
         give_name(partial, output)
     return Report(len(folder.sources), share, store.problems, spent)
 
@@ -270,8 +271,3 @@ def _manifest(
         "seconds": settings.seconds,
         "encoders": {name: [settings.encoders[name], x.width] for name, x in encoders.items()},
     }
-
-
-def _kind(text: str) -> str:
-    """A problem without what differs between clips."""
-    return re.sub(r"\d+", "#", text.partition(" (")[0])

@@ -1,4 +1,4 @@
-"""A folder of media files: which files belong to which clip, with labels and splits.
+"""A folder of media files: the files of each clip, its label and its split.
 
     clips/<id>.mp4        picture and sound; files in the folder itself count too
     video/<id>.mp4        picture, and the sound if there is no audio/<id>.wav
@@ -6,11 +6,12 @@
     captions/<id>.txt     one line for the clip, or one for each segment (an empty line: none)
     clips.csv             columns id, label and split, the last two optional
 
-Other containers that FFmpeg reads do too (mkv, webm, mov, avi; flac, mp3, ogg, m4a). <id> may have
-folders in it: clips/dog/1.mp4 is the clip "dog/1". A split is pretrain, train, test or validation,
-or their number 0, 1, 2 or 3. Clips that clips.csv does not list, and all without it, are of
-pretrain. Without a column split, a quarter of the clips of each class is for train, a quarter for
-test, and the rest for pretrain, by a hash of the id.
+Other formats that FFmpeg can read also work (mkv, webm, mov, avi; flac, mp3, ogg, m4a). <id> may
+have folders in it: clips/dog/1.mp4 is the clip "dog/1"; it gets no label from that. One kind of
+file is enough for a clip. A split is pretrain, train, test or validation, or 0, 1, 2 or 3. Clips
+that are not in clips.csv belong to pretrain; without the file, all do. If it has no column split,
+about a quarter of the clips of each class goes to train, a quarter to test, and the rest to
+pretrain, by a hash of the id.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import csv
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..clips import MOST_CLASSES, PRETRAIN, SPLITS, TEST, TRAIN, VALIDATION
@@ -64,12 +65,12 @@ class MediaFolder:
     Attributes:
         path: The folder.
         sources: Files of the clips.
-        notes: (id, text) of what was left out: files that belong to no clip, rows without files.
+        notes: Rows of clips.csv that have no file: (id, "clips.csv", what is wrong).
     """
 
     path: Path
     sources: tuple[Source, ...]
-    notes: tuple[tuple[str, str], ...] = field(default=())
+    notes: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -98,20 +99,18 @@ def open_folder(path: str | Path) -> MediaFolder:
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error}).") from error
     pictures = _merge(folder, found[""], found["clips"], found["video"])
-    ids = {*pictures, *found["audio"]}
+    ids = {*pictures, *found["audio"], *found["captions"]}
     if not ids:
-        kinds = "clips/<id>.mp4, or video/<id>.mp4 and audio/<id>.wav"
-        raise DataError(f"{folder}: has no media files. Hint: put them as {kinds}.")
-    notes = [
-        (x, "captions without a video or sound") for x in sorted(found["captions"].keys() - ids)
-    ]
+        places = f"videos in {folder}, clips or video, sounds in audio, captions in captions"
+        raise DataError(f"{folder}: has no media files. Hint: put {places}.")
+    notes = []
     given: dict[str, tuple[str, int | None]] = {}
     for row, label, split in rows:
         name, _, suffix = row.rpartition(".")
         if row in ids or suffix.lower() not in (*VIDEO, *AUDIO):
             name = row
         if name not in ids:
-            notes.append((row, f"is in {TABLE}, and has no file"))
+            notes.append((row, TABLE, "has no file"))
         elif name in given:
             raise DataError(f"{folder / TABLE}: {row} is listed twice.")
         else:

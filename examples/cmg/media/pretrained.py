@@ -25,6 +25,7 @@ from ..errors import DataError, optional_import
 from .encoders import Encoder, Images
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_PACKAGES = {"open_clip": "open-clip-torch"}
 _AT_ONCE = 32  # segments in a batch
 _POOLED = ("dino", "audio-spectrogram-transformer", "convnext", "resnet", "swin")
 
@@ -40,6 +41,7 @@ def load_pretrained(modality: str, name: str) -> Encoder:
     }
     load = loaders.get((modality, library)) if rest else None
     package = library if load else "transformers"
+    package = _PACKAGES.get(package, package)
     with optional_import(f"--{modality} {name}", f"pip install {package}"):
         try:
             if load is not None:
