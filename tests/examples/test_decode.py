@@ -394,3 +394,12 @@ class TestFolder:
         assert is_media_folder(tmp_path)
         self.touch(tmp_path, "audio.npy")
         assert not is_media_folder(tmp_path)
+
+
+def test_an_unknown_or_encrypted_codec_is_noted(tmp_path: Path) -> None:
+    path = film(tmp_path / "clips/a.mp4", 2, sound=beeps(2))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"encv"))
+    (source,) = open_folder(tmp_path).sources
+    clip = decode(source, Cut(2, 2.0, 1, 32, 16_000, False))
+    assert not clip.valid["video"].any() and clip.valid["audio"].all()
+    assert clip.notes == [("video", "cannot be decoded (unknown or encrypted codec)")]

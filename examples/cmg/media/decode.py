@@ -246,6 +246,9 @@ class _Stream:
     def _decoded(self, box: Any, stream: Any) -> Iterator[tuple[float, float, Any]]:
         import av
 
+        if stream.codec_context is None:
+            self.notes.append("cannot be decoded (unknown or encrypted codec)")
+            return
         stream.codec_context.thread_count = 1  # clips are decoded in parallel
         stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
         start = (box.start_time or 0) / av.time_base
