@@ -298,7 +298,7 @@ def test_captions(tmp_path: Path) -> None:
         assert [x.split(";")[0] for x in notes(clip, "text")] == found
     assert notes(decoded(tmp_path, "a"), "text") == ["no file"]
     (tmp_path / "captions" / "a.txt").write_bytes(b"\xff\xfe\xfa")
-    assert "cannot be read" in notes(decoded(tmp_path, "a"), "text")[0]
+    assert "cannot be decoded" in notes(decoded(tmp_path, "a"), "text")[0]
 
 
 class TestFolder:
@@ -401,5 +401,6 @@ def test_an_unknown_or_encrypted_codec_is_noted(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"avc1", b"encv"))
     (source,) = open_folder(tmp_path).sources
     clip = decode(source, Cut(2, 2.0, 1, 32, 16_000, False))
-    assert not clip.valid["video"].any() and clip.valid["audio"].all()
-    assert clip.notes == [("video", "cannot be decoded (unknown or encrypted codec)")]
+    assert not clip.valid["video"].any()
+    assert clip.valid["audio"].all()
+    assert clip.notes == [("video", "cannot be decoded: unknown or encrypted codec")]

@@ -36,6 +36,7 @@ from cmg.media.folder import open_folder
 
 T = 4
 FAST = {"audio": "log-mel", "video": "patches", "text": "n-grams"}
+FAST_ORDER = ("video", "audio", "text")  # of notes
 SETTINGS = Settings(segments=T, seconds=4.0, encoders=FAST)
 CLASSES = ("dog", "cat", "bird")
 original = loading.decode
@@ -279,19 +280,31 @@ def test_a_full_disk_is_one_error_and_can_be_continued(
 
 
 @pytest.mark.parametrize("how", ["ends", "is killed"])
-def test_a_worker_that_dies_is_an_error_that_names_the_clips(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+def test_a_decoder_that_crashes_costs_its_clip_only(
+    folder: Path,
+    store: tuple[Path, Report],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
 ) -> None:
-    def dies(source: object, cut: object) -> object:
-        if source.id == "good3":
+    def crashes(source: object, cut: object) -> object:
+        if source.id in ("good3", "good4"):
             if how == "is killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             os._exit(9)
         return original(source, cut)
 
-    monkeypatch.setattr(loading, "decode", dies)
-    with pytest.raises(DataError, match=r"has died, on one of .*good3.* Hint: find the file"):
-        extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=1)
+    monkeypatch.setattr(loading, "decode", crashes)
+    report = extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=2)
+    notes = [x for x in report.problems if x[2] == "the decoder crashed"]
+    assert notes == [(f"good{k}", m, "the decoder crashed") for k in (3, 4) for m in FAST_ORDER]
+    found, whole = load_clips(tmp_path / "store", labels="ignored"), load_clips(store[0])
+    row = [whole.ids.index("good3"), whole.ids.index("good4")]
+    others = torch.tensor([k for k in range(14) if k not in row])
+    for name in FAST:
+        assert not found.valid(name)[row].any()
+        assert torch.equal(found.valid(name, others), whole.valid(name, others))
+        assert torch.equal(found.read(name, others), whole.read(name, others))
 
 
 def test_a_fault_of_the_code_in_a_worker_is_no_error_of_the_data(
@@ -303,6 +316,52 @@ def test_a_fault_of_the_code_in_a_worker_is_no_error_of_the_data(
     monkeypatch.setattr(loading, "decode", fails)
     with pytest.raises(RuntimeError, match="a fault"):
         extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=1)
+
+
+@pytest.mark.parametrize("spoil", ["short array", "other array", "journal", "manifest", "gone"])
+@pytest.mark.usefixtures("small_batches")
+def test_a_damaged_extraction_is_not_continued(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "decode", before_call(5, interrupt, original))
+        with pytest.raises(KeyboardInterrupt):
+            extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=0)
+    partial = tmp_path / "store.partial"
+    if spoil == "short array":
+        os.truncate(partial / "video.npy", 1000)
+    if spoil == "other array":
+        np.save(partial / "audio.npy", np.zeros((14, T, 3), np.float16))
+    if spoil == "journal":
+        (partial / "journal.jsonl").write_text("[1e9, []]\n")
+    if spoil == "manifest":
+        (partial / "manifest.json").write_text("[]")
+    if spoil == "gone":
+        (partial / "mask_text.npy").unlink()
+    with pytest.raises(DataError, match=r"store\.partial: holds an extraction .* Hint: "):
+        extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=0, resume=True)
+
+
+def test_a_failure_at_the_end_can_be_continued(
+    folder: Path, store: tuple[Path, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partials, "give_name", full)
+        with pytest.raises(DataError, match="cannot be written"):
+            extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=0)
+    extract(open_folder(folder), tmp_path / "store", SETTINGS, workers=0, resume=True)
+    assert contents(tmp_path / "store") == contents(store[0])
+
+
+@pytest.mark.parametrize(("segments", "seconds"), [(10, 1e9), (10**6, 10.0), (10, float("nan"))])
+def test_settings_that_are_out_of_range(
+    folder: Path, tmp_path: Path, segments: int, seconds: float
+) -> None:
+    with pytest.raises(DataError, match="a clip has at most 3600 s and 10000 segments; got"):
+        extract(open_folder(folder), tmp_path / "store", Settings(segments, seconds, FAST))
 
 
 def test_numbers_that_do_not_fit_are_not_valid(

@@ -31,6 +31,7 @@ _SAFE = {
 _SILENCE = 1e-4  # amplitude: -80 dB of full scale
 _LARGEST_CAPTION = 1 << 20  # bytes
 _MOST_PIXELS = 1 << 26  # of a frame
+_HOLDS = {"video": "frames", "audio": "sound", "text": "captions"}  # attributes of `Decoded`
 _WIDEST = 4  # of the sides of a frame; longer ones are compressed to it before the crop
 _JUMP = 0.04  # seconds between the time stamp of sound and where it would follow
 
@@ -91,27 +92,48 @@ def require_av() -> None:
 
 def decode(source: Source, cut: Cut) -> Decoded:
     """Decode what is needed of a clip. Files with errors give notes and do not raise."""
-    clip = Decoded()
-    if cut.frames:
-        clip.frames, clip.valid["video"], notes = _frames(source.picture, cut)
-        clip.notes += [("video", note) for note in notes]
-    if cut.rate:
-        clip.sound, clip.valid["audio"], notes = _sound(source.sound, cut)
-        clip.notes += [("audio", note) for note in notes]
-    if cut.captions:
-        clip.captions, notes = _captions(source.captions, cut.segments)
-        clip.valid["text"] = np.array([bool(line) for line in clip.captions])
-        clip.notes += [("text", note) for note in notes]
+    clip = undecoded(cut)
+    parts: dict[str, tuple[Any, Path | None]] = {
+        "video": (_frames, source.picture),
+        "audio": (_sound, source.sound),
+        "text": (_captions, source.captions),
+    }
+    for name in clip.valid:
+        read, path = parts[name]
+        try:
+            if path is None:
+                raise FileNotFoundError
+            data, clip.valid[name], notes = read(path, cut)
+            setattr(clip, _HOLDS[name], data)
+        except FileNotFoundError:
+            notes = ["no file"]
+        except Exception as error:  # PyAV raises many types for damaged files
+            notes = [f"cannot be decoded: {_first(error)}"]
+        clip.notes += [(name, note) for note in notes]
     return clip
 
 
-def _frames(path: Path | None, cut: Cut) -> tuple[Array, Array, list[str]]:
+def undecoded(cut: Cut, *notes: str) -> Decoded:
+    """A clip of which nothing is valid, with a note in each modality that is needed."""
+    T = cut.segments
+    clip = Decoded()
+    if cut.frames:
+        clip.frames = np.zeros((T, cut.frames, cut.size, cut.size, 3), np.uint8)
+    if cut.rate:
+        clip.sound = np.zeros((T, cut.samples), np.float32)
+    if cut.captions:
+        clip.captions = [""] * T
+    needed = [name for name, data in _HOLDS.items() if getattr(clip, data) is not None]
+    clip.valid = {name: np.zeros(T, bool) for name in needed}
+    clip.notes = [(name, note) for name in needed for note in notes]
+    return clip
+
+
+def _frames(path: Path, cut: Cut) -> tuple[Array, Array, list[str]]:
     """Frames [T, F, size, size, 3], which segments are valid [T], and notes."""
     T, F, wanted = cut.segments, cut.frames, cut.segments * cut.frames
     frames = np.zeros((wanted, cut.size, cut.size, 3), np.uint8)
     there = np.zeros(wanted, bool)
-    if path is None:
-        return frames.reshape(T, F, *frames.shape[1:]), np.zeros(T, bool), ["no file"]
     times = (np.arange(wanted) + 0.5) * cut.seconds / wanted
     stream, shown, done, until = _Stream(path, "video"), None, 0, 0.0
 
@@ -148,15 +170,12 @@ def _square(frame: Any, size: int, aspect: float) -> Array:
     return np.rot90(image, round((frame.rotation or 0) / 90))
 
 
-def _sound(path: Path | None, cut: Cut) -> tuple[Array, Array, list[str]]:
+def _sound(path: Path, cut: Cut) -> tuple[Array, Array, list[str]]:
     """Sound [T, samples], which segments are valid [T], and notes."""
     import av
 
     total = cut.segments * cut.samples
     sound, covered = np.zeros(total, np.float32), np.zeros(total, bool)
-    invalid = np.zeros(cut.segments, bool)
-    if path is None:
-        return sound.reshape(cut.segments, -1), invalid, ["no file"]
     stream = _Stream(path, "audio")
 
     def put(start: int, part: Any) -> int:
@@ -194,7 +213,7 @@ def _sound(path: Path | None, cut: Cut) -> tuple[Array, Array, list[str]]:
     valid = covered.reshape(cut.segments, -1).mean(1) >= 0.5
     notes += _ending("sound", valid, stream, cut)
     if valid.any() and np.abs(sound).max() < _SILENCE:
-        valid, notes = invalid, [*notes, "silent"]
+        valid, notes = np.zeros_like(valid), [*notes, "silent"]
     return sound.clip(-1, 1).reshape(cut.segments, -1), valid, notes
 
 
@@ -247,7 +266,7 @@ class _Stream:
         import av
 
         if stream.codec_context is None:
-            self.notes.append("cannot be decoded (unknown or encrypted codec)")
+            self.notes.append("cannot be decoded: unknown or encrypted codec")
             return
         stream.codec_context.thread_count = 1  # clips are decoded in parallel
         stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
@@ -289,21 +308,15 @@ def _first(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:100]
 
 
-def _captions(path: Path | None, T: int) -> tuple[list[str], list[str]]:
-    """T captions, empty where there is none, and notes."""
-    nothing = [""] * T
-    if path is None:
-        return nothing, ["no file"]
-    try:
-        if path.stat().st_size > _LARGEST_CAPTION:
-            return nothing, [f"too long: more than {_LARGEST_CAPTION} bytes"]
-        lines = [x.strip() for x in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        return nothing, [f"cannot be read: {error}"]
-    if len(lines) == T > 1:
-        return lines, [] if any(lines) else ["empty"]
-    text = " ".join(filter(None, lines))
-    if not text:
-        return nothing, ["empty"]
-    note = [f"joined to one caption of the clip: {len(lines)} lines for {T} segments"]
-    return [text] * T, note if len([x for x in lines if x]) > 1 else []
+def _captions(path: Path, cut: Cut) -> tuple[list[str], Array, list[str]]:
+    """T captions, which of them are valid [T], and notes."""
+    if path.stat().st_size > _LARGEST_CAPTION:
+        raise ValueError(f"more than {_LARGEST_CAPTION} bytes")
+    T, notes = cut.segments, list[str]()
+    lines = [x.strip() for x in path.read_text(encoding="utf-8-sig").splitlines()]
+    if not len(lines) == T > 1:
+        if len([*filter(None, lines)]) > 1:
+            notes = [f"joined to one caption of the clip: {len(lines)} lines for {T} segments"]
+        lines = [" ".join(filter(None, lines))] * T
+    valid = np.array([bool(line) for line in lines])
+    return lines, valid, notes if valid.any() else ["empty"]

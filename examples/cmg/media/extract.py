@@ -27,14 +27,15 @@ from ..clips import PRETRAIN
 from ..containers import Array
 from ..data import Meta
 from ..errors import DataError
-from ..files import cache_folder, free_name, give_name, in_use, make_writable, temporary_folder
+from ..files import cache_folder, free_name, in_use, make_writable, temporary_folder
 from .decode import Cut, Decoded, require_av
 from .encoders import MODALITIES, Encoder, default_encoder, load_encoder
 from .folder import MediaFolder
-from .loading import deaths, load
+from .loading import load
 from .partial import PartialStore, Problem
 
 BATCH = 16  # clips
+_LONGEST, _MOST_SEGMENTS = 3600, 10_000
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -111,6 +112,10 @@ def extract(
             written; an encoder cannot be loaded; no clip has anything to encode; a package is not
             installed.
     """
+    if not (0 < settings.seconds <= _LONGEST and 0 < settings.segments <= _MOST_SEGMENTS):
+        got = f"{settings.seconds:g} s in {settings.segments} segments"
+        rule = f"a clip has at most {_LONGEST} s and {_MOST_SEGMENTS} segments"
+        raise DataError(f"{rule}; got {got}.")
     require_av()
     output = free_name(output)
     names = _possible(folder, settings)
@@ -132,8 +137,7 @@ def extract(
             class_names=folder.class_names,
             seconds=settings.seconds,
         )
-        share = store.finish(_described(folder), meta, folder.notes)
-        give_name(partial, output)
+        share = store.finish(output, _described(folder), meta, folder.notes)
     return Report(len(folder.sources), share, store.problems, spent)
 
 
@@ -177,7 +181,7 @@ def _fill(
     spent = dict.fromkeys(["decoding", *encoders], 0.0)
     N, left = len(folder.sources), folder.sources[store.written :]
     bar = tqdm(desc="encoding", total=N, initial=store.written, unit="clip", disable=None)
-    with bar, ThreadPoolExecutor() as pool, deaths(lambda: folder.sources[store.written :]):
+    with bar, ThreadPoolExecutor() as pool:
         for batch in load(left, _cut(encoders, settings), BATCH, workers):
             spent["decoding"] += sum(x.seconds for x in batch)
             features, masks, notes = _encode([x.clip for x in batch], encoders, pool, spent)

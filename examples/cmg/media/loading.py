@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from typing import NamedTuple
 
-import torch
-from torch.utils.data import DataLoader, Dataset
-
-from ..errors import DataError
 from ..workers import start_worker
-from .decode import Cut, Decoded, decode
+from .decode import Cut, Decoded, decode, undecoded
 from .folder import Source
 
-_AHEAD = 4  # clips that a worker decodes ahead
-_NEAR = 32  # clips that a message names
+_AHEAD = 4  # clips for each worker that are decoded ahead
 
 
 class Loaded(NamedTuple):
@@ -29,25 +26,12 @@ class Loaded(NamedTuple):
     seconds: float
 
 
-class _Sources(Dataset[Loaded]):
-    """Decodes the clip that it is indexed with."""
-
-    def __init__(self, sources: Sequence[Source], cut: Cut) -> None:
-        self.sources, self.cut = sources, cut
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, k: int) -> Loaded:
-        begun = time.perf_counter()
-        clip = decode(self.sources[k], self.cut)
-        return Loaded(self.sources[k].id, clip, time.perf_counter() - begun)
-
-
 def load(
     sources: Sequence[Source], cut: Cut, batch_size: int, workers: int | None
 ) -> Iterator[list[Loaded]]:
     """Give the decoded clips in batches, in the order of `sources`.
+
+    A clip whose decoder crashes is not valid, and has a note; with 0 workers, it ends this process.
 
     Args:
         sources: The files of the clips.
@@ -57,47 +41,50 @@ def load(
     """
     if workers is None:
         workers = min(os.cpu_count() or 1, 8)
-    if len(sources) < 2:
-        workers = 0
-    loader = DataLoader(
-        _Sources(sources, cut),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=_AHEAD if workers else None,
-        collate_fn=_as_it_is,
-        worker_init_fn=start_worker if workers else None,
-        generator=torch.Generator(),
-    )
-    batch: list[Loaded] = []
-    for k, item in enumerate(loader, 1):
-        batch.append(item)
-        if len(batch) == batch_size or k == len(sources):
-            yield batch
-            batch = []
+    if workers:
+        clips = _in_processes(sources, cut, workers)
+    else:
+        clips = (_load(source, cut) for source in sources)
+    while batch := [*islice(clips, batch_size)]:
+        yield batch
 
 
-@contextmanager
-def deaths(left: Callable[[], Sequence[Source]]) -> Iterator[None]:
-    """Where clips of `load` are used: a worker that dies raises an error that says near which clip.
+def _load(source: Source, cut: Cut) -> Loaded:
+    begun = time.perf_counter()
+    clip = decode(source, cut)
+    return Loaded(source.id, clip, time.perf_counter() - begun)
 
-    The signal of its death can arrive anywhere in this process.
 
-    Args:
-        left: Gives the clips that are not done.
+def _in_processes(sources: Sequence[Source], cut: Cut, workers: int) -> Iterator[Loaded]:
+    done, ahead = 0, _AHEAD * workers
+    while done < len(sources):
+        try:
+            for item in _in_order(sources[done:], cut, workers, ahead):
+                yield item
+                done += 1
+        except BrokenProcessPool:  # a decoder has crashed, on one of the clips ahead
+            for source in sources[done : done + ahead]:
+                yield _alone(source, cut)
+                done += 1
 
-    Raises:
-        DataError: A worker has died.
-    """
+
+def _in_order(sources: Sequence[Source], cut: Cut, workers: int, ahead: int) -> Iterator[Loaded]:
+    waiting: deque[Future[Loaded]] = deque()
+    pool = ProcessPoolExecutor(workers, initializer=start_worker)
     try:
-        yield
-    except RuntimeError as error:
-        if not re.search("DataLoader worker .* (exited unexpectedly|killed by)", str(error)):
-            raise
-        near = ", ".join(source.id for source in left()[:_NEAR])
-        rule = f"a process that decodes has died, on one of {near}, ..."
-        hint = "find the file with --workers 0 and remove it; then use --resume"
-        raise DataError(f"{rule}. Hint: {hint}.") from error
+        for source in sources:
+            waiting.append(pool.submit(_load, source, cut))
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _as_it_is(item: Loaded) -> Loaded:
-    return item
+def _alone(source: Source, cut: Cut) -> Loaded:
+    with ProcessPoolExecutor(1, initializer=start_worker) as pool:
+        try:
+            return pool.submit(_load, source, cut).result()
+        except BrokenProcessPool:
+            return Loaded(source.id, undecoded(cut, "the decoder crashed"), 0.0)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..containers import Array
 from ..data import MASK, META, Meta
 from ..errors import DataError
-from ..files import write_atomic
+from ..files import give_name, write_atomic
 
 Problem = tuple[str, str, str]  # id, modality, what is wrong
 PROBLEMS = "problems.csv"
@@ -57,16 +57,17 @@ class PartialStore:
         manifest: Mapping[str, Any],
         resume: bool,
     ) -> None:
-        self.path, self.written, self.modalities = path, 0, tuple(widths)
+        self.path, self.written, self.clips = path, 0, clips
+        self.modalities = tuple(widths)
         self.problems: list[Problem] = []
-        self.clips = clips
+        kinds = {name: ("<f2", (clips, segments, width)) for name, width in widths.items()}
+        kinds |= {MASK + name: ("|b1", (clips, segments)) for name in widths}
         try:
             if any(path.iterdir()):
-                self._continue(json.loads(json.dumps(manifest)), resume)
+                self._continue(json.loads(json.dumps(manifest)), resume, kinds)
             else:
-                for name, width in widths.items():
-                    self._create(name, "<f2", (clips, segments, width))
-                    self._create(MASK + name, "|b1", (clips, segments))
+                for name, (kind, shape) in kinds.items():
+                    self._create(name, kind, shape)
                 write_atomic(path / _MANIFEST, json.dumps(manifest).encode())
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({error}).") from error
@@ -87,24 +88,32 @@ class PartialStore:
             file.seek(self.written * rows[0].nbytes - self.clips * rows[0].nbytes, os.SEEK_END)
             file.write(rows.tobytes())
 
-    def _continue(self, manifest: dict[str, Any], resume: bool) -> None:
+    def _continue(
+        self, manifest: dict[str, Any], resume: bool, kinds: Mapping[str, tuple[str, Any]]
+    ) -> None:
         where = f"{self.path}: holds an extraction that was interrupted"
         if not resume:
             raise DataError(f"{where}. Hint: --resume to continue it, or remove it.")
+        journal, whole = self.path / _JOURNAL, 0
         try:
-            found = json.loads((self.path / _MANIFEST).read_bytes())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{where} before it began ({error}). Hint: remove it.") from error
+            found = dict(json.loads((self.path / _MANIFEST).read_bytes()))
+            for name, (kind, shape) in kinds.items():
+                array = np.load(self._file(name), mmap_mode="r", allow_pickle=False)
+                if found == manifest and (array.dtype.str, array.shape) != (kind, shape):
+                    raise ValueError(f"{name}.npy is not {kind}{list(shape)}")
+            for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
+                if not line.endswith(b"\n"):  # killed while it was written
+                    break
+                clips, problems = json.loads(line)
+                self.written, whole = self.written + clips, whole + len(line)
+                self.problems += [(str(x), str(y), str(z)) for x, y, z in problems]
+            if not 0 <= self.written <= self.clips and found == manifest:
+                raise ValueError(f"{_JOURNAL} has {self.written} clips")
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{where}, and is damaged ({error}). Hint: remove it.") from error
         if different := [key for key, value in manifest.items() if found.get(key) != value]:
             rule = f"with other {' and '.join(different)}"
             raise DataError(f"{where}, {rule}. Hint: the same command, or remove it.")
-        journal, whole = self.path / _JOURNAL, 0
-        for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
-            if not line.endswith(b"\n"):  # killed while it was written
-                break
-            clips, problems = json.loads(line)
-            self.written, whole = self.written + clips, whole + len(line)
-            self.problems += map(tuple, problems)
         if journal.exists():
             os.truncate(journal, whole)
 
@@ -133,11 +142,14 @@ class PartialStore:
         self.problems += problems
 
     def finish(
-        self, arrays: Mapping[str, Array], meta: Meta, notes: Iterable[Problem]
+        self, output: Path, arrays: Mapping[str, Array], meta: Meta, notes: Iterable[Problem]
     ) -> dict[str, float]:
-        """Write what describes the clips, and remove what was for the writing only.
+        """Write what describes the clips, and give the folder its name.
+
+        Until then it can be continued.
 
         Args:
+            output: The name; it does not exist, or is an empty folder.
             arrays: Labels, splits and ids.
             meta: The content of meta.json; modalities without a valid segment are left out.
             notes: Problems that no batch had.
@@ -157,16 +169,15 @@ class PartialStore:
         encoders = {name: meta.encoders[name] for name in kept}
         meta = replace(meta, modalities=kept, encoders=encoders)
         try:
-            for name in share.keys() - {*kept}:
-                for key in (name, MASK + name):
-                    self._file(key).unlink()
             for name, array in arrays.items():
                 np.save(self._file(name), array, allow_pickle=False)
             (self.path / META).write_text(json.dumps(asdict(meta), indent=2) + "\n", "utf-8")
             with (self.path / PROBLEMS).open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("id", "modality", "problem"), *self.problems])
-            for name in (_JOURNAL, _MANIFEST):
-                (self.path / name).unlink()
+            give_name(self.path, output)
+            left_out = [key for x in share.keys() - {*kept} for key in (x, MASK + x)]
+            for name in (_JOURNAL, _MANIFEST, *(f"{key}.npy" for key in left_out)):
+                (output / name).unlink()
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error}).") from error
         return share

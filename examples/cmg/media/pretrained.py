@@ -96,12 +96,20 @@ class Output(nn.Module):
         return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
+def _model(kind: Any, name: str) -> nn.Module:
+    """A model of transformers with all its weights; a pooler is not used where it has none."""
+    model, info = kind.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
+    if missing := sorted(x for x in info["missing_keys"] if "pooler" not in x):
+        raise ValueError(f"weights are missing: {', '.join(missing):.80}")
+    return model
+
+
 def _video(name: str) -> Encoder:
     from transformers import AutoModel
     from transformers.image_processing_base import ImageProcessingMixin
 
     settings = {**_IMAGENET, **ImageProcessingMixin.get_image_processor_dict(name)[0]}
-    network = Output(AutoModel.from_pretrained(name), "image").eval()
+    network = Output(_model(AutoModel, name), "image").eval()
     config = network.model.config
     size = _side(settings.get("crop_size")) or _side(settings.get("size"))
     size = size or getattr(config, "image_size", 224)
@@ -136,8 +144,8 @@ class Sound(Encoder):
         from transformers import AutoFeatureExtractor, AutoModel
 
         super().__init__()
-        self.extract = AutoFeatureExtractor.from_pretrained(name)
-        self.network = Output(AutoModel.from_pretrained(name), "audio").eval()
+        self.extract = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+        self.network = Output(_model(AutoModel, name), "audio").eval()
         self.rate = int(self.extract.sampling_rate)
         with torch.inference_mode():
             self.width = self(torch.zeros(1, 1, self.rate)).shape[-1]
@@ -163,8 +171,8 @@ class Text(Encoder):
         from transformers import AutoModel, AutoTokenizer
 
         super().__init__()
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.network = Output(AutoModel.from_pretrained(name), "text").eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        self.network = Output(_model(AutoModel, name), "text").eval()
         config = self.network.model.config
         config = getattr(config, "text_config", config)
         positions = getattr(config, "max_position_embeddings", 512)
