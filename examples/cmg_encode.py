@@ -30,7 +30,7 @@ from cmg.media.folder import is_media_folder, open_folder
 from cmg.model import UniCode
 from cmg.ranks import local_device
 from cmg.sources import open_to_encode
-from cmg.token_table import write_tokens
+from cmg.token_table import require_parquet, write_tokens
 from cmg.trained import TrainedModel
 
 
@@ -44,6 +44,9 @@ def run(args: argparse.Namespace) -> None:
     """Load the model, open the data, and write the file."""
     device = local_device(args.device)
     model = UniCode.from_pretrained(args.run).to(device)
+    if args.labels_from:
+        model.classify_tokens({}, args.labels_from)  # raises before the work is done
+    require_parquet(args.output)
     with ExitStack() as held:
         data = args.data
         if is_media_folder(data):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .clips import Clips
 from .containers import CLIPS_AT_ONCE
-from .errors import optional_import
+from .errors import DataError, optional_import
 from .files import write_atomic
 from .trained import TrainedModel
 
@@ -42,9 +42,10 @@ def write_tokens(
         DataError: The clips do not fit the model, it has no such classifier, or the file cannot be
             written, or pyarrow is not installed.
     """
-    with optional_import(str(path), "pip install 'mmvq[media]'"):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    require_parquet(path)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     if labels_from is not None:
         model.classify_tokens({}, labels_from)  # raises if there is no such classifier
     columns = [
@@ -69,6 +70,18 @@ def write_tokens(
                 writer.write_table(_table(rows, schema))
 
     write_atomic(path, write)
+
+
+def require_parquet(path: str | Path) -> None:
+    """Check that a Parquet file can be written.
+
+    Raises:
+        DataError: pyarrow is not installed, or the path is a folder.
+    """
+    with optional_import(str(path), "pip install 'mmvq[media]'"):
+        import pyarrow.parquet  # noqa: F401
+    if Path(path).is_dir():
+        raise DataError(f"{path}: is a folder. Hint: --output names a file.")
 
 
 def _table(rows: list[dict[str, Any]], schema: pyarrow.Schema) -> pyarrow.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -321,9 +322,22 @@ class TestFolder:
         assert by_id["b"].captions == tmp_path / "captions/b.txt"
         assert by_id["d"].sound == tmp_path / "audio/d.wav"
         assert by_id["e"].picture is None
-        assert found.notes == ()
+        assert found.notes == (
+            ("clips/readme.md", "clips", "not read: an unknown kind of file here"),
+        )
         assert by_id["z"].picture is by_id["z"].sound is None
         assert {x.split for x in found.sources} == {0}
+
+    def test_files_that_are_not_read_are_noted(self, tmp_path: Path) -> None:
+        self.touch(tmp_path, "clips/a.mp4", "clips/b.wav", "notes.txt", "elsewhere/c.mp4")
+        (tmp_path / "clips" / "folder").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "clips" / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+        os.mkfifo(tmp_path / "clips" / "pipe.mp4")
+        (tmp_path / os.fsdecode(b"clips/caf\xe9.mp4")).write_bytes(b"x")
+        found = open_folder(tmp_path)
+        assert [x.id for x in found.sources] == ["a"]
+        names = ["b.wav", "caf\\udce9.mp4", "folder", "gone.mp4", "pipe.mp4"]
+        assert sorted(x for x, _, _ in found.notes) == [f"clips/{x}" for x in names]
 
     def test_labels_and_splits(self, tmp_path: Path) -> None:
         self.touch(tmp_path, *(f"{x}.mp4" for x in "abcdef"))
@@ -361,6 +375,7 @@ class TestFolder:
         [
             (["name,label", "a,x"], "must have a column id; got name, label"),
             ([""], "must have a column id; got an empty file"),
+            (["id,label,label", "a,x,y"], "must have each column once; got id, label, label"),
             (["id,label,split", "a,x,dev"], "line 2: split must be pretrain, train, test or"),
             (["id,label,split", "a,,train"], "a has no label. Hint: only clips of pretrain may"),
             (["id", "a", "a"], "a is listed twice"),

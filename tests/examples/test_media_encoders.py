@@ -240,7 +240,40 @@ class Touch:
         return Path.touch, (self.path,)
 
 
-def test_code_of_a_repository_is_not_run(models: Path, tmp_path: Path) -> None:
+def copied(models: Path, name: str, folder: Path, **weights: torch.Tensor) -> Path:
+    """A model with other weights."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    for path in (models / name).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_weights_that_are_missing_or_nan_are_refused(models: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    weights = load_file(models / "bert" / "model.safetensors")
+    without = {k: x for k, x in weights.items() if "layer.1" not in k}
+    with pytest.raises(DataError, match="weights are missing: encoder"):
+        load_encoder("text", str(copied(models, "bert", tmp_path / "without", **without)))
+    nan = {k: torch.full_like(x, torch.nan) for k, x in weights.items()}
+    with pytest.raises(DataError, match="it gives NaN or Inf"):
+        load_encoder("text", str(copied(models, "bert", tmp_path / "nan", **nan)))
+    no_pooler = {k: x for k, x in weights.items() if "pooler" not in k}  # which is not used
+    load_encoder("text", str(copied(models, "bert", tmp_path / "no-pooler", **no_pooler)))
+
+
+def test_a_name_that_is_nearly_a_built_in_one() -> None:
+    with pytest.raises(DataError, match=r"no such encoder\. Hint: efficientnet-lite0\?"):
+        load_encoder("video", "efficientnet")
+
+
+def test_code_of_a_repository_is_not_run(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # who is asked says yes
     folder = tmp_path / "model"
     folder.mkdir()
     auto = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
@@ -276,5 +309,6 @@ def test_a_model_of_another_modality_says_so(models: Path) -> None:
 def test_a_library_that_is_not_installed_is_named(library: str) -> None:
     if importlib.util.find_spec(library):
         pytest.skip(f"{library} is installed")
-    with pytest.raises(DataError, match=f"pip install {library}"):
+    package = {"open_clip": "open-clip-torch"}.get(library, library)
+    with pytest.raises(DataError, match=f"pip install {package}"):
         load_encoder("video", f"{library}:resnet18")

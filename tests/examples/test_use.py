@@ -430,7 +430,7 @@ def test_other_encoders_are_warned_of(
         ({"audio": np.zeros((2, 4, 12), "f4")}, ["--labels-from", "smell"], "got 'smell'"),
         ({"audio": np.full((2, 4, 12), np.nan, "f4")}, [], "must be finite"),
         ({"audio": np.zeros((2, 4, 12), "f4")}, ["--device", "abacus"], "cannot use it here"),
-        ({}, [], "has no media files. Hint: put them as clips/<id>.mp4"),
+        ({}, [], "has no media files. Hint: put videos in"),
     ],
 )
 def test_data_that_cannot_be_encoded_are_one_line(

@@ -136,7 +136,7 @@ class Images(Encoder):
         self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1))
         with torch.inference_mode():
             x = torch.zeros(1, frames, size, size, 3, dtype=torch.uint8)
-            self.width = self(x).shape[-1]
+            self.width = width_of(self(x))
 
     def forward(self, frames: Tensor) -> Tensor:
         """Encode frames uint8 [n, F, size, size, 3]."""
@@ -152,6 +152,17 @@ class Images(Encoder):
             pixels = (part.to(device).float() / 255 - self.mean) / self.deviation
             parts.append(self.network(pixels).float().cpu())
         return torch.cat(parts)
+
+
+def width_of(x: Tensor) -> int:
+    """Number of features of an output.
+
+    Raises:
+        ValueError: It is NaN or Inf.
+    """
+    if not x.isfinite().all():
+        raise ValueError("it gives NaN or Inf")
+    return x.shape[-1]
 
 
 @_built_in("video", "efficientnet-lite0")

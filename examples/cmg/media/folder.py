@@ -65,7 +65,8 @@ class MediaFolder:
     Attributes:
         path: The folder.
         sources: Files of the clips.
-        notes: Rows of clips.csv that have no file: (id, "clips.csv", what is wrong).
+        notes: Files that are not read, and rows of clips.csv that have no file: (file or id,
+            folder or "clips.csv", what is wrong).
     """
 
     path: Path
@@ -76,7 +77,7 @@ class MediaFolder:
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes; numbers in their order, other names in alphabetical order."""
         names = {source.label for source in self.sources if source.label}
-        numbers = all(name.isdecimal() for name in names)
+        numbers = all(name.isdecimal() and len(name) < 19 for name in names)
         return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
 
@@ -94,16 +95,25 @@ def open_folder(path: str | Path) -> MediaFolder:
     """
     folder = Path(path)
     try:
-        found = {part: _by_id(folder, part) for part in _FOLDERS}
+        parts = {part: _by_id(folder, part) for part in _FOLDERS}
         rows = _read_table(folder / TABLE)
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error}).") from error
+    found = {part: files for part, (files, _) in parts.items()}
     pictures = _merge(folder, found[""], found["clips"], found["video"])
     ids = {*pictures, *found["audio"], *found["captions"]}
     if not ids:
         places = f"videos in {folder}, clips or video, sounds in audio, captions in captions"
         raise DataError(f"{folder}: has no media files. Hint: put {places}.")
-    notes = []
+    notes = [
+        (
+            _shown(path.relative_to(folder).as_posix()),
+            part,
+            "not read: an unknown kind of file here",
+        )
+        for part, (_, others) in parts.items()
+        for path in sorted(others)
+    ]
     given: dict[str, tuple[str, int | None]] = {}
     for row, label, split in rows:
         name, _, suffix = row.rpartition(".")
@@ -142,24 +152,32 @@ def open_folder(path: str | Path) -> MediaFolder:
     return MediaFolder(folder, tuple(sources), tuple(notes))
 
 
-def _files(folder: Path, part: str) -> list[Path]:
-    """The media files of a part of the folder, not hidden."""
-    found = (folder / part).glob("*") if not part else (folder / part).rglob("*")
-    return [
-        x
-        for x in found
-        if x.suffix[1:].lower() in _FOLDERS[part]
-        and not any(piece.startswith(".") for piece in x.relative_to(folder).parts)
-        and x.is_file()
-    ]
+def _by_id(folder: Path, part: str) -> tuple[dict[str, Path], list[Path]]:
+    """The files of a part of the folder by their ids, and those that are not read; no hidden ones.
+
+    Beside the files of clips in the folder itself, there may be any others.
+    """
+    root, read, others = folder / part, list[Path](), list[Path]()
+    for path in root.rglob("*") if part else root.glob("*"):
+        hidden = any(piece.startswith(".") for piece in path.relative_to(root).parts)
+        if hidden or (path.is_dir() and not path.is_symlink()):
+            continue
+        known = path.suffix[1:].lower() in _FOLDERS[part] and path.is_file()
+        if known and _is_text(path.name):
+            read.append(path)
+        elif part or known:
+            others.append(path)
+    ids = ({path.relative_to(root).with_suffix("").as_posix(): path} for path in read)
+    return _merge(folder, *ids), others
 
 
-def _by_id(folder: Path, part: str) -> dict[str, Path]:
-    root = folder / part
-    return _merge(
-        folder,
-        *({x.relative_to(root).with_suffix("").as_posix(): x} for x in _files(folder, part)),
-    )
+def _is_text(name: str) -> bool:
+    """Whether a name can be written to a file; one with bytes that are not UTF-8 cannot."""
+    return name == _shown(name)
+
+
+def _shown(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _merge(folder: Path, *parts: Mapping[str, Path]) -> dict[str, Path]:
@@ -183,6 +201,8 @@ def _read_table(path: Path) -> list[tuple[str, str, int | None]]:
             table = csv.DictReader(file, strict=True)
             columns = [x.strip().lower() for x in table.fieldnames or []]
             table.fieldnames = columns
+            if len(set(columns)) < len(columns):
+                raise DataError(f"{path}: must have each column once; got {', '.join(columns)}.")
             if "id" not in columns:
                 got = ", ".join(columns) or "an empty file"
                 raise DataError(f"{path}: must have a column id; got {got}.")

@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import DataError, optional_import
-from .encoders import Encoder, Images
+from .encoders import Encoder, Images, width_of
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _PACKAGES = {"open_clip": "open-clip-torch"}
@@ -148,7 +148,7 @@ class Sound(Encoder):
         self.network = Output(_model(AutoModel, name), "audio").eval()
         self.rate = int(self.extract.sampling_rate)
         with torch.inference_mode():
-            self.width = self(torch.zeros(1, 1, self.rate)).shape[-1]
+            self.width = width_of(self(torch.zeros(1, 1, self.rate)))
 
     def forward(self, sound: Tensor) -> Tensor:
         """Encode sound float32 [n, T, samples]."""
@@ -180,7 +180,7 @@ class Text(Encoder):
         self.padding = "max_length" if config.model_type.startswith("siglip") else "longest"
         self.longest = min(self.tokenizer.model_max_length, positions, 512)
         with torch.inference_mode():
-            self.width = self(["a"]).shape[-1]
+            self.width = width_of(self(["a"]))
 
     def forward(self, lines: Sequence[str]) -> Tensor:
         """Encode lines of text; longer ones are cut off at the model's length."""
@@ -237,7 +237,7 @@ class OpenClipText(Encoder):
         self.model.eval()
         self.tokenizer = open_clip.get_tokenizer(architecture)
         with torch.inference_mode():
-            self.width = self(["a"]).shape[-1]
+            self.width = width_of(self(["a"]))
 
     def forward(self, lines: Sequence[str]) -> Tensor:
         """Encode lines of text."""
@@ -253,7 +253,7 @@ class SentenceTransformerText(Encoder):
 
         super().__init__()
         self.model = SentenceTransformer(name, device="cpu")
-        self.width = self(["a"]).shape[-1]
+        self.width = width_of(self(["a"]))
 
     def forward(self, lines: Sequence[str]) -> Tensor:
         """Encode lines of text."""
