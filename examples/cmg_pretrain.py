@@ -193,7 +193,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--epochs",
         type=positive_int,
         help="by default those of the preset; with the preset digits, on any data, as many as make "
-        "840 steps, or more if there are more than 700 clips of split 0",
+        "840 steps, or more if there are more than 700 clips of split 0, but at most 300",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of weights and batches")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/NAME-OF-DATA")

@@ -152,7 +152,7 @@ def test_a_run_of_one_epoch_has_a_codebook(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("clips", "epochs"), [(1, 840), (64, 840), (200, 280), (700, 84), (2800, 40), (70_000, 8)]
+    ("clips", "epochs"), [(1, 300), (64, 300), (200, 280), (700, 84), (2800, 40), (70_000, 8)]
 )
 def test_few_clips_are_seen_more_often(clips: int, epochs: int) -> None:
     """The digits have 700, and 84 epochs of 10 batches."""
