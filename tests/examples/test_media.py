@@ -198,7 +198,7 @@ def test_a_killed_process_continues_to_the_same_bytes(tmp_path: Path) -> None:
     journal = tmp_path / "store.partial" / "journal.jsonl"
     try:
         for _ in range(600):
-            if journal.exists() and journal.read_bytes():
+            if journal.exists() and journal.stat().st_size:
                 break
             time.sleep(0.1)
     finally:

@@ -68,6 +68,7 @@ class PartialStore:
             else:
                 for name, (kind, shape) in kinds.items():
                     self._create(name, kind, shape)
+                (path / _JOURNAL).touch()
                 write_atomic(path / _MANIFEST, json.dumps(manifest).encode())
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({error}).") from error
@@ -94,28 +95,35 @@ class PartialStore:
         where = f"{self.path}: holds an extraction that was interrupted"
         if not resume:
             raise DataError(f"{where}. Hint: --resume to continue it, or remove it.")
-        journal, whole = self.path / _JOURNAL, 0
         try:
             found = dict(json.loads((self.path / _MANIFEST).read_bytes()))
-            for name, (kind, shape) in kinds.items():
-                array = np.load(self._file(name), mmap_mode="r", allow_pickle=False)
-                if found == manifest and (array.dtype.str, array.shape) != (kind, shape):
-                    raise ValueError(f"{name}.npy is not {kind}{list(shape)}")
-            for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
-                if not line.endswith(b"\n"):  # killed while it was written
-                    break
-                clips, problems = json.loads(line)
-                self.written, whole = self.written + clips, whole + len(line)
-                self.problems += [(str(x), str(y), str(z)) for x, y, z in problems]
-            if not 0 <= self.written <= self.clips and found == manifest:
-                raise ValueError(f"{_JOURNAL} has {self.written} clips")
+            different = [key for key, value in manifest.items() if found.get(key) != value]
+            if not different:
+                self._check(kinds)
+                self._read_journal()
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{where}, and is damaged ({error}). Hint: remove it.") from error
-        if different := [key for key, value in manifest.items() if found.get(key) != value]:
+        if different:
             rule = f"with other {' and '.join(different)}"
             raise DataError(f"{where}, {rule}. Hint: the same command, or remove it.")
-        if journal.exists():
-            os.truncate(journal, whole)
+
+    def _check(self, kinds: Mapping[str, tuple[str, Any]]) -> None:
+        for name, (kind, shape) in kinds.items():
+            array = np.load(self._file(name), mmap_mode="r", allow_pickle=False)
+            if (array.dtype.str, array.shape) != (kind, shape):
+                raise ValueError(f"{name}.npy is not {kind}{list(shape)}")
+
+    def _read_journal(self) -> None:
+        journal, whole = self.path / _JOURNAL, 0
+        for line in journal.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):  # killed while it was written
+                break
+            clips, problems = json.loads(line)
+            self.written, whole = self.written + clips, whole + len(line)
+            self.problems += [(str(x), str(y), str(z)) for x, y, z in problems]
+        if not 0 <= self.written <= self.clips:
+            raise ValueError(f"{_JOURNAL} has {self.written} clips")
+        os.truncate(journal, whole)
 
     def add(
         self,
