@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cmg import data as generic
+from cmg.clips import TEST, TRAIN
 from cmg.command import exit_code, natural, positive_float, positive_int
 from cmg.errors import DataError
 from cmg.media import encoders
 from cmg.media import folder as media
 from cmg.media.encoders import MODALITIES, default_encoder
 from cmg.media.extract import Settings, extract
-from cmg.media.folder import is_media_folder, open_folder
+from cmg.media.folder import TABLE, is_media_folder, open_folder
 from cmg.ranks import local_device
 from cmg.report import description
 from cmg.sources import open_data
@@ -59,6 +60,9 @@ def run_media(args: argparse.Namespace) -> None:
     print(
         f"{args.data}: {len(folder.sources)} clips, {len(folder.class_names)} classes", flush=True
     )
+    if 0 < sum(folder.has(split) for split in (TRAIN, TEST)) < 2:
+        rule = "training takes clips of train and of test, or none of either"
+        print(f"warning: {rule}; see the column split of {TABLE}.", file=sys.stderr)
     report = extract(
         folder,
         args.output,

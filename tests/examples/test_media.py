@@ -432,6 +432,16 @@ def test_the_command_line_and_what_it_refuses(
     )
 
 
+def test_labels_without_a_test_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film(tmp_path / "media" / "a.mp4", 1)
+    (tmp_path / "media" / "clips.csv").write_text("id,label\na,dog\n")
+    options = ["--output", str(tmp_path / "store"), *OPTIONS, "--workers", "0"]
+    assert cmg_features.main([str(tmp_path / "media"), *options]) == 0
+    assert "warning: training takes clips of train and of test" in capsys.readouterr().err
+
+
 def test_an_interrupted_command_says_how_to_go_on(
     folder: Path,
     tmp_path: Path,

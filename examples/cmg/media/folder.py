@@ -73,6 +73,10 @@ class MediaFolder:
     sources: tuple[Source, ...]
     notes: tuple[tuple[str, str, str], ...] = ()
 
+    def has(self, split: int) -> bool:
+        """Whether a clip is in a split."""
+        return any(source.split == split for source in self.sources)
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes; numbers in their order, other names in alphabetical order."""
