@@ -6,20 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmvq.onnx import decompositions
-
 from .clips import BACKGROUND, Clips, check_finite, only_valid
 from .containers import Rows
-from .errors import DataError, optional_import
-from .files import write_atomic
+from .errors import DataError
 from .heads import Codes, Head, Heads, over_time
 from .model import UniCode
+from .serving import write_onnx
 from .standardize import Standardizer
 
 _AT_ONCE = 100  # clips
@@ -130,8 +128,12 @@ class TrainedModel(nn.Module):
         }
 
     def vectors(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The codes of tokens int64 [N, T]: name -> float32 [N, T, D], zeros where -1."""
-        return {name: Codes(i, self.codebook)[:] for name, i in tokens.items()}
+        """The codes of tokens int64 [N, T]: name -> float32 [N, T, D], zeros where -1.
+
+        Raises:
+            DataError: Tokens are not those of this model.
+        """
+        return {name: self._codes(name, i)[:] for name, i in tokens.items()}
 
     def classify(
         self, features: Features, masks: Masks | None = None, *, labels_from: str
@@ -151,7 +153,11 @@ class TrainedModel(nn.Module):
     def classify_tokens(
         self, tokens: Mapping[str, Tensor], labels_from: str
     ) -> dict[str, Prediction]:
-        """As `classify`, of the tokens of clips."""
+        """As `classify`, of the tokens of clips int64 [N, T].
+
+        Raises:
+            DataError: There is no such classifier, or tokens are not those of this model.
+        """
         head = self._head(self.heads.clips, labels_from)
 
         def predict(codes: Codes, rows: Tensor) -> Prediction:
@@ -201,34 +207,24 @@ class TrainedModel(nn.Module):
             DataError: The model has no such modality, the file cannot be written, or onnx or
                 onnxscript is not installed.
         """
-        example = torch.zeros(2, 3, *self.grid(modality), self.channels(modality))
-        example = example.to(self.codebook.device)
-        with optional_import("export_onnx", "pip install 'mmvq[onnx]'"):
-            import onnx  # noqa: F401
-            import onnxscript  # noqa: F401
-        sizes = {0: torch.export.Dim("N"), 1: torch.export.Dim("T")}
-        program = torch.export.export(
-            _Tokens(self, modality).eval(),
-            (example, torch.ones(2, 3, dtype=torch.bool, device=example.device)),
-            dynamic_shapes=(sizes, sizes),
-            strict=False,
-        )
-        exported: Any = torch.onnx.export(
-            program.run_decompositions(decompositions()),
-            (),
-            input_names=["features", "mask"],
-            output_names=["tokens"],
-            dynamo=True,
-            verbose=False,
-        )
-        write_atomic(path, exported.model_proto.SerializeToString())
+        write_onnx(self, path, modality)
+
+    def _codes(self, name: str, tokens: Tensor) -> Codes:
+        tokens, L = torch.as_tensor(tokens), len(self.codebook)
+        kind = f"{tokens.dtype}{list(tokens.shape)}"
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise DataError(f"tokens of {name}: must be int [N, T]; got {kind}.")
+        if ((tokens < -1) | (tokens >= L)).any():
+            rule = f"must be -1 to {L - 1}, of a model with {L} codes"
+            raise DataError(f"tokens of {name}: {rule}; got up to {int(tokens.max())}.")
+        return Codes(tokens.long(), self.codebook)
 
     def _each(
         self, tokens: Mapping[str, Tensor], predict: Callable[[Codes, Tensor], Prediction]
     ) -> dict[str, Prediction]:
         found: dict[str, Prediction] = {}
         for name, i in tokens.items():
-            codes = Codes(i, self.codebook)
+            codes = self._codes(name, i)
             parts = [predict(codes, rows) for rows in torch.arange(len(i)).split(_AT_ONCE)]
             found[name] = Prediction(*map(torch.cat, zip(*parts, strict=True)))
         return found
@@ -311,19 +307,6 @@ class _Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) @ self.axes
-
-
-class _Tokens(nn.Module):
-    """From raw features of a modality to tokens, in operators that ONNX has."""
-
-    def __init__(self, model: TrainedModel, modality: str) -> None:
-        super().__init__()
-        self.model, self.modality = model, modality
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        z = self.model.encode(self.modality, only_valid(x, mask), mask)
-        tokens: Tensor = self.model.quantizer.encode(z)
-        return tokens.where(mask, -1)
 
 
 def _predict(head: Head, x: Tensor, valid: Tensor) -> Prediction:

@@ -561,6 +561,23 @@ def test_seconds_that_are_none(tmp_path: Path, seconds: Any) -> None:
         load_clips(folder, labels="ignored")
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.tensor([[0, 4096]]), "must be -1 to .* got up to 4096"),
+        (torch.tensor([[-2, 0]]), "must be -1 to"),
+        (torch.zeros(2, 3), r"must be int \[N, T\]; got torch.float32"),
+        (torch.zeros(3, dtype=torch.long), r"must be int \[N, T\]"),
+    ],
+)
+def test_tokens_of_another_model_are_refused(
+    model: TrainedModel, tokens: torch.Tensor, message: str
+) -> None:
+    for use in (model.vectors, lambda x: model.classify_tokens(x, "audio")):
+        with pytest.raises(DataError, match=f"tokens of video: {message}"):
+            use({"video": tokens})
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of its exporter
 def test_onnx_from_raw_features_to_tokens(model: TrainedModel, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
