@@ -9,8 +9,8 @@
 RUN is the --output of cmg_pretrain.py. The data need no labels and no split, one modality of the
 run is enough, and clips may have any number of segments. Features must be of the encoders that the
 run was trained with; a folder of media files (see cmg_features.py) is encoded by them. A row is a
-clip in a modality, with the columns id, modality, tokens (-1 where not valid) and mask, and with
---labels-from also label and probability.
+clip in a modality, with the columns id, modality, tokens (-1 where not valid), mask, and, null
+without --labels-from, label and probability.
 """
 
 from __future__ import annotations

@@ -27,16 +27,16 @@ def write_tokens(
     """Write tokens.parquet.
 
     Columns are "id" (text; the number of the clip if the data have no ids), "modality", "tokens"
-    (list of int32, -1 where not valid) and "mask" (list of bool, True = valid). Clips are read and
-    written a few at a time. The file appears under its name when it is complete.
+    (list of int32, -1 where not valid), "mask" (list of bool, True = valid), "label" (text, the
+    name of the predicted class or its number) and "probability". The last two are null without
+    `labels_from`, and for a clip that does not have the modality. Clips are read and written a few
+    at a time. The file appears under its name when it is complete.
 
     Args:
         path: The file to create or replace.
         model: The trained model.
         clips: Clips in some of its modalities, with raw features.
-        labels_from: Modality whose labels are used to classify clips. It adds the columns "label",
-            the name of the predicted class (or its number, as text), and "probability". Both are
-            null for a clip that does not have the modality.
+        labels_from: Modality whose labels are used to classify clips; None: they are not.
 
     Raises:
         DataError: The clips do not fit the model, it has no such classifier, or the file cannot be
@@ -53,9 +53,9 @@ def write_tokens(
         ("modality", pa.string()),
         ("tokens", pa.list_(pa.int32())),
         ("mask", pa.list_(pa.bool_())),
+        ("label", pa.string()),
+        ("probability", pa.float32()),
     ]
-    if labels_from is not None:
-        columns += [("label", pa.string()), ("probability", pa.float32())]
     schema = pa.schema(columns)
 
     def write(file: BinaryIO) -> None:

@@ -131,5 +131,6 @@ def test_a_folder_without_labels(done: tuple[Path, dict[str, Any]], tmp_path: Pa
     assert run(f"python examples/cmg_pretrain.py --data {store} --output {folder}") == 0
     assert run(f"python examples/cmg_encode.py {folder} --data {store} --output {output}") == 0
     table = pq.read_table(tmp_path / "tokens.parquet")
-    assert table.column_names == ["id", "modality", "tokens", "mask"]
+    assert table.column_names == ["id", "modality", "tokens", "mask", "label", "probability"]
+    assert table["label"].null_count == len(table)
     assert len(table) == 24 * 3

@@ -393,7 +393,8 @@ def test_data_to_encode_need_no_labels_and_one_modality(
     tokens = model.tokens({"video": torch.from_numpy(arrays["video"])})["video"]
     assert [row["tokens"] for row in rows] == tokens.tolist()
     assert [row["id"] for row in rows] == [str(n) for n in range(35)]
-    assert {*rows[0]} == {"id", "modality", "tokens", "mask"}
+    assert [*rows[0]] == ["id", "modality", "tokens", "mask", "label", "probability"]
+    assert {row["label"] for row in rows} == {None}
     assert {path.name for path in tmp_path.iterdir()} <= {"store", "x.npz", "t.parquet"}
 
 
