@@ -107,8 +107,8 @@ def decode(source: Source, cut: Cut) -> Decoded:
             setattr(clip, _HOLDS[name], data)
         except FileNotFoundError:
             notes = ["no file"]
-        except Exception as error:  # PyAV raises many types for damaged files
-            notes = [f"cannot be decoded: {_first(error)}"]
+        except Exception as error:  # PyAV raises many types for damaged files; the note names it
+            notes = [f"cannot be decoded: {type(error).__name__}, {_first(error)}"]
         clip.notes += [(name, note) for note in notes]
     return clip
 
