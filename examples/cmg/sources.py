@@ -13,6 +13,8 @@ from .errors import DataError
 from .hugging_face import load_datasets
 from .released import SETS, load_released
 
+_RENDERED = {"digits": digits.load, "numbers": digits.load_numbers}
+
 
 def open_data(
     data: str,
@@ -23,8 +25,9 @@ def open_data(
     """Open the data that `--data` names, to train or evaluate a model on.
 
     Args:
-        data: "digits", "digits:SEED", "KIND:ROOT" of a released set, "datasets:FOLDER" or
-            "datasets:NAME", or the path of an npz file or of a folder of .npy files.
+        data: "digits" or "numbers", "digits:SEED" or "numbers:SEED", "KIND:ROOT" of a released set,
+            "datasets:FOLDER" or "datasets:NAME", or the path of an npz file or of a folder of .npy
+            files.
         modalities: The modalities to read, two or more. None reads all.
         text_encoder: The encoder of prompts, see `released.text.with_text`.
         labels: Whether data without labels are read, see `data.load_clips`.
@@ -79,8 +82,8 @@ def _open(
     kind, _, rest = data.partition(":")
     if kind in SETS:
         return kind, load_released(kind, rest, modalities, text_encoder)
-    if kind == "digits" and (rest.isdecimal() or data == "digits"):
-        file = digits.load(int(rest or 0))
+    if kind in _RENDERED and (rest.isdecimal() or data == kind):
+        file = _RENDERED[kind](int(rest or 0))
         return data.replace(":", "-"), load_clips(file, modalities, labels)
     if kind == "datasets" and rest:
         return Path(rest).name, load_datasets(rest, modalities, labels)

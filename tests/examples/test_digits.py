@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,6 +11,7 @@ import pytest
 
 from cmg import digits
 from cmg.digits import clips, pictures, sentences, speech, style
+from cmg.digits.things import DIGITS, NUMBERS
 
 COUNTS = (3, 2, 2)
 
@@ -134,16 +136,18 @@ def test_the_digit_is_in_its_box() -> None:
 
 
 def test_writers_are_disjoint() -> None:
-    train, test = pictures.WRITERS[1], pictures.WRITERS[2]
-    assert not set(pictures.WRITERS[0]) & (set(train) | set(test))
-    assert min(test) - max(train) > 1797 // 13  # a whole writer lies between
     _, classes = pictures._handwriting()
-    for samples in pictures.WRITERS.values():
-        assert set(classes[list(samples)]) == set(range(10))
+    for writers in (style.HOME.writers, style.NUMBERS.writers):
+        pools = [set(samples) for samples in writers.values()]
+        assert len(set().union(*pools)) == sum(map(len, pools))
+        others = set().union(*(x for split, x in writers.items() if split != 2))
+        assert min(writers[2]) - max(others) > 1797 // 13  # a whole writer lies between
+        for samples in writers.values():
+            assert set(classes[list(samples)]) == set(range(10))
 
 
 def test_voices_are_disjoint() -> None:
-    casts = [set(speech.voices(0, split)) for split in range(3)]
+    casts = [set(speech.voices(0, split)) for split in range(4)]
     assert [len(cast) for cast in casts] == list(speech.VOICES.values())
     assert len(set().union(*casts)) == sum(map(len, casts))
     assert speech.voices(0, 1) == speech.voices(0, 1) != speech.voices(1, 1)
@@ -154,7 +158,7 @@ def test_words_are_disjoint(table: str) -> None:
     lists = [
         words.split() if isinstance(words, str) else words for words in getattr(sentences, table)
     ]
-    assert len(lists) == 3
+    assert len(lists) == 4
     assert len(set().union(*lists)) == sum(map(len, lists))
 
 
@@ -163,8 +167,8 @@ def test_sentences_name_their_digit_and_no_other() -> None:
     for split in range(3):
         written = sentences.write(shown, split, np.random.default_rng(split))
         for digit, sentence in zip(shown, written, strict=True):
-            named = set(sentence.split()) & set(sentences.DIGITS)
-            assert named == ({sentences.DIGITS[digit]} if digit >= 0 else set())
+            named = set(sentence.split()) & set(DIGITS.names)
+            assert named == ({DIGITS.names[digit]} if digit >= 0 else set())
 
 
 def test_sentences_are_hashed_the_same_everywhere() -> None:
@@ -177,7 +181,7 @@ def test_sentences_are_hashed_the_same_everywhere() -> None:
 def test_a_slow_voice_speaks_longer() -> None:
     def frames(pace: float) -> float:
         voice, rng = speech.Voice(120.0, 1.0, pace, 0.1), np.random.default_rng(0)
-        mouths = np.stack([speech._articulate(1, voice, rng) for _ in range(50)])
+        mouths = np.stack([speech._articulate(DIGITS.sounds[1], voice, rng) for _ in range(50)])
         return float(np.count_nonzero(mouths[..., 3], axis=1).mean()) - len(speech.SMOOTH) + 1
 
     assert frames(0.8) / frames(1.25) == pytest.approx(1.25 / 0.8, rel=0.05)
@@ -238,17 +242,80 @@ def test_an_interrupted_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_style_has_the_same_arrays_and_other_clips(data: dict[str, np.ndarray]) -> None:
-    away = digits.render(5, clips=(1, 4, 4), style=style.AWAY)
-    assert {name: x.shape[1:] for name, x in away.items()} == {
-        name: x.shape[1:] for name, x in data.items()
+@pytest.fixture(scope="module")
+def numbers() -> dict[str, np.ndarray]:
+    return digits.render(5, clips=(2, 3, 3, 2), style=style.NUMBERS)
+
+
+def test_numbers_have_names_sounds_and_figures() -> None:
+    assert NUMBERS.figures[0] == (1, 2)
+    assert NUMBERS.figures[-1] == (3, 9)
+    names = dict(zip(NUMBERS.figures, NUMBERS.names, strict=True))
+    assert names[1, 2] == "twelve"
+    assert names[1, 8] == "eighteen"
+    assert names[2, 7] == "twenty seven"
+    assert len(set(names.values())) == len(set(NUMBERS.sounds)) == 21
+    assert len({frozenset(x) for x in NUMBERS.figures}) == 21  # told apart in any order
+    for things in (DIGITS, NUMBERS):
+        assert all(set(sound.split()) <= set(speech.PHONEMES) for sound in things.sounds)
+
+
+def test_numbers_have_frames_as_a_whole_and_a_split_3(numbers: dict[str, np.ndarray]) -> None:
+    assert numbers["split"].tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+    assert numbers["video"].shape == (10, 10, 2 * pictures.CHANNELS)
+    assert equal(numbers, digits.render(5, clips=(2, 3, 3, 2), style=style.NUMBERS))
+    frames = digits.render_clip(5, 0, 0, style.NUMBERS).frames
+    cells = pictures.see(frames).reshape(10, -1, pictures.CHANNELS)
+    both = np.concatenate([cells.mean(1), cells.max(1)], -1).astype(np.float16)
+    assert np.array_equal(numbers["video"][0], both)
+
+
+def test_modalities_of_numbers_are_shifted_and_miss_some_of_the_event() -> None:
+    rng = np.random.default_rng(0)
+    made = [clips.compose(rng, style.NUMBERS) for _ in range(500)]
+    assert {clip.label for clip in made} == set(range(21))
+    starts, share, others = [], [], 0
+    for label, shown in made:
+        events = [np.flatnonzero(shown[name] == label) for name in clips.MODALITIES]
+        starts.append(max(x[0] for x in events) - min(x[0] for x in events))
+        share += [len(x) for x in events]
+        others += sum(bool(set(x.tolist()) - {label, clips.BACKGROUND}) for x in shown.values())
+    assert 0.5 < np.mean(np.array(starts) > 0) < 1
+    assert min(share) == 1
+    assert max(share) == 7
+    assert np.mean(share) == pytest.approx(0.8 * 5, abs=0.3)  # and one or more
+    assert others / 1500 == pytest.approx(0.5, abs=0.05)
+
+
+def test_clutter_is_seen_heard_and_read() -> None:
+    clear = replace(style.NUMBERS, clutter=0.0)
+    always = replace(style.NUMBERS, clutter=1.0)
+    shown = np.full(200, 3)
+
+    def made(how: style.Style) -> tuple[np.ndarray, np.ndarray, str]:
+        frames, _ = pictures.film(shown, 0, np.random.default_rng(1), how)
+        voice = speech.voices(0, 0)[0]
+        sound = speech.record(shown, voice, np.random.default_rng(1), how)
+        return frames, sound, " ".join(sentences.write(shown, 0, np.random.default_rng(1), how))
+
+    (frames, sound, text), (more, louder, misspelt) = made(clear), made(always)
+    assert (more > 0.3).sum() > 1.1 * (frames > 0.3).sum()
+    assert (louder**2).mean() > 1.1 * (sound**2).mean()
+    name = NUMBERS.names[3]
+    assert text.count(name) == 200
+    assert misspelt.count(name) < 50  # of letters, one in four is wrong
+
+
+def test_another_style_has_the_same_arrays_and_other_clips(numbers: dict[str, np.ndarray]) -> None:
+    away = digits.render(5, clips=(2, 3, 3, 2), style=style.AWAY)
+    assert {name: x.shape for name, x in away.items()} == {
+        name: x.shape for name, x in numbers.items()
     }
-    events = (away["seg_labels_audio"] == away["labels"][:, None]).sum(1)
-    assert set(events) <= set(range(2, 7))
     for name in clips.MODALITIES:
-        assert not (away[name][0] == data[name][0]).all()
-    for split in range(3):
-        assert not set(speech.voices(0, split)) & set(speech.voices(0, split, style.AWAY))
+        assert not (away[name][0] == numbers[name][0]).all()
+    for split in range(4):
+        both = (set(speech.voices(0, split, x)) for x in (style.NUMBERS, style.AWAY))
+        assert not set.intersection(*both)
 
 
 def test_slanted_handwriting_leans_to_the_right() -> None:
@@ -275,15 +342,17 @@ def test_echoes_come_later() -> None:
     assert (wet**2).sum() > 1.05 * (dry**2).sum()
 
 
-def test_scenes_show_the_named_digit_and_another_one() -> None:
+def test_scenes_show_the_named_number_and_another_one() -> None:
     named = np.tile(np.arange(-1, 10), 4)
-    frames, masks, boxes = pictures.film_pair(named, (named + 1) % 10, 2, np.random.default_rng(0))
+    frames, masks, boxes = pictures.film_pair(
+        named, (named + 1) % 21, 2, np.random.default_rng(0), style.SCENES
+    )
     assert (masks.any((1, 2)) == (named >= 0)).all()
     for frame, mask, (x0, y0, x1, y1) in zip(frames, masks, boxes, strict=True):
         assert mask.sum() == mask[y0:y1, x0:x1].sum()
         if mask.any():
             ink = frame > 0.6 * np.quantile(frame[mask], 0.5)
-            assert ink[mask].mean() > 0.8  # the digit is drawn where the mask says
+            assert ink[mask].mean() > 0.8  # the number is drawn where the mask says
             assert ink[~mask].sum() > 20  # and so is something else
 
 
@@ -298,5 +367,5 @@ def test_every_set_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     one = {"split": np.zeros(1)}
     monkeypatch.setattr(digits, "render", lambda *_, **__: one)
     monkeypatch.setattr(digits, "render_scenes", lambda *_: one)
-    makers = (digits.load, digits.load_away, digits.load_scenes)
-    assert len({make(seed, tmp_path) for make in makers for seed in (0, 1)}) == 6
+    makers = (digits.load, digits.load_numbers, digits.load_away, digits.load_scenes)
+    assert len({make(seed, tmp_path) for make in makers for seed in (0, 1)}) == 8

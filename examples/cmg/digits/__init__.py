@@ -17,11 +17,13 @@ The arrays are those of the data file of the example, see `cmg.data`:
 
 Test clips share no writer, voice, template, name, noun or place with the other splits.
 
-Two more sets of the same shapes are for downstream tests. `load_away` has clips in another style,
-see style.py. `load_scenes` has two digits in a frame, of which speech and text name one:
+A harder set, the numbers (see style.py), has 21 classes and a split 3, for validation. Its video
+features are those of whole frames, [N, 10, 1024]. Two more sets are for models trained on it.
+`load_away` has clips in another style. `load_scenes` has two numbers in a frame, of which speech
+and text name one, the video features of cells, and
 
-    frames            uint8 [N, 10, 56, 56]          the frames, in the style HOME
-    masks             bool  [N, 10, 56, 56]          the pixels of the named digit
+    frames            uint8 [N, 10, 56, 56]          the frames
+    masks             bool  [N, 10, 56, 56]          the pixels of the named number
 
 media.py writes the clips as media files instead: video with sound, and captions.
 """
@@ -38,12 +40,13 @@ import numpy as np
 from ..files import cache_folder, write_atomic
 from . import clips as plots
 from . import pictures, sentences, speech
-from .style import AWAY, HOME, Style
+from .style import AWAY, HOME, NUMBERS, SCENES, Style
 
 __all__ = [
     "Rendered",
     "load",
     "load_away",
+    "load_numbers",
     "load_scenes",
     "render",
     "render_clip",
@@ -59,7 +62,7 @@ class Rendered(NamedTuple):
     """One clip as it is seen, heard and read.
 
     Attributes:
-        plot: The digit of every segment of each modality.
+        plot: The class of every segment of each modality.
         frames: float32 [T, 56, 56], one a segment: 0 is black, 1 is white, noise goes beyond.
         boxes: int64 [T, 4], x0 y0 x1 y1 of the digit in pixels, ends exclusive; zeros = no digit.
         sound: float32 [T, 16000], one second a segment; speech has power 1 on average.
@@ -87,7 +90,7 @@ def render_clip(seed: int, split: int, place: int, style: Style = HOME) -> Rende
 
     Args:
         seed: Seed of the data set.
-        split: 0, 1 or 2.
+        split: 0, 1 or 2, or 3 in a style with a validation split.
         place: Index of the clip in its split.
         style: Style of the rendering.
     """
@@ -103,9 +106,9 @@ def render_clip(seed: int, split: int, place: int, style: Style = HOME) -> Rende
 
 
 def render(
-    seed: int = 0, *, clips: tuple[int, int, int] = (700, 400, 300), style: Style = HOME
+    seed: int = 0, *, clips: tuple[int, ...] = (700, 400, 300), style: Style = HOME
 ) -> dict[str, np.ndarray]:
-    """Render so many clips of the splits 0, 1 and 2.
+    """Render so many clips of the splits 0, 1, 2 and so on.
 
     A clip depends only on the seed, the style, its split and its index in the split. With more
     clips, the first ones are the same.
@@ -113,18 +116,18 @@ def render(
     N = sum(clips)
     data = {
         "audio": np.empty((N, T, speech.STEPS * speech.BANDS), np.float32),
-        "video": np.empty((N, T, pictures.GRID, pictures.GRID, pictures.CHANNELS), np.float16),
+        "video": np.empty((N, T, *pictures.shape(style)), np.float16),
         "text": np.empty((N, T, sentences.WIDTH), np.float32),
         "labels": np.empty(N, np.int64),
         **{f"seg_labels_{name}": np.empty((N, T), np.int64) for name in plots.MODALITIES},
-        "split": np.repeat(np.arange(3), clips),
+        "split": np.repeat(np.arange(len(clips)), clips),
         "video_box": np.empty((N, T, 4), np.int64),
     }
-    places = [(split, place) for split in range(3) for place in range(clips[split])]
+    places = [(split, place) for split in range(len(clips)) for place in range(clips[split])]
     for n, (split, place) in enumerate(places):
         clip = render_clip(seed, split, place, style)
         data["audio"][n] = speech.hear(clip.sound)
-        data["video"][n] = pictures.see(clip.frames)
+        data["video"][n] = pictures.see(clip.frames, style)
         data["text"][n] = sentences.read(clip.sentences)
         data["labels"][n] = clip.plot.label
         for name in plots.MODALITIES:
@@ -136,17 +139,18 @@ def render(
 def render_scenes(
     seed: int = 0, *, clips: tuple[int, int, int] = (1, 500, 200)
 ) -> dict[str, np.ndarray]:
-    """Render clips with two digits in each frame; speech and text, in style HOME, name one."""
-    data = render(seed, clips=clips, style=Style(name="scenes", distracted=0.0))
+    """Render clips of the style SCENES."""
+    data = render(seed, clips=clips, style=SCENES)
     N = len(data["split"])
     data["frames"] = np.empty((N, T, pictures.FRAME, pictures.FRAME), np.uint8)
     data["masks"] = np.empty(data["frames"].shape, bool)
     for n, split in enumerate(data["split"]):
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n, *b"pairs")))
         named = data["seg_labels_video"][n]
-        others = (named + rng.integers(1, plots.CLASSES, T)) % plots.CLASSES
+        classes = len(SCENES.things.names)
+        others = (named + rng.integers(1, classes, T)) % classes
         frames, data["masks"][n], data["video_box"][n] = pictures.film_pair(
-            named, others, int(split), rng
+            named, others, int(split), rng, SCENES
         )
         data["video"][n] = pictures.see(frames)
         data["frames"][n] = 255 * frames.clip(0, 1)
@@ -163,15 +167,22 @@ def load(seed: int = 0, cache_dir: str | Path | None = None) -> Path:
     return _cached(f"digits-v{VERSION}-seed{seed}", lambda: render(seed), cache_dir)
 
 
+def load_numbers(seed: int = 0, cache_dir: str | Path | None = None) -> Path:
+    """Like `load`, for the numbers: 1,200, 420, 800 and 400 clips of the splits 0 to 3."""
+    name = f"numbers-v{VERSION}-seed{seed}"
+    clips = (1200, 420, 800, 400)
+    return _cached(name, lambda: render(seed, clips=clips, style=NUMBERS), cache_dir)
+
+
 def load_away(seed: int = 0, cache_dir: str | Path | None = None) -> Path:
-    """Like `load`, for clips in the style AWAY; split 0 has one clip."""
-    name = f"digits-away-v{VERSION}-seed{seed}"
+    """Like `load`, for numbers in the style AWAY; split 0 has one clip."""
+    name = f"numbers-away-v{VERSION}-seed{seed}"
     return _cached(name, lambda: render(seed, clips=(1, 400, 300), style=AWAY), cache_dir)
 
 
 def load_scenes(seed: int = 0, cache_dir: str | Path | None = None) -> Path:
-    """Like `load`, for clips with two digits in each frame; split 0 has one clip."""
-    return _cached(f"digits-scenes-v{VERSION}-seed{seed}", lambda: render_scenes(seed), cache_dir)
+    """Like `load`, for clips with two numbers in each frame; split 0 has one clip."""
+    return _cached(f"numbers-scenes-v{VERSION}-seed{seed}", lambda: render_scenes(seed), cache_dir)
 
 
 def _cached(

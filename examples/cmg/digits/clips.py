@@ -1,4 +1,4 @@
-"""The plot of a clip: which digit each modality shows in each of its ten segments.
+"""The plot of a clip: which class each modality shows in each of its ten segments.
 
 All modalities show the clip's digit during the same 3 to 7 segments. Outside this event, each
 modality independently shows another digit with probability 0.3, which no other modality shows. All
@@ -33,16 +33,24 @@ class Clip(NamedTuple):
 def compose(rng: np.random.Generator, style: Style = HOME) -> Clip:
     """Draw the plot of one clip."""
     shortest, longest = style.length
-    label, *others = (int(digit) for digit in rng.permutation(CLASSES))
+    label, *others = (int(thing) for thing in rng.permutation(len(style.things.names)))
     length = int(rng.integers(shortest, longest + 1))
     start = int(rng.integers(0, SEGMENTS - length + 1))
     shown = {}
     for modality, other in zip(MODALITIES, others, strict=False):
-        digits = np.full(SEGMENTS, BACKGROUND, dtype=np.int64)
-        digits[start : start + length] = label
+        things = np.full(SEGMENTS, BACKGROUND, dtype=np.int64)
+        begin = start
+        if style.shifted:
+            begin += int(rng.integers(-style.shifted, style.shifted + 1))
+            begin = min(max(begin, 0), SEGMENTS - length)
+        things[begin : begin + length] = label
+        if style.missed:
+            missing = rng.random(length) < style.missed
+            missing[rng.integers(length)] = False  # it shows the event at least once
+            things[begin : begin + length][missing] = BACKGROUND
         if rng.random() < style.distracted:
-            digits[aside(rng, start, length)] = other
-        shown[modality] = digits
+            things[aside(rng, begin, length)] = other
+        shown[modality] = things
     return Clip(label, shown)
 
 

@@ -27,7 +27,7 @@ from ..errors import DataError
 from ..files import new_folder
 from ..media.decode import require_av
 from ..workers import start_worker
-from . import pictures, render_clip, sentences, speech, streams
+from . import pictures, render_clip, speech, streams
 from .style import HOME, Style
 
 SPLITS = ("pretrain", "train", "test")
@@ -76,7 +76,7 @@ def write_media(
             table = csv.writer(file, lineterminator="\n")
             table.writerow(("id", "label", "split"))
             for (split, place), label in zip(places, labels, strict=True):
-                word = sentences.DIGITS[label] if split else ""
+                word = style.things.names[label] if split else ""
                 table.writerow((clip_id(split, place), word, SPLITS[split]))
 
 

@@ -26,9 +26,6 @@ from .style import HOME, Style
 FRAME, GRID, CELL, CHANNELS = 56, 7, 8, 512
 INK = 32  # side of an upscaled digit, in pixels
 ROW, COLUMN = np.mgrid[:FRAME, :FRAME].astype(np.float32) + 0.5  # pixel centres
-# Consecutive samples are from one writer, about 138 each. The gap of this size between the splits 1
-# and 2 separates their writers.
-WRITERS = {0: range(0, 900), 1: range(900, 1280), 2: range(1418, 1797)}
 
 
 def film(
@@ -39,42 +36,42 @@ def film(
     frames = 0.6 * (_stripes(T, rng) if style.striped else _shapes(T, rng))
     boxes = np.zeros((T, 4), dtype=np.int64)
     shown = np.flatnonzero(digits >= 0)
-    ink = _place(_pick(digits[shown], split, rng), style.centre, style.centre, rng, style)
+    ink = _write(digits[shown], style.centre, split, rng, style)
     frames[shown] = np.maximum(frames[shown] / 2, ink)
+    if style.clutter:
+        stray = np.flatnonzero(rng.random(T) < style.clutter)
+        other = _pick(rng.integers(0, 10, len(stray)), split, rng, style)
+        frames[stray] = np.maximum(frames[stray], 0.5 * _place(other, (6, 50), (6, 50), rng, style))
     boxes[shown] = [_box(picture) for picture in ink]
     return _expose(frames, rng), boxes
 
 
 def film_pair(
-    named: np.ndarray, others: np.ndarray, split: int, rng: np.random.Generator
+    named: np.ndarray, others: np.ndarray, split: int, rng: np.random.Generator, style: Style
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw two digits in each frame, side by side or one above the other.
+    """Draw two numbers in each frame, one above the other.
 
     Args:
-        named: The digit to find, [T]; if negative, no digit is drawn.
-        others: The other digit, [T].
+        named: The number to find, [T]; if negative, no number is drawn.
+        others: The other number, [T].
         split: Split that the handwriting is from.
         rng: Random generator.
+        style: Style of the rendering.
 
     Returns:
-        Frames [T, 56, 56], and of the digit to find the pixels, bool [T, 56, 56], and the boxes
+        Frames [T, 56, 56], and of the number to find the pixels, bool [T, 56, 56], and the boxes
         [T, 4].
     """
     T = len(named)
     frames = 0.6 * _shapes(T, rng)
     masks, boxes = np.zeros(frames.shape, dtype=bool), np.zeros((T, 4), dtype=np.int64)
     shown = np.flatnonzero(named >= 0)
-    S = len(shown)
-    across, first = rng.random((2, S, 1, 1)) < 0.5
-    side = np.where(first, FRAME / 4, 3 * FRAME / 4)
-    style = Style(size=(20, 28))
-    ink = []
-    for digits, along in ((named, side), (others, FRAME - side)):
-        near = (along - 2, along + 2)
-        free = (np.full_like(along, 18), np.full_like(along, FRAME - 18))
-        rows = tuple(np.where(across, f, n) for f, n in zip(free, near, strict=True))
-        columns = tuple(np.where(across, n, f) for f, n in zip(free, near, strict=True))
-        ink.append(_place(_pick(digits[shown], split, rng), rows, columns, rng, style))
+    first = rng.random((len(shown), 1, 1)) < 0.5
+    row = np.where(first, FRAME / 4, 3 * FRAME / 4)
+    ink = [
+        _write(things[shown], (at - 2, at + 2), split, rng, style)
+        for things, at in ((named, row), (others, FRAME - row))
+    ]
     frames[shown] = np.maximum(frames[shown] / 2, np.maximum(*ink))
     masks[shown] = ink[0] > 0.5
     boxes[shown] = [_box(picture) for picture in ink[0]]
@@ -88,8 +85,16 @@ def _expose(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return _draw(rng, T, 0.5, 1.0) * frames + _draw(rng, T, 0.03, 0.15) * grain
 
 
-def see(frames: np.ndarray) -> np.ndarray:
-    """Compute the features of every cell: frames [T, 56, 56] to [T, 7, 7, 512]."""
+def shape(style: Style) -> tuple[int, ...]:
+    """The shape of the features of a frame."""
+    return (2 * CHANNELS,) if style.pooled else (GRID, GRID, CHANNELS)
+
+
+def see(frames: np.ndarray, style: Style = HOME) -> np.ndarray:
+    """Compute the features of every cell: frames [T, 56, 56] to [T, 7, 7, 512].
+
+    If the style is pooled, those of the frame: mean and maximum over its cells, [T, 1024].
+    """
     side = CELL // 2
     small = reduce(frames, "t (h a) (w b) -> t h w", "mean", a=2, b=2)
     padded = np.pad(small, ((0, 0), (side, side), (side, side)))
@@ -97,6 +102,9 @@ def see(frames: np.ndarray) -> np.ndarray:
     patches = rearrange(windows[:, ::side, ::side], "t i j h w -> (t i j) (h w)")
     weight, bias = _layer()
     features = np.maximum(patches @ weight + bias, 0)
+    if style.pooled:
+        cells = rearrange(features, "(t p) c -> t p c", t=len(frames))
+        return np.concatenate([cells.mean(1), cells.max(1)], -1)
     return rearrange(features, "(t i j) c -> t i j c", i=GRID, j=GRID)
 
 
@@ -107,10 +115,32 @@ def _draw(
     return rng.uniform(low, high, (T, 1, 1)).astype(np.float32)
 
 
-def _pick(digits: np.ndarray, split: int, rng: np.random.Generator) -> np.ndarray:
+def _write(
+    things: np.ndarray,
+    rows: tuple[float | np.ndarray, ...],
+    split: int,
+    rng: np.random.Generator,
+    style: Style,
+) -> np.ndarray:
+    """Write a digit or a number into each of S frames, its centre between `rows`: [S, 56, 56]."""
+    figures = np.array(style.things.figures)[things]  # [S, 1 or 2]
+    if figures.shape[1] == 1:
+        return _place(_pick(figures[:, 0], split, rng, style), rows, style.centre, rng, style)
+    row, column = _draw(rng, len(things), *rows), _draw(rng, len(things), *style.centre)
+    apart = _draw(rng, len(things), 9, 11)
+    ink = [
+        _place(_pick(figure, split, rng, style), (row - 2, row + 2), (x, x), rng, style)
+        for figure, x in zip(figures.T, (column - apart, column + apart), strict=True)
+    ]
+    return np.maximum(*ink)
+
+
+def _pick(
+    digits: np.ndarray, split: int, rng: np.random.Generator, style: Style = HOME
+) -> np.ndarray:
     """Pick a handwritten sample of each digit: ink [S, 32, 32]."""
     ink, classes = _handwriting()
-    pool = np.asarray(WRITERS[split])
+    pool = np.asarray(style.writers[split])
     return ink[[rng.choice(pool[classes[pool] == digit]) for digit in digits]]
 
 

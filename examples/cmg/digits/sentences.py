@@ -12,6 +12,7 @@ a sign.
 from __future__ import annotations
 
 from functools import cache
+from string import ascii_lowercase
 from zlib import crc32
 
 import numpy as np
@@ -19,8 +20,7 @@ import numpy as np
 from .style import HOME, Style
 
 WIDTH = 768
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# The following tuples are of the splits 0, 1 and 2; a plus sign stands for a space.
+# The following tuples are of the splits 0 to 3; a plus sign stands for a space.
 NAMES = (
     "anna peter maria jonas ruth victor helen oscar leo sarah the+teacher my+uncle a+child "
     "the+driver our+guest the+king a+lawyer your+cousin the+mayor another+player",
@@ -28,6 +28,8 @@ NAMES = (
     "the+captain my+friend the+judge a+pilot their+aunt the+clerk some+tourist",
     "clara hugo irene simon lucy walter emma david agnes boris the+doctor his+father a+singer "
     "the+farmer our+boss the+queen a+painter its+owner the+guard every+student",
+    "alice bruno greta felipe rosa martha otto stefan louise henry the+tailor their+son a+dancer "
+    "the+gardener my+teacher the+prince a+writer whose+uncle the+waiter one+neighbour",
 )
 NOUNS = (
     "rain milk bread stone tree wine honey fire salt river glass letter pepper gold wool clay "
@@ -39,6 +41,9 @@ NOUNS = (
     "moon paper ladder copper butter thread nickel wood gravel melody map drive silk dust coal "
     "arrow bucket cactus donkey elbow fiddle goose harbour icing jungle knife lantern magnet "
     "nutmeg oyster parrot rocket spoon tulip vinegar whistle zebra biscuit cradle drum mud",
+    "sand cheese stove bush beer syrup mirage pin sugarcane timber comet cart felt linen grass "
+    "acorn blossom canoe dagger envelope falcon gravy hinge iron jewel keyhole ladle marble nest "
+    "otter pebble quiver raft saucer tractor urn vase walnut yacht zipper crayon dove pine",
 )
 PLACES = (
     "at+the+window in+the+kitchen on+the+bridge in+the+morning near+the+door under+the+table "
@@ -47,6 +52,8 @@ PLACES = (
     "during+the+war at+home next+to+me in+april against+the+wall for+a+moment",
     "at+the+station in+the+office on+the+roof before+dinner across+the+street below+the+deck "
     "since+yesterday at+sea outside+the+city in+winter along+the+coast with+great+care",
+    "at+the+market in+the+cellar on+the+balcony at+midnight beside+the+road above+the+clouds "
+    "until+friday at+church near+the+village in+autumn through+the+forest with+a+smile",
 )
 TEMPLATES = (
     (
@@ -91,6 +98,20 @@ TEMPLATES = (
         "{name} dreams of {thing} {place}",
         "not {thing} please begs {name}",
     ),
+    (
+        "{name} explains {thing} {place}",
+        "we heard about {thing} {place}",
+        "{name} forgot {thing} again",
+        "{place} they sell {thing}",
+        "has {name} finished {thing} yet",
+        "{thing} was on the list of {name}",
+        "nothing beats {thing} {place}",
+        "{name} points at {thing}",
+        "please bring {thing} {place}",
+        "{thing} is all that {name} knows",
+        "{name} mentions {thing} {place}",
+        "this time {thing} belongs to {name}",
+    ),
 )
 
 
@@ -104,11 +125,21 @@ def write(
         return choices[rng.integers(len(choices))].replace("+", " ")
 
     def sentence(digit: int) -> str:
-        thing = DIGITS[digit] if digit >= 0 else pick(NOUNS[split])
+        thing = style.things.names[digit] if digit >= 0 else pick(NOUNS[split])
         template = style.sentence.format(TEMPLATES[split][rng.integers(len(TEMPLATES[split]))])
-        return template.format(name=pick(NAMES[split]), thing=thing, place=pick(PLACES[split]))
+        text = template.format(name=pick(NAMES[split]), thing=thing, place=pick(PLACES[split]))
+        cluttered = style.clutter and rng.random() < style.clutter
+        return _misspelt(text, rng) if cluttered else text
 
     return [sentence(digit) for digit in digits]
+
+
+def _misspelt(text: str, rng: np.random.Generator) -> str:
+    """Replace a quarter of the letters by random ones."""
+    letters = np.array([*text])
+    wrong = (letters != " ") & (rng.random(len(letters)) < 0.25)
+    letters[wrong] = rng.choice(list(ascii_lowercase), wrong.sum())
+    return "".join(letters)
 
 
 def read(sentences: list[str]) -> np.ndarray:

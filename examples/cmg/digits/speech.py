@@ -18,9 +18,9 @@ import numpy as np
 from einops import rearrange, repeat
 
 from .style import HOME, Style
+from .things import DIGITS, Things
 
 RATE, HOP = 16_000, 160
-FRAMES = 70  # synthesis frames of the longest word
 TURN = 2 * math.pi
 ECHO = RATE // 12  # delay of the echo, in samples
 BANDS, STEPS = 16, 8  # log-mel bands and time steps per second: 128 numbers
@@ -48,20 +48,8 @@ PHONEMES = {
     "K": (40, 350, 1900, 2500, 0.0, 0.7, 2200, 900),
     "-": (50, 350, 1700, 2600, 0.0, 0.0, 0, 1),  # closure before T and K
 }
-WORDS = (
-    "Z IY R OW",
-    "W AH N",
-    "- T UW",
-    "TH R IY",
-    "F AO R",
-    "F AA IH V",
-    "S IH - K S",
-    "S EH V AH N",
-    "EY IH - T",
-    "N AA IH N",
-)
 SMOOTH = np.hanning(9)[1:-1].astype(np.float32) / 4  # articulation takes about 40 ms
-VOICES = {0: 40, 1: 20, 2: 20}  # speakers per split
+VOICES = {0: 40, 1: 20, 2: 20, 3: 20}  # speakers per split
 
 
 class Voice(NamedTuple):
@@ -94,10 +82,13 @@ def record(
     spoken = digits >= 0
     sound = np.zeros((T, RATE), dtype=np.float32)
     sound[~spoken] = _background(T - int(spoken.sum()), rng)
-    words = _speak(digits[spoken], voice, rng)
+    words = _speak(digits[spoken], voice, rng, style.things)
     for segment, word in zip(np.flatnonzero(spoken), words, strict=True):
         start = rng.integers(0, RATE - len(word))
         sound[segment, start : start + len(word)] = word
+    if style.clutter:
+        below = np.flatnonzero(spoken & (rng.random(T) < style.clutter))
+        sound[below] += _gain(_draw(rng, len(below), -12, 0)) * _background(len(below), rng)
     if style.echo:
         sound[:, ECHO:] += style.echo * sound[:, :-ECHO]
     level, snr = _draw(rng, T, -6, 6), _draw(rng, T, 1, 21)  # decibels
@@ -123,34 +114,38 @@ def _gain(decibels: np.ndarray) -> np.ndarray:
     return 10 ** (decibels / 20)
 
 
-def _speak(digits: np.ndarray, voice: Voice, rng: np.random.Generator) -> np.ndarray:
-    """Speak digits [S]: sound [S, 11200] of power 1 during the word."""
-    S = len(digits)
-    mouth = np.empty((S, FRAMES, 7), dtype=np.float32)
+def _speak(
+    digits: np.ndarray, voice: Voice, rng: np.random.Generator, things: Things = DIGITS
+) -> np.ndarray:
+    """Speak digits [S], or other things: sound [S, samples] of power 1 during the word."""
+    S, frames = len(digits), things.frames
+    mouth = np.empty((S, frames, 7), dtype=np.float32)
     for track, digit in zip(mouth, digits, strict=True):
-        track[:] = _articulate(digit, voice, rng)
+        track[:] = _articulate(things.sounds[digit], voice, rng, frames)
     formants, voicing = mouth[..., :3] / voice.tract, mouth[..., 3:4]
     friction, centre, width = mouth[..., 4:5], mouth[..., 5:6], mouth[..., 6:7]
     f = np.fft.rfftfreq(2 * HOP, 1 / RATE).astype(np.float32)  # [161]
     tract = voicing * _resonances(f, formants) / np.sqrt(1 + (f / 1000) ** 2)
     hiss = friction * np.exp(-(((f - centre) / width) ** 2) / 2) / 2
-    pulses = _spectra(_pulses(S, voice, rng))
-    breath = _spectra(rng.standard_normal((S, FRAMES * HOP), dtype=np.float32))
+    pulses = _spectra(_pulses(S, voice, rng, frames))
+    breath = _spectra(rng.standard_normal((S, frames * HOP), dtype=np.float32))
     spectra = pulses * tract + breath * (voice.breath * tract + hiss)  # [S, frames, 161]
     sound = _overlap_add(np.fft.irfft(spectra))
     lasting = np.count_nonzero(voicing + friction, axis=1) * HOP
     return sound * np.sqrt(lasting / (sound**2).sum(1, keepdims=True)).astype(np.float32)
 
 
-def _articulate(digit: int, voice: Voice, rng: np.random.Generator) -> np.ndarray:
+def _articulate(
+    phonemes: str, voice: Voice, rng: np.random.Generator, frames: int = DIGITS.frames
+) -> np.ndarray:
     """Interpolate the phonemes of one word: [frames, 7], by the last columns of PHONEMES."""
-    table = np.array([PHONEMES[phoneme] for phoneme in WORDS[digit].split()], dtype=np.float32)
+    table = np.array([PHONEMES[phoneme] for phoneme in phonemes.split()], dtype=np.float32)
     milliseconds, targets = table[:, 0], table[:, 1:]
     targets[:, :3] *= rng.uniform(0.95, 1.05, (len(table), 3))
     steps = milliseconds * rng.uniform(0.8, 1.2, len(table)) / voice.pace / 10
-    track = np.repeat(targets, np.maximum(steps.round().astype(int), 2), axis=0)[: FRAMES - 6]
+    track = np.repeat(targets, np.maximum(steps.round().astype(int), 2), axis=0)[: frames - 6]
     length = len(track)
-    track = np.pad(track, ((6, FRAMES - length), (0, 0)), mode="edge")
+    track = np.pad(track, ((6, frames - length), (0, 0)), mode="edge")
     track[:6, 3:5] = track[6 + length :, 3:5] = 0  # silence before and after
     return np.lib.stride_tricks.sliding_window_view(track, len(SMOOTH), axis=0) @ SMOOTH
 
@@ -165,16 +160,18 @@ def _resonances(f: np.ndarray, formants: np.ndarray) -> np.ndarray:
     return np.sqrt(gain)
 
 
-def _pulses(S: int, voice: Voice, rng: np.random.Generator) -> np.ndarray:
-    """Glottal pulses at a falling pitch: [S, 11200] of power about 1."""
-    time = np.arange(FRAMES * HOP) / RATE
+def _pulses(
+    S: int, voice: Voice, rng: np.random.Generator, frames: int = DIGITS.frames
+) -> np.ndarray:
+    """Glottal pulses at a falling pitch: [S, samples] of power about 1."""
+    time = np.arange(frames * HOP) / RATE
     pitch, fall = voice.f0 * rng.uniform(0.9, 1.2, (S, 1)), voice.f0 * rng.uniform(0, 0.2, (S, 1))
     turns = np.floor(pitch * time - fall * time**2)
     return np.diff(turns, axis=1, prepend=0).astype(np.float32) * math.sqrt(RATE / voice.f0)
 
 
 def _spectra(sound: np.ndarray) -> np.ndarray:
-    """Spectra of the windowed frames: sound [S, 11200] to [S, frames, 161]."""
+    """Spectra of the windowed frames: sound [S, samples] to [S, frames, 161]."""
     padded = np.pad(sound, ((0, 0), (0, HOP)))
     frames = np.lib.stride_tricks.sliding_window_view(padded, 2 * HOP, axis=1)[:, ::HOP]
     window = np.hanning(2 * HOP + 1)[:-1].astype(np.float32)
