@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .matrix import CLIPS
+from .results import Results, Score, clips, contrast, segments
 from .systems import ALIGNMENTS
 
 Weights = dict[str, float]
@@ -20,7 +22,7 @@ PARTS = {
 SYSTEMS = {name: name.upper().replace("S-MIT", "S-MiT") for name in ALIGNMENTS}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Claim:
     """A weighted sum of experiments that should be positive.
 
@@ -53,6 +55,7 @@ def _smaller_loss(part: str) -> Claim:
     return Claim(f"less missed than with two: {PARTS[part]}", two | three)
 
 
+_HALF = f"clips-{CLIPS // 2}"
 CLAIMS: dict[str, list[Claim]] = {
     "Aligning modalities beats not aligning them (Table 1)": [
         Claim(f"{text} over the baseline", _better(name, "baseline"))
@@ -90,12 +93,12 @@ CLAIMS: dict[str, list[Claim]] = {
     "More clips help, but not the most (Table 1)": [
         Claim(
             "half of the clips over a quarter",
-            _better("clips-350", "clips-175"),
+            _better(_HALF, f"clips-{CLIPS // 4}"),
             _better("uni-code", "uni-code 24K"),
         ),
         Claim(
             "half of the clips over all",
-            _better("clips-350", "uni-code"),
+            _better(_HALF, "uni-code"),
             _better("uni-code", "uni-code 81K"),
         ),
     ],
@@ -110,3 +113,23 @@ SHARING: list[Claim] = [
     Claim("CMCM over the baseline", _better("cmcm", "baseline")),
     Claim("Uni-Code over CMCM", _better("uni-code", "cmcm")),
 ]
+REASONS = dict.fromkeys(CLAIMS, "")  # group -> why some of it may not repeat here
+SCORES: dict[str, Score] = {"clips": clips, "segments": segments}
+
+
+def have(results: Results, claim: Claim) -> bool:
+    """Whether all experiments of a claim were run with a common seed."""
+    seeds = [set(results[name]["runs"]) if name in results else set() for name in claim.weights]
+    return bool(set.intersection(*seeds))
+
+
+def undecided(results: Results) -> set[str]:
+    """The experiments of the claims and questions that are open, for clips or segments."""
+    every = [*(claim for group in CLAIMS.values() for claim in group), *QUESTIONS]
+    return {
+        name
+        for claim in every
+        if have(results, claim)
+        and any(contrast(results, claim.weights, x).verdict == "open" for x in SCORES.values())
+        for name in claim.weights
+    }

@@ -2,21 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
+from typing import Any
 
 import torch
+from einops import rearrange
 
+from cmg import digits
+from cmg.digits import speech
+from cmg.digits.style import NUMBERS
 from cmg.figures import plot_codes, require_matplotlib, write_figure
 from mmvq import figures
 
-from .results import Estimate, Result, code_counts
+from .claims import Claim
+from .results import Estimate
+
+COLOURS = {"yes": figures.SHARED, "no": figures.OWN[0], "equal": figures.OWN[1], "open": "#999999"}
 
 
-def plot_code_map(path: Path, result: Result) -> None:
-    """Draw the codes of one run by modality (Fig. 4)."""
-    plane = torch.tensor([[float(x) for x in axis.split()] for axis in result["codes"]["plane"]])
-    counts = {name: torch.tensor(n) for name, n in code_counts(result).items()}
+def plot_claims(path: Path, found: Mapping[str, Mapping[Claim, Sequence[Estimate]]]) -> None:
+    """Draw every difference of claims with its interval, by group, for clips and segments."""
+    require_matplotlib()
+    rows = sum(1 + len(claims) for claims in found.values())
+    figure = figures.new_figure(10, 0.2 * rows + 0.8)
+    panels = figure.subplots(1, 2, sharey=True)
+    ticks: dict[int, str] = {}
+    row = 0
+    for claims in found.values():
+        row += 1  # a gap between groups
+        for claim, differences in claims.items():
+            ticks[row] = claim.text
+            for panel, x in zip(panels, differences, strict=True):
+                style = {"color": COLOURS[x.verdict], "marker": "o", "markersize": 4}
+                panel.errorbar(x.mean, row, xerr=x.half, **style)
+            row += 1
+    for panel, title in zip(panels, ("clips (accuracy)", "segments (F1)"), strict=True):
+        panel.axvline(0, color=figures.INK, linewidth=0.8)
+        panel.set(title=title, ylim=(row, 0))
+        panel.set_yticks(list(ticks), list(ticks.values()), fontsize=7.5)
+        panel.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+        figures.tidy(panel)
+    handles = [panels[0].plot([], [], "o", color=c, label=name)[0] for name, c in COLOURS.items()]
+    panels[0].legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
+    write_figure(figure, path)
+
+
+def plot_clip(path: Path, seed: int = 0) -> None:
+    """Draw a clip of the numbers: frames, sound and sentences, from left to right."""
+    require_matplotlib()
+    clip = digits.render_clip(seed, 0, 0, NUMBERS)
+    sound = rearrange(
+        speech.hear(clip.sound), "t (steps bands) -> t bands steps", bands=speech.BANDS
+    )
+    figure = figures.new_figure(11, 3.4)
+    grid = figure.subplots(3, len(sound), height_ratios=(1, 0.7, 0.9))
+    names = NUMBERS.things.names
+    for t, (frame, heard, text) in enumerate(zip(clip.frames, sound, clip.sentences, strict=True)):
+        grid[0, t].imshow(frame, cmap="gray", vmin=0, vmax=1)
+        grid[1, t].imshow(heard, origin="lower", aspect="auto", cmap="magma")
+        grid[2, t].text(0, 1, fill(text, 15), fontsize=7, va="top")
+        for panel, modality in zip(grid[:, t], ("video", "audio", "text"), strict=True):
+            shown = clip.plot.shown[modality][t]
+            panel.set_title(names[shown] if shown >= 0 else "", fontsize=7, color=figures.OWN[1])
+            panel.set_axis_off()
+    write_figure(figure, path)
+
+
+def plot_code_map(path: Path, codes: Mapping[str, Any]) -> None:
+    """Draw the codes of one run by modality (Fig. 4), see `train.measure`."""
+    plane = torch.tensor([[float(x) for x in axis.split()] for axis in codes["plane"]])
+    counts = {name: torch.tensor([*map(int, n.split())]) for name, n in codes["counts"].items()}
     plot_codes(path, plane.T, counts)
 
 

@@ -63,8 +63,8 @@ TABLES = (
     ),
     TaskTable(
         "Table 4: query-based segmentation",
-        "A head is trained to segment the digit given by the code of one modality, and tested with "
-        "the code of another.",
+        "A head is trained to segment the number given by the code of one modality, and tested "
+        "with the code of another.",
         ("segmentation",),
         {
             "mIoU A→T": _at("segmentation", "audio->text", "miou"),
@@ -130,26 +130,27 @@ def task_sections(results: Results, folder: Path, docs: Path) -> list[str]:
 
 
 def _pictures(folder: Path, docs: Path) -> str:
-    """The pictures that `--evaluate` wrote beside the results."""
+    """The pictures that `--run` wrote beside the results."""
     parts = [
         f"**{title(name)}**\n\n![Masks of {name}]({relpath(path, docs)})"
         for name in EVALUATED["segmentation"]
-        for path in sorted(folder.glob(f"{name}-seed*.png"))
+        for path in sorted(folder.glob(f"masks-{name}.png"))
     ]
     heading = (
-        "## Fig. 5: masks\n\nEvenly spaced test frames, each below the digit of the query. The "
+        "## Fig. 5: masks\n\nEvenly spaced test frames, each below the number of the query. The "
         "head is trained with codes of the first modality and queried with codes of the second."
     )
     return "\n\n".join([heading, *parts]) if parts else ""
 
 
 def _section(results: Results, table: TaskTable) -> str:
-    rows: dict[str, list[Estimate]] = {}
+    rows: dict[str, list[str]] = {}
     for name in EVALUATED[table.tasks[0]]:
-        found = [r["tasks"] for r in results.get(name, {}).values() if "tasks" in r]
-        found = [tasks for tasks in found if set(table.tasks) <= set(tasks)]
+        runs = results.get(name, {"runs": {}})["runs"].values()
+        found = [run["tasks"] for run in runs if set(table.tasks) <= set(run.get("tasks", ()))]
         if found:
-            rows[name] = [Estimate.of([read(x) for x in found]) for read in table.columns.values()]
+            reads = table.columns.values()
+            rows[name] = [f"{Estimate.of([read(x) for x in found]):.2f}" for read in reads]
     if not rows:
         return ""
     columns = tuple(table.columns)

@@ -1,7 +1,8 @@
-"""Read results: scores of a run, means over seeds, and confidence intervals."""
+"""Results: one JSON file for each experiment; scores, means over seeds, and intervals."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,13 +10,74 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
+from cmg.digits import VERSION
 from cmg.errors import DataError
+from cmg.files import write_atomic
 
-from .train import read_result
+from .matrix import EPOCHS, EXPERIMENTS, Experiment
 
-Result = Mapping[str, Any]  # as written by `train`
-Results = dict[str, dict[int, Result]]  # experiment -> seed -> its result
-Score = Callable[[Result, Sequence[str]], float]  # score of a result over some directions
+RECIPE = 3  # version of encoders, losses and heads; results of another are measured again
+NARROW = 0.02  # width of an interval that shows that there is no difference of note
+
+Result = dict[str, Any]  # of an experiment: "identity", "choices" and "runs"
+Results = dict[str, Result]  # name of an experiment -> its result
+Score = Callable[[Mapping[str, Any], Sequence[str]], float]  # of a run over some directions
+
+
+def identity(experiment: Experiment) -> dict[str, Any]:
+    """The settings of an experiment, stored with its results; with others it is run again."""
+    return {
+        "name": experiment.name,
+        **experiment.json(),
+        "epochs": EPOCHS,
+        "rendering": VERSION,
+        "recipe": RECIPE,
+    }
+
+
+def read_result(folder: Path, experiment: Experiment) -> Result:
+    """Read what there is of an experiment: strength -> score, and seed -> scores.
+
+    Results of other settings do not count.
+
+    Raises:
+        DataError: The file is not a result.
+    """
+    path, nothing = folder / f"{experiment.name}.json", {"choices": {}, "runs": {}}
+    if not path.is_file():
+        return {"identity": identity(experiment), **nothing}
+    try:
+        result = json.loads(path.read_text())
+        same = result["identity"] == identity(experiment)
+        if not all(isinstance(result[key], dict) for key in nothing):
+            raise ValueError("its runs are no object")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not a result, or cut short ({error!r:.80}).") from error
+    return result if same else {"identity": identity(experiment), **nothing}
+
+
+def write_result(folder: Path, experiment: Experiment, result: Result) -> None:
+    """Write a result atomically, its runs by seed, with numbers rounded to four digits."""
+    ordered = {
+        **result,
+        "choices": dict(sorted(result["choices"].items(), key=lambda x: float(x[0]))),
+        "runs": dict(sorted(result["runs"].items(), key=lambda x: int(x[0]))),
+    }
+    text = json.dumps(_rounded(ordered), indent=1, allow_nan=False)
+    write_atomic(folder / f"{experiment.name}.json", (text + "\n").encode())
+
+
+def read_results(folder: Path) -> Results:
+    """Read the results of all experiments that were tested.
+
+    Raises:
+        DataError: There are no results.
+    """
+    every = {name: read_result(folder, experiment) for name, experiment in EXPERIMENTS.items()}
+    results = {name: result for name, result in every.items() if result["runs"]}
+    if not results:
+        raise DataError(f"{folder}: has no results. Hint: run the experiments first.")
+    return results
 
 
 class Estimate(NamedTuple):
@@ -35,9 +97,13 @@ class Estimate(NamedTuple):
         return cls(float(np.mean(values)), float(student.ppf(0.975, n - 1)) * spread, n)
 
     @property
-    def sign(self) -> int:
-        """1 or -1 if the whole interval is on one side of 0, otherwise 0."""
-        return int(self.mean - self.half > 0) - int(self.mean + self.half < 0)
+    def verdict(self) -> str:
+        """What the interval says of a difference: see `VERDICTS`."""
+        if self.mean - self.half > 0:
+            return "yes"
+        if self.mean + self.half < 0:
+            return "no"
+        return "equal" if 2 * self.half < NARROW else "open"
 
     def __format__(self, spec: str) -> str:
         """Format as "0.81 ± 0.02", each number by `spec`; "+.2f" signs only the mean."""
@@ -45,53 +111,43 @@ class Estimate(NamedTuple):
         return f"{format(self.mean, spec)} ± {half}"
 
 
-def read_results(folder: Path) -> Results:
-    """Read all results in a folder.
-
-    Raises:
-        DataError: There are no results.
-    """
-    results: Results = {}
-    for path in sorted(folder.glob("*-seed*.json")):
-        result = read_result(path)
-        name, seed = result["identity"]["name"], result["identity"]["seed"]
-        results.setdefault(name, {})[seed] = result
-    if not results:
-        raise DataError(f"{folder}: has no results. Hint: run the experiments first.")
-    return results
+VERDICTS = {
+    "yes": "the 95% interval of the difference is above 0",
+    "no": "it is below 0",
+    "equal": f"it contains 0 and is narrower than {NARROW}",
+    "open": "it contains 0 and is wider",
+}
 
 
 def directions(result: Result) -> tuple[str, ...]:
-    """The directions "source->target" of a result."""
-    return tuple(result["classification"])
+    """The directions "source->target" of an experiment."""
+    return tuple(next(iter(result["runs"].values()))["clips"])
 
 
 def _mean(task: str, score: str) -> Score:
     """The mean of a score over directions."""
-    return lambda result, ways: float(np.mean([result[task][way][score] for way in ways]))
+    return lambda run, ways: float(np.mean([run[task][way][score] for way in ways]))
 
 
-clips = _mean("classification", "accuracy")
-segments = _mean("localization", "segment_f1")
-precision = _mean("localization", "precision")  # the paper calls it accuracy
+clips = _mean("clips", "accuracy")
+segments = _mean("segments", "segment_f1")
+precision = _mean("segments", "precision")  # the paper calls it accuracy
+clip_bound = _mean("clips", "upper_bound")
 
 
-def shared_codes(result: Result, ways: Sequence[str] = (), most: float = 0.8) -> float:
-    """Share of the used codes of which no modality has more than 80 % (green in Fig. 4)."""
-    counts = np.array(list(code_counts(result).values()), dtype=float)  # [M, L]
-    total = counts.sum(0)
-    used = total > 0
-    return float((counts[:, used].max(0) <= most * total[used]).mean())
+def agreement(run: Mapping[str, Any], ways: Sequence[str]) -> float:
+    """The share of segments with the same event in which two modalities have the same code."""
+    return float(np.mean([run["agreement"][way] for way in ways]))
 
 
-def code_counts(result: Result) -> dict[str, list[int]]:
-    """How often each modality chose each code on held-out clips."""
-    return {name: [int(n) for n in x.split()] for name, x in result["codes"]["counts"].items()}
+def shared(run: Mapping[str, Any], ways: Sequence[str] = ()) -> float:
+    """See `train.shared_codes`."""
+    return float(run["shared"])
 
 
-def estimate(runs: Mapping[int, Result], score: Score, ways: Sequence[str]) -> Estimate:
+def estimate(result: Result, score: Score, ways: Sequence[str]) -> Estimate:
     """Estimate a score of an experiment from its seeds."""
-    return Estimate.of([score(result, ways) for _, result in sorted(runs.items())])
+    return Estimate.of([score(run, ways) for run in result["runs"].values()])
 
 
 def contrast(results: Results, weights: Mapping[str, float], score: Score) -> Estimate:
@@ -102,12 +158,27 @@ def contrast(results: Results, weights: Mapping[str, float], score: Score) -> Es
         weights: Experiment -> weight; {"a": 1, "b": -1} is the difference of a and b.
         score: Score to compare.
     """
-    runs = {name: results[name] for name in weights}
-    seeds = sorted(set.intersection(*(set(x) for x in runs.values())))
-    every = [directions(result) for x in runs.values() for result in x.values()]
+    chosen = {name: results[name] for name in weights}
+    seeds = sorted(set.intersection(*(set(x["runs"]) for x in chosen.values())), key=int)
+    every = [directions(x) for x in chosen.values()]
     ways = [way for way in every[0] if all(way in others for others in every)]
-    values = [
-        sum(weight * score(runs[name][seed], ways) for name, weight in weights.items())
-        for seed in seeds
-    ]
-    return Estimate.of(values)
+    return Estimate.of(
+        [
+            sum(
+                weight * score(chosen[name]["runs"][seed], ways) for name, weight in weights.items()
+            )
+            for seed in seeds
+        ]
+    )
+
+
+def _rounded(value: Any) -> Any:
+    match value:
+        case float():
+            return round(value, 4)
+        case Mapping():
+            return {key: _rounded(child) for key, child in value.items()}
+        case list() | tuple():
+            return [_rounded(child) for child in value]
+        case _:
+            return value

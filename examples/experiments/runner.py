@@ -1,25 +1,47 @@
-"""Run missing experiments, each in a process; each of its seeds is a run and a JSON file."""
+"""Run experiments in parallel processes, and say what is left to run."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
 
+import torch
+
+from cmg.clips import TEST, VALIDATION
 from cmg.errors import DataError
 from cmg.files import make_writable
+from cmg.workers import start_worker
 
-from .matrix import EXPERIMENTS, Experiment, tasks_of
-from .train import evaluate_stored, identity, read_result, run_name, train
+from .claims import undecided
+from .matrix import EXPERIMENTS, STRENGTHS, Experiment
+from .results import Results, read_result, read_results, write_result
+from .train import measure
+
+CHOICE = 100  # seed of the rendering that strengths are chosen on
+SEEDS = tuple(range(5))
+MORE_SEEDS = tuple(range(5, 10))  # where a claim is open after the others
 
 
-def pick(names: Sequence[str] | None, scale: float) -> list[Experiment]:
+class Run(NamedTuple):
+    """One training: of an experiment with a strength, on a seed."""
+
+    name: str
+    strength: float
+    seed: int
+
+    @property
+    def choosing(self) -> bool:
+        """Whether it is for the choice of the strength, on split 3."""
+        return self.seed == CHOICE
+
+
+def pick(names: Sequence[str] | None) -> list[Experiment]:
     """The experiments of these names, or all if None.
 
     Raises:
@@ -29,115 +51,109 @@ def pick(names: Sequence[str] | None, scale: float) -> list[Experiment]:
         if name not in EXPERIMENTS:
             known = " ".join(EXPERIMENTS)
             raise DataError(f"--only {name}: no such experiment. Experiments: {known}.")
-    return [EXPERIMENTS[name].scaled(scale) for name in names or EXPERIMENTS]
+    return [EXPERIMENTS[name] for name in names or EXPERIMENTS]
 
 
-def is_done(experiment: Experiment, seed: int, results: Path) -> bool:
-    """Whether there is a result of this run, with the same settings."""
-    result = read_result(results / f"{run_name(experiment, seed)}.json")
-    return result.get("identity") == identity(experiment, seed)
-
-
-def missing_runs(
-    experiments: Sequence[Experiment], seeds: Sequence[int], results: Path
-) -> dict[Experiment, list[int]]:
-    """Experiment -> the seeds that it has no result for."""
-    return {e: [seed for seed in seeds if not is_done(e, seed, results)] for e in experiments}
-
-
-def outlook(
-    experiments: Sequence[Experiment], seeds: Sequence[int], results: Path, jobs: int
-) -> str:
-    """List the missing seeds of every experiment, and estimate the time from the results."""
-    missing = missing_runs(experiments, seeds, results)
-    lines = [
-        f"{e.name:<28}{'seeds ' + ' '.join(map(str, todo)) if todo else 'done'}"
-        for e, todo in missing.items()
+def to_choose(experiments: Sequence[Experiment], folder: Path) -> list[Run]:
+    """The runs that the choices of these experiments still need."""
+    return [
+        Run(e.name, strength, CHOICE)
+        for strength in STRENGTHS
+        for e in experiments
+        if str(strength) not in read_result(folder, e)["choices"]
     ]
-    left = sum(e.epochs * len(todo) for e, todo in missing.items())
-    said = _counts(missing, seeds)
-    found = [read_result(path) for path in results.glob("*-seed*.json")]
-    if left and found:
-        pace = median(x["seconds"] / x["identity"]["epochs"] for x in found)
-        said += (
-            f", about {left * pace / 60 / jobs:.0f} min with --jobs {jobs}, by {len(found)} results"
-        )
+
+
+def to_test(experiments: Sequence[Experiment], seeds: Sequence[int], folder: Path) -> list[Run]:
+    """The missing tests of these experiments, with the strengths that were chosen."""
+    results = {e.name: read_result(folder, e) for e in experiments}
+    return [
+        Run(name, chosen(result), seed)
+        for seed in seeds
+        for name, result in results.items()
+        if str(seed) not in result["runs"]
+    ]
+
+
+def chosen(result: dict[str, Any]) -> float:
+    """The strength with the best score on split 3; the lowest of equal ones."""
+    return max(STRENGTHS, key=lambda strength: result["choices"][str(strength)])
+
+
+def run_missing(experiments: Sequence[Experiment], folder: Path, jobs: int) -> None:
+    """Choose, test on the first seeds, then on more seeds where a claim is open.
+
+    Every result is written when it comes, so that the same call continues after an interruption.
+
+    Raises:
+        DataError: Some runs failed. All others are done.
+    """
+    make_writable(folder)
+    _in_processes("choosing on split 3", to_choose(experiments, folder), folder, jobs)
+    _in_processes("testing", to_test(experiments, SEEDS, folder), folder, jobs)
+    names = undecided(read_results(folder))
+    still = [e for e in experiments if e.name in names]
+    _in_processes("open claims", to_test(still, MORE_SEEDS, folder), folder, jobs)
+
+
+def outlook(experiments: Sequence[Experiment], folder: Path, jobs: int) -> str:
+    """What is done and what is left, with an estimate of the time from the results."""
+    results: Results = {e.name: read_result(folder, e) for e in experiments}
+    lines = [
+        f"{name:<28}{len(x['choices'])} of {len(STRENGTHS)} choices, {len(x['runs'])} seeds"
+        for name, x in results.items()
+    ]
+    left = len(STRENGTHS) * len(experiments) - sum(len(x["choices"]) for x in results.values())
+    left += sum(str(seed) not in x["runs"] for x in results.values() for seed in SEEDS)
+    seconds = [run["seconds"] for x in results.values() for run in x["runs"].values()]
+    said = f"{left} runs to go, and {len(MORE_SEEDS)} for each experiment of an open claim"
+    if left and seconds:
+        said += f"; about {left * mean(seconds) / 60 / jobs:.0f} min with --jobs {jobs}"
     return "\n".join([*lines, said + (". --run starts them." if left else ".")])
 
 
-def _counts(missing: Mapping[Experiment, Sequence[int]], seeds: Sequence[int]) -> str:
-    total, left = len(missing) * len(seeds), sum(map(len, missing.values()))
-    return f"{total - left} of {total} runs are done; {left} to go"
-
-
-def run_missing(
-    experiments: Sequence[Experiment], seeds: Sequence[int], results: Path, runs: Path, jobs: int
-) -> None:
-    """Train every run without a result, `jobs` experiments at a time.
-
-    Raises:
-        DataError: Some experiments failed. All others are done.
-    """
-    make_writable(results)
-    make_writable(runs)
-    missing = missing_runs(experiments, seeds, results)
-    print(_counts(missing, seeds), flush=True)
-    calls = {e.name: (train, e, todo, results, runs) for e, todo in missing.items() if todo}
-    _in_processes(calls, jobs)
-
-
-def evaluate_missing(
-    experiments: Sequence[Experiment], seeds: Sequence[int], results: Path, runs: Path, jobs: int
-) -> None:
-    """Score stored models on the tasks that are missing in their results.
-
-    Raises:
-        DataError: Some experiments failed, for example because they have no model.
-    """
-    calls = {}
-    for experiment in experiments:
-        wanted = set(tasks_of(experiment))
-        paths = {seed: results / f"{run_name(experiment, seed)}.json" for seed in seeds}
-        scored = {seed: set(read_result(path).get("tasks", ())) for seed, path in paths.items()}
-        if todo := [seed for seed in seeds if not wanted <= scored[seed]]:
-            calls[experiment.name] = (evaluate_stored, experiment, todo, results, runs)
-    print(f"{len(calls)} of {len(experiments)} experiments have missing tasks", flush=True)
-    _in_processes(calls, jobs)
-
-
-def _in_processes(calls: Mapping[str, tuple[Any, ...]], jobs: int) -> None:
-    """Run each call in a new process with one thread, so that results are independent."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def _in_processes(title: str, runs: Sequence[Run], folder: Path, jobs: int) -> None:
+    """Run all in processes of one thread each."""
+    if not runs:
+        return
+    print(f"{title}: {len(runs)} runs", flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
     began, failed = time.monotonic(), []
-    pool = ThreadPoolExecutor(jobs)
-    futures = {pool.submit(_exit_code, *call): name for name, call in calls.items()}
-    try:
-        for n, future in enumerate(as_completed(futures), 1):
-            name, code = futures[future], future.result()
-            failed += [f"{name} (exit code {code})"] if code else []
-            minutes = (time.monotonic() - began) / 60
-            state = "failed" if code else "done"
-            print(f"[{n}/{len(calls)}, {minutes:.0f} min] {name} {state}", flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker) as pool:
+        futures = {pool.submit(_measure, run, folder): run for run in runs}
+        try:
+            for n, future in enumerate(as_completed(futures), 1):
+                run, state = futures[future], "done"
+                try:
+                    _keep(run, future.result(), folder)
+                except Exception as error:  # whatever stops one run stops no other
+                    state = f"failed: {error or type(error).__name__}"
+                    failed.append(f"{run.name} (seed {run.seed})")
+                minutes = (time.monotonic() - began) / 60
+                print(
+                    f"[{n}/{len(runs)}, {minutes:.0f} min] {run.name}, strength {run.strength:g}, "
+                    f"seed {run.seed}: {state}",
+                    flush=True,
+                )
+        finally:
+            pool.shutdown(cancel_futures=True)
     if failed:
         raise DataError(f"failed, for the reasons above: {', '.join(failed)}")
 
 
-def _exit_code(function: Callable[..., None], experiment: Experiment, *args: Any) -> int | None:
-    process = multiprocessing.get_context("spawn").Process(
-        target=_one_line_of, args=(function, experiment, *args)
-    )
-    process.start()
-    process.join()
-    return process.exitcode
+def _measure(run: Run, folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return measure(*run, VALIDATION if run.choosing else TEST, folder)
 
 
-def _one_line_of(function: Callable[..., None], experiment: Experiment, *args: Any) -> None:
-    """Call; if the input or the user is the reason of a failure, exit with one line."""
-    try:
-        function(experiment, *args)
-    except (DataError, OSError) as error:
-        sys.exit(f"{experiment.name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+def _keep(run: Run, found: dict[str, Any], folder: Path) -> None:
+    """Add a finished run to the file of its experiment."""
+    experiment = EXPERIMENTS[run.name]
+    result = read_result(folder, experiment)
+    if run.choosing:
+        scores = [x["accuracy"] for x in found["clips"].values()]
+        scores += [x["segment_f1"] for x in found["segments"].values()]
+        result["choices"][str(run.strength)] = mean(scores)
+    else:
+        result["runs"][str(run.seed)] = found
+    write_result(folder, experiment, result)

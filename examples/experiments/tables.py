@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .claims import PARTS, SYSTEMS
 from .paper import Row
-from .results import Estimate
 
 _NAMES = {"baseline": "Baseline", "uni-code": "Uni-Code", "avt": "full model", **SYSTEMS}
 
@@ -18,18 +17,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def comparison(
-    rows: Mapping[str, Sequence[Estimate]],
+    rows: Mapping[str, Sequence[str]],
     columns: Sequence[str],
     paper: Mapping[str, Row],
     paper_columns: Sequence[str],
 ) -> str:
-    """A table of estimates, with the numbers of the paper if it has any of the rows."""
+    """A table of experiments, with the numbers of the paper if it has any of the rows."""
     known = paper_columns if paper.keys() & rows.keys() else ()
     theirs = [f"paper: {name}" if n == 0 else name for n, name in enumerate(known)]
     lines = [
         [
             title(name),
-            *(f"{x:.2f}" for x in found),
+            *found,
             *map(str, paper.get(name, ())),
             *([""] * len(theirs) if name not in paper else ()),
         ]
@@ -40,7 +39,7 @@ def comparison(
 
 def title(name: str) -> str:
     """The name of an experiment in tables."""
-    name = name.removeprefix("avt-").removeprefix("long-")
+    name = name.removeprefix("avt-")
     if name.startswith("without-"):
         return f"without {PARTS[name.removeprefix('without-')]}"
     if name.startswith("dcid-"):

@@ -1,10 +1,11 @@
-"""Run an experiment: for every seed, pre-train, save the model, and write scores as JSON."""
+"""Train one model of an experiment and score it."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,143 +13,137 @@ import torch
 from torch import Tensor
 
 from cmg.batches import Batches
-from cmg.clips import PRETRAIN, TEST, TRAIN
-from cmg.digits import VERSION
-from cmg.errors import DataError
-from cmg.evaluation import evaluate
-from cmg.files import in_use, make_writable, write_atomic
-from cmg.heads import Codes
+from cmg.clips import PRETRAIN, TEST, TRAIN, VALIDATION, Clips
+from cmg.evaluation import Scores, evaluate
+from cmg.heads import Codes, Heads
 from cmg.model import Config
-from cmg.report import code_counts, codebook_summary
+from cmg.report import code_counts
 from cmg.run import TrainedRun
+from cmg.sources import open_data
 from cmg.standardize import Standardizer
-from cmg.stored import save_run
-from cmg.training import CHECKPOINT, Recipe, Trainer
+from cmg.trained import About, TrainedModel
+from cmg.training import Recipe, Trainer
 
-from . import data
 from .followups import all_followups
-from .matrix import CLIPS, CLUB, RECIPE, Experiment, tasks_of
+from .matrix import CLIPS, CLUB, EPOCHS, EXPERIMENTS, MAPPED, Experiment, tasks_of
 from .systems import build
 from .tasks import all_tasks
 from .tasks.picture import draw_segmentation
 
-ALIGNMENT = 1.0  # weight of the alignment of a system
+UNUSED = 4  # a split that is not used
 
 
 class SystemTrainer(Trainer):
-    """A trainer with the term "alignment", and without a progress bar."""
+    """A trainer with the term "alignment" and a strength, without progress bar and checkpoints.
+
+    Args:
+        experiment: What is trained.
+        strength: Factor of the weights of `Experiment.strengthened`.
+        arguments: As of `Trainer`.
+    """
 
     quiet = True
 
+    def __init__(self, experiment: Experiment, strength: float, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.factors = dict.fromkeys(experiment.strengthened(), strength)
+
     def _weights(self) -> dict[str, float]:
-        return super()._weights() | {"alignment": ALIGNMENT}
+        weights = super()._weights() | {"alignment": 1.0}
+        return {name: weight * self.factors.get(name, 1.0) for name, weight in weights.items()}
+
+    def _save(self, path: Path) -> None:
+        pass
 
 
-def identity(experiment: Experiment, seed: int) -> dict[str, Any]:
-    """The settings of a run, stored in its result; with other settings it is run again."""
-    return {**experiment.json(), "seed": seed, "rendering": VERSION, "recipe": RECIPE}
+def measure(
+    name: str, strength: float, seed: int, split: int = TEST, pictures: Path | None = None
+) -> dict[str, Any]:
+    """Pre-train on one rendering, train heads on its split 1, and test them.
 
+    Args:
+        name: Name of the experiment.
+        strength: Strength of what brings the modalities together.
+        seed: Seed of the rendering, of the weights and of the batches.
+        split: Clips to test on: VALIDATION to choose the strength, or TEST.
+        pictures: Folder of the pictures of seed 0 (Fig. 5).
 
-def run_name(experiment: Experiment, seed: int) -> str:
-    """The name of a run, for the file of its result and the folder of its model."""
-    return f"{experiment.name}-seed{seed}"
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """Read a result that `train` wrote; empty if there is no file.
-
-    Raises:
-        DataError: The file is not a result.
+    Returns:
+        "clips" and "segments": direction -> score -> value; "agreement": direction -> share of
+        equal codes; "shared", see `shared_codes`; "seconds"; and in the test, if the experiment has
+        them, the scores of "tasks" and the map of its "codes".
     """
-    if not path.is_file():
-        return {}
-    try:
-        match json.loads(path.read_text()):
-            case {"identity": {"name": _, "seed": _}, **_rest} as result:
-                return result
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a result, or cut short ({error}).") from error
-    raise DataError(f"{path}: not a result of an experiment.")
-
-
-def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result atomically, with numbers rounded to six digits."""
-    text = json.dumps(_rounded(result), indent=1, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
-
-
-def train(experiment: Experiment, seeds: Sequence[int], results: Path, runs: Path) -> None:
-    """Pre-train with each seed, and score the model on held-out clips after the last epoch."""
-    torch.set_num_threads(1)
-    clips = data.load(experiment)
+    began, experiment = time.monotonic(), EXPERIMENTS[name]
+    clips = _select(_numbers(seed), experiment, split)
     standardizer = Standardizer.fit(clips)
     batches = Batches(clips, standardizer)
-    config = Config.of(batches, **experiment.settings())
-    repeats = 1 if experiment.clips is None else CLIPS / experiment.clips
-    recipe = Recipe(epochs=round(experiment.epochs * repeats), segments=1.0, cpc=1.0, club=CLUB)
-    for seed in seeds:
-        began, name = time.monotonic(), run_name(experiment, seed)
-        make_writable(runs / name)
-        with in_use(runs / name):
-            torch.manual_seed(seed)
-            model = build(config, experiment.alignment)
-            trainer = SystemTrainer(
-                model, batches, clips.rows(PRETRAIN), clips.rows(TRAIN), recipe, runs / name, {}
-            )
-            trainer.fit()
-            (runs / name / CHECKPOINT).unlink()  # no longer needed
+    recipe = Recipe(epochs=epochs(experiment), cpc=1.0, club=CLUB)
+    torch.manual_seed(seed)
+    model = build(Config.of(batches, **experiment.settings()), experiment.alignment)
+    rows = clips.rows(PRETRAIN), clips.rows(TRAIN)
+    SystemTrainer(experiment, strength, model, batches, *rows, recipe, Path(), {}).fit()
 
-            indices, codebook = model.quantize(batches), model.quantizer.codebook
-            codes = {m: Codes(i, codebook) for m, i in indices.items()}
-            held_out = {m: i[clips.rows(TEST)] for m, i in indices.items()}
-            result = {
-                "identity": identity(experiment, seed),
-                **evaluate(codes, indices, clips, len(codebook)),
-                "codebook": codebook_summary(held_out, len(codebook)),
-                "codes": _code_map(codebook, held_out),
-                "seconds": time.monotonic() - began,
-            }
-            save_run(runs / name, model, standardizer, clips)
-            write_result(results / f"{name}.json", result)
-
-
-def evaluate_stored(
-    experiment: Experiment, seeds: Sequence[int], results: Path, runs: Path
-) -> None:
-    """Score stored models on more tasks; draw the segmentation of the first seed, if it is one."""
-    torch.set_num_threads(1)
-    clips, names = data.load(experiment), tasks_of(experiment)
-    tasks = all_tasks | all_followups
-    for seed in seeds:
-        name = run_name(experiment, seed)
-        run = TrainedRun.load(runs / name, clips, seed)
-        scores = {task: tasks[task](run) for task in names}
-        path = results / f"{name}.json"
-        write_result(path, read_result(path) | {"tasks": scores})
-        if "segmentation" in names and seed == seeds[0]:
-            draw_segmentation(run, results / f"{name}.png")
+    indices, codebook = model.quantize(batches, clips.rows(TRAIN, TEST)), model.quantizer.codebook
+    codes = {m: Codes(i, codebook) for m, i in indices.items()}
+    scores = evaluate(codes, indices, clips, len(codebook))
+    counts = code_counts({m: i[clips.rows(TEST)] for m, i in indices.items()}, len(codebook))
+    result = {
+        "clips": _only(scores["classification"], "accuracy", "upper_bound"),
+        "segments": _only(scores["localization"], "segment_f1", "precision", "upper_bound"),
+        "agreement": {way: x["share"] for way, x in scores["agreement"].items()},
+        "shared": shared_codes(counts),
+        "strength": strength,
+    }
+    if split == TEST:
+        if names := tasks_of(experiment):
+            trained = TrainedModel(name, model, standardizer, Heads({}, {}), About.of(clips))
+            run, tasks = TrainedRun(clips, seed, trained), all_tasks | all_followups
+            result["tasks"] = {task: tasks[task](run) for task in names}
+            if pictures and seed == 0 and "segmentation" in names:
+                draw_segmentation(run, pictures / f"masks-{name}.png")
+        if name in MAPPED and seed == 0:
+            result["codes"] = _code_map(codebook, counts)
+    return result | {"seconds": time.monotonic() - began}
 
 
-def _code_map(codebook: Tensor, indices: Mapping[str, Tensor]) -> dict[str, Any]:
+def epochs(experiment: Experiment, batch: int = Recipe.batch_size) -> int:
+    """With fewer clips there are more epochs, so that there are as many steps."""
+    return EPOCHS * (CLIPS // batch) // (experiment.clips // batch)
+
+
+@lru_cache(maxsize=1)
+def _numbers(seed: int) -> Clips:
+    """The numbers of a seed. Only those of the last seed are kept in memory."""
+    return open_data(f"numbers:{seed}")[1]
+
+
+def _select(clips: Clips, experiment: Experiment, test: int) -> Clips:
+    """The clips of an experiment, with those to test on in split TEST."""
+    split = clips.split.clone()
+    split[torch.isin(clips.split, torch.tensor([TEST, VALIDATION]))] = UNUSED
+    split[clips.split == test] = TEST
+    split[clips.rows(PRETRAIN)[experiment.clips :]] = UNUSED
+    return replace(clips.only(experiment.modalities), split=split)
+
+
+def _only(scores: Scores, *names: str) -> Scores:
+    return {way: {name: x[name] for name in names} for way, x in scores.items()}
+
+
+def shared_codes(counts: Mapping[str, Tensor], most: float = 0.8) -> float:
+    """Share of the used codes of which no modality has more than 80 % (green in Fig. 4)."""
+    n = torch.stack([*counts.values()]).double()  # [M, L]
+    total = n.sum(0)
+    used = total > 0
+    return (n[:, used].amax(0) <= most * total[used]).double().mean().item()
+
+
+def _code_map(codebook: Tensor, counts: Mapping[str, Tensor]) -> dict[str, Any]:
     """The codes on two principal axes, and how often each modality chose each (Fig. 4)."""
-    counts = code_counts(indices, len(codebook))
-    used = torch.stack(list(counts.values())).sum(0) > 0
-    seen = codebook[used]
+    seen = codebook[torch.stack([*counts.values()]).sum(0) > 0]
     axes = torch.linalg.svd(seen - seen.mean(0), full_matrices=False).Vh[:2]
     plane = (codebook - seen.mean(0)) @ axes.T  # [L, 2]
     return {
         "plane": [" ".join(f"{x:.3f}" for x in axis) for axis in plane.T.tolist()],
         "counts": {name: " ".join(map(str, n.tolist())) for name, n in counts.items()},
     }
-
-
-def _rounded(value: Any) -> Any:
-    match value:
-        case float():
-            return round(value, 6)
-        case Mapping():
-            return {key: _rounded(child) for key, child in value.items()}
-        case list() | tuple():
-            return [_rounded(child) for child in value]
-        case _:
-            return value

@@ -82,12 +82,13 @@ def margin_softmax(a: Tensor, b: Tensor, margin: Callable[[Tensor], Tensor]) -> 
     Args:
         a: Unit vectors of the clips in one modality.
         b: Unit vectors of the same clips in another modality.
-        margin: Function of cosines [B, B], a row for each query, to margins [B] or a scalar.
+        margin: Function of cosines [B, B], a row for each query, to margins [B] or a scalar. It
+            has a gradient.
     """
     target = torch.arange(len(a), device=a.device)
     cosines = a @ b.T
     losses = []
     for rows in (cosines, cosines.T):
-        margins = torch.diag(margin(rows.detach()).expand(len(rows)))
+        margins = torch.diag(margin(rows).expand(len(rows)))
         losses.append(nn.functional.cross_entropy((rows - margins) / TEMPERATURE, target))
     return torch.stack(losses).mean()

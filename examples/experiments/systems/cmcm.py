@@ -1,16 +1,16 @@
-"""CMCM: code matching between modalities, and a contrastive loss of clips.
+"""CMCM: code matching between the modalities of a clip, and a contrastive loss of clips.
 
 Liu, Jin, Lai, Rouditchenko, Oliva and Glass. Cross-Modal Discrete Representation Learning.
 arXiv:2106.05438, 2021.
 
-    L = L_MMS + L_CMCM
+    L = L_MMS + 0.1 L_CMCM
 
-L_CMCM makes two modalities of a clip use the same codes. It is `CrossModalCodeMatchingLoss`, which
-is also a part of Uni-Code ("matching" in `Config`). L_MMS, masked margin softmax, is InfoNCE of
-clips with a small constant margin.
+L_CMCM makes two modalities of a clip use the same codes, equally often. It is `code_matching` of
+clips. ("matching" in `cmg.model.Config`, which is a part of Uni-Code, is the same loss with every
+segment as a clip.) L_MMS, masked margin softmax, is InfoNCE of clips with a small constant margin.
 
 Simplified: a clip is the mean over time of features plus codes, where the paper projects both. The
-masks of false negatives are left out, because there are none.
+margin does not grow. False negatives are not masked, because labels are not used.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from cmg.model import Features, UniCode
+from mmvq.functional import code_matching
 
 from .base import Alignment, clip_vectors, decoder_input, margin_softmax, over_pairs
 
 MARGIN = 0.001
+MATCHING = 0.1  # weight of L_CMCM
 
 
 class CMCM(Alignment):
-    """L_MMS; L_CMCM is a term of the model."""
+    """L_MMS, and L_CMCM as soon as there are codes."""
 
     def forward(
         self, model: UniCode, x: Mapping[str, Tensor], features: Features, *, quantize: bool
@@ -35,7 +37,10 @@ class CMCM(Alignment):
         """The mean over all pairs of modalities."""
         codes = decoder_input(model, features.semantic, quantize=quantize)
         clips = clip_vectors({name: v + codes[name] for name, v in features.semantic.items()})
-        return over_pairs(lambda a, b: margin_softmax(a, b, _constant), clips)
+        loss = over_pairs(lambda a, b: margin_softmax(a, b, _constant), clips)
+        if quantize:
+            loss = loss + MATCHING * code_matching(features.semantic, model.quantizer.codebook)
+        return loss
 
 
 def _constant(cosines: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 You, Zhou, Xiao, Codella, Cheng, Xu, Chang and Yuan. Learning Visual Representation from
 Modality-Shared Contrastive Language-Image Pre-training. ECCV 2022 (MS-CLIP).
 
-The weights of attention and feed-forward layers are shared. Each modality has its own input layers
-and normalisation, which that paper found best. The loss is symmetric InfoNCE of clips.
+The weights of attention and feed-forward layers are shared. Each modality has its own input layers,
+normalisation and output projection, which that paper found best. The loss is symmetric InfoNCE of
+clips.
 
 Simplified: the Transformer has one layer, so there is no modality-specific first layer and no
-parallel branch of convolutions; a clip is the mean of its features instead of a class token; the
-temperature is fixed.
+parallel branch of convolutions. The projection to the first half of z is shared, because the
+Transformer's input is computed from that half. A clip is the mean of its features instead of a
+class token. The temperature is fixed at 0.1, as in the other systems.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ SHARED = (
     "context.self_attn",
     "context.linear1",
     "context.linear2",
-    "clip.0",
 )
 
 

@@ -22,7 +22,7 @@ def localize_across(
     Args:
         run: The run.
         source: Clips to train on. None is the run's own clips.
-        target: Clips to test on, with the same classes. None is the digits in style AWAY.
+        target: Clips to test on, with the same classes. None is the numbers in style AWAY.
 
     Returns:
         {"a->b": the fields of `segment_scores`, and the bounds of `between_sets` for segment_f1}.

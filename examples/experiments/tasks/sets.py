@@ -14,7 +14,7 @@ from cmg.run import TrainedRun
 
 
 def away(run: TrainedRun) -> Clips:
-    """Load the digits in style AWAY, in the modalities of the run."""
+    """Load the numbers in style AWAY, in the modalities of the run."""
     names = [name for name in run.config.shapes if name in plots.MODALITIES]
     return load_clips(digits.load_away(), names)
 

@@ -23,14 +23,14 @@ def classify_unpaired(
     run: TrainedRun,
     first: Clips | None = None,
     second: Clips | None = None,
-    classes: Sequence[int] = range(2, 8),
+    classes: Sequence[int] = range(2, 17),
 ) -> dict[str, Scores]:
     """Classify clips across two sets, both ways and in every direction.
 
     Args:
         run: The run.
         first: Clips of one set. None is the run's own clips.
-        second: Clips of another set. None is the digits in style AWAY.
+        second: Clips of another set. None is the numbers in style AWAY.
         classes: Classes that both sets have.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The runner: one JSON file a run, nothing twice, one failure stops nothing else."""
+"""The runner: choices before tests, nothing twice, and one failure stops nothing else."""
 
 from __future__ import annotations
 
@@ -8,97 +8,141 @@ from pathlib import Path
 from typing import Any
 
 import cmg_experiments
+import numpy as np
 import pytest
-import torch
 
-from cmg.checkpoint import load_model
+from cmg import digits
+from cmg.clips import PRETRAIN, TEST, TRAIN, VALIDATION, Clips
 from cmg.data import load_clips
+from cmg.digits.style import NUMBERS
 from cmg.errors import DataError
-from cmg.run import TrainedRun
-from experiments import runner
-from experiments.matrix import EVALUATED, EXPERIMENTS, Experiment
-from experiments.results import read_results
-from experiments.train import evaluate_stored, identity, read_result, train, write_result
+from experiments import runner, train
+from experiments.matrix import CLIPS, EXPERIMENTS, STRENGTHS
+from experiments.results import identity, read_result, write_result
+from experiments.runner import CHOICE, MORE_SEEDS, SEEDS, Run
+
+WAYS = ("audio->video", "video->audio")
 
 
-def small(name: str, path: Path) -> Experiment:
-    return replace(EXPERIMENTS[name], data=str(path), epochs=1)
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Clips:
+    path = tmp_path_factory.mktemp("numbers") / "numbers.npz"
+    np.savez(path, **digits.render(4, clips=(20, 42, 21, 22), style=NUMBERS))
+    return load_clips(path)
 
 
-def test_a_run_is_one_result_and_one_model(clips_path: Path, tmp_path: Path) -> None:
-    for name in ("dcid-mst", "codis"):
-        experiment = small(name, clips_path)
-        train(experiment, [5], tmp_path / "results", tmp_path / "runs")
-        result = read_result(tmp_path / "results" / f"{name}-seed5.json")
-        assert result["identity"] == identity(experiment, 5)
-        assert set(result["classification"]) == {"audio->video", "video->audio"}
-        run = TrainedRun.load(
-            tmp_path / "runs" / f"{name}-seed5", load_clips(clips_path, ["audio", "video"]), 5
-        )
-        counts = [int(n) for n in result["codes"]["counts"]["video"].split()]
-        held_out = run.codes[1]["video"][run.clips.rows(2)]
-        assert counts == held_out.flatten().bincount(minlength=128).tolist()
-    assert set(read_results(tmp_path / "results")) == {"dcid-mst", "codis"}
-    assert {p.name for p in (tmp_path / "runs" / "codis-seed5").glob("*.*")} == {
-        "config.json",
-        "model.safetensors",
+@pytest.fixture
+def small(numbers: Clips, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few clips, and two epochs."""
+    monkeypatch.setattr(train, "_numbers", lambda seed: numbers)
+    monkeypatch.setattr(train, "EPOCHS", 2)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_is_the_same_again_and_has_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, again, other = (train.measure("dcid-turn", 3.0, seed) for seed in (5, 5, 6))
+    assert {**one, "seconds": 0} == {**again, "seconds": 0}
+    assert one["segments"] != other["segments"]
+    assert set(one["clips"]) == set(one["segments"]) == set(one["agreement"]) == set(WAYS)
+    assert set(one["clips"]["audio->video"]) == {"accuracy", "upper_bound"}
+    assert not {"tasks", "codes"} & set(one)
+    monkeypatch.setattr(train, "all_tasks", {"across_sets": lambda run: {"seed": run.seed}})
+    monkeypatch.setattr(train, "all_followups", {"unpaired": lambda run: {"n": len(run.codes[0])}})
+    three = train.measure("avt-without-cpc", 1.0, 7)
+    assert three["tasks"] == {"across_sets": {"seed": 7}, "unpaired": {"n": 3}}
+    assert "tasks" not in train.measure("avt-without-cpc", 1.0, 7, VALIDATION)
+    counts = train.measure("uni-code", 1.0, 0)["codes"]["counts"]
+    assert {sum(map(int, n.split())) for n in counts.values()} == {21 * 10}  # of the test
+
+
+def test_a_choice_is_tested_on_split_3_and_a_test_on_split_2(numbers: Clips) -> None:
+    for split in (TEST, VALIDATION):
+        found = train._select(numbers, EXPERIMENTS["baseline"], split)
+        assert found.rows(TEST).tolist() == numbers.rows(split).tolist()
+        assert found.rows(PRETRAIN, TRAIN).tolist() == numbers.rows(PRETRAIN, TRAIN).tolist()
+        assert not len(found.rows(VALIDATION))
+        assert found.modalities == ("audio", "video")
+
+
+def test_fewer_clips_are_the_first_and_take_as_many_steps(numbers: Clips) -> None:
+    fewer = replace(EXPERIMENTS["clips-300"], clips=15)
+    found = train._select(numbers, fewer, TEST)
+    assert found.rows(PRETRAIN).tolist() == numbers.rows(PRETRAIN)[:15].tolist()
+    for experiment in EXPERIMENTS.values():
+        steps = experiment.clips // 64  # of an epoch
+        assert train.epochs(experiment) * steps == train.EPOCHS * (CLIPS // 64)
+
+
+def fake(run: Run, folder: Path) -> dict[str, Any]:
+    """In place of a training, in its process."""
+    if run.name == "uni-code" and run.seed == 1:
+        raise DataError("the disk is full.")
+    score = run.strength if run.choosing else run.seed / 10 + len(run.name)
+    return {
+        "clips": {way: {"accuracy": score, "upper_bound": 1.0} for way in WAYS},
+        "segments": {way: {"segment_f1": -run.strength / 2} for way in WAYS},
+        "strength": run.strength,
+        "seconds": 60.0,
     }
 
 
-def test_seeds_of_one_process_are_as_if_alone(clips_path: Path, tmp_path: Path) -> None:
-    experiment = small("dcid-cmcm", clips_path)
-    train(experiment, [0, 1], tmp_path / "both", tmp_path / "runs")
-    train(experiment, [1], tmp_path / "alone", tmp_path / "runs-alone")
-    one, other = (
-        read_result(tmp_path / folder / "dcid-cmcm-seed1.json") for folder in ("both", "alone")
-    )
-    assert {**one, "seconds": 0} == {**other, "seconds": 0}
-    tensors, _ = load_model(tmp_path / "runs" / "dcid-cmcm-seed1")
-    for name, x in load_model(tmp_path / "runs-alone" / "dcid-cmcm-seed1")[0].items():
-        torch.testing.assert_close(tensors[name], x, rtol=0, atol=0)
-
-
-def test_what_is_done_is_not_done_again(
-    clips_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_choices_come_first_and_a_failure_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In real processes; an experiment that cannot run is named and stops no other."""
-    good, bad = small("baseline", clips_path), small("uni-code", tmp_path / "nowhere.npz")
-    places = (tmp_path / "results", tmp_path / "runs")
-    with pytest.raises(DataError, match=r"uni-code \(exit code 1\)"):
-        runner.run_missing([good, bad], [0, 1], *places, jobs=2)
-    assert "nowhere.npz: no such file" in capfd.readouterr().err
-    files = sorted((tmp_path / "results").iterdir())
-    assert [path.name for path in files] == ["baseline-seed0.json", "baseline-seed1.json"]
-    written = [path.stat().st_mtime_ns for path in files]
-    runner.run_missing([good], [0, 1], *places, jobs=2)
-    assert "2 of 2 runs are done; 0 to go" in capfd.readouterr().out
-    assert [path.stat().st_mtime_ns for path in files] == written
-    for other in (replace(good, epochs=2), replace(good, clips=60)):
-        assert not runner.is_done(other, 0, tmp_path / "results")
-    assert not runner.is_done(good, 2, tmp_path / "results")
+    """In real processes; a second call does what is missing, and nothing again."""
+    monkeypatch.setattr(runner, "_measure", fake)
+    chosen = runner.pick(["baseline", "uni-code"])
+    with pytest.raises(DataError, match=r"failed, .*: uni-code \(seed 1\)"):
+        runner.run_missing(chosen, tmp_path, jobs=2)
+    assert "uni-code, strength 10, seed 1: failed: the disk is full." in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["baseline.json", "uni-code.json"]
+    one, two = (read_result(tmp_path, experiment) for experiment in chosen)
+    expected = {str(x): pytest.approx(x / 4) for x in STRENGTHS}  # means of x, x, -x/2 and -x/2
+    assert one["choices"] == two["choices"] == expected
+    assert list(one["runs"]) == [str(seed) for seed in SEEDS]
+    assert list(two["runs"]) == [str(seed) for seed in SEEDS if seed != 1]
+    assert {run["strength"] for run in two["runs"].values()} == {max(STRENGTHS)}
+    capsys.readouterr()
+    with pytest.raises(DataError, match="seed 1"):
+        runner.run_missing(chosen, tmp_path, jobs=1)
+    assert "testing: 1 runs" in capsys.readouterr().out
+    assert json.loads((tmp_path / "baseline.json").read_text())["runs"] == one["runs"]
 
 
-def test_stored_models_are_scored_on_the_tasks_that_their_results_lack(
-    clips_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    experiment = small("avt-without-cpc", clips_path)
-    places = (tmp_path / "results", tmp_path / "runs")
-    train(experiment, [0, 1], *places)
-    before = read_result(places[0] / "avt-without-cpc-seed1.json")
-    fake = {name: lambda run: {"codes": len(run.codes[0])} for name in EVALUATED}
-    monkeypatch.setattr("experiments.train.all_tasks", fake)
-    monkeypatch.setattr("experiments.train.all_followups", {})
-    calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(runner, "_in_processes", lambda made, jobs: calls.extend(made.values()))
-    runner.evaluate_missing([experiment, small("uni-code", clips_path)], [0, 1], *places, jobs=1)
-    ((function, *arguments),) = calls  # nothing more is asked of Uni-Code
-    function(*arguments)
-    after = read_result(places[0] / "avt-without-cpc-seed1.json")
-    scored = {"across_sets": {"codes": 3}, "unpaired": {"codes": 3}}
-    assert after == before | {"tasks": scored}
-    calls.clear()
-    runner.evaluate_missing([experiment], [0, 1], *places, jobs=1)
-    assert calls == []
+def test_open_claims_get_more_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[Run]] = []
+    monkeypatch.setattr(runner, "_in_processes", lambda title, runs, *_: asked.append([*runs]))
+    names = ["uni-code", "without-club", "baseline"]
+    for n, name in enumerate(names):
+        experiment = EXPERIMENTS[name]
+        runs = {}
+        for seed in SEEDS:
+            noise = 0.1 * (seed - 2) * (name == "without-club")
+            runs[str(seed)] = fake(Run(name, 3.0, 2), tmp_path)
+            for way in WAYS:
+                runs[str(seed)]["clips"][way]["accuracy"] = noise
+                runs[str(seed)]["segments"][way]["segment_f1"] = n
+        choices = dict.fromkeys(map(str, STRENGTHS), 0.5)
+        content = {"identity": identity(experiment), "choices": choices, "runs": runs}
+        write_result(tmp_path, experiment, content)
+    runner.run_missing(runner.pick(names), tmp_path, jobs=1)
+    first, second, third = asked
+    assert first == second == []
+    more = [Run(name, STRENGTHS[0], seed) for seed in MORE_SEEDS for name in names[:2]]
+    assert third == more  # of equal choices the lowest strength
+
+
+def test_results_of_other_settings_do_not_count(tmp_path: Path) -> None:
+    experiment = EXPERIMENTS["baseline"]
+    content = {"identity": identity(experiment), "choices": {"1.0": 0.5}, "runs": {}}
+    write_result(tmp_path, experiment, content)
+    assert read_result(tmp_path, experiment) == content
+    assert len(runner.to_choose([experiment], tmp_path)) == len(STRENGTHS) - 1
+    content["identity"] = {**identity(experiment), "epochs": 1}
+    write_result(tmp_path, experiment, content)
+    assert read_result(tmp_path, experiment)["choices"] == {}
+    runs = runner.to_choose([experiment], tmp_path)
+    assert [*runs] == [Run("baseline", x, CHOICE) for x in STRENGTHS]
 
 
 def test_the_command_line_names_what_it_does_not_know(
@@ -108,46 +152,29 @@ def test_the_command_line_names_what_it_does_not_know(
     assert "--only uni-cod: no such experiment" in capsys.readouterr().err
     assert cmg_experiments.main(["--report", "--results", str(tmp_path)]) == 2
     assert "has no results" in capsys.readouterr().err
-    for odd in ("0", "-1", "nan", "inf", "much"):
-        with pytest.raises(SystemExit, match="2"):
-            cmg_experiments.main(["--scale", odd])
-        assert "argument --scale" in capsys.readouterr().err
-    for content in ('{"identity', "[" * 10**5):
-        (tmp_path / "uni-code-seed0.json").write_text(content)
-        for action in (["--report"], ["--only", "uni-code"]):
+    for content in ('{"identity', "[" * 10**5, "[]", '{"identity": {}, "choices": 1, "runs": {}}'):
+        (tmp_path / "uni-code.json").write_text(content)
+        for action in (["--report"], ["--only", "uni-code"], ["--run", "--only", "uni-code"]):
             assert cmg_experiments.main([*action, "--results", str(tmp_path)]) == 2
-            assert "uni-code-seed0.json: not a result, or cut short" in capsys.readouterr().err
+            assert "uni-code.json: not a result, or cut short" in capsys.readouterr().err
 
 
 def test_without_an_action_it_says_what_is_left_and_runs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One run of 21 epochs took 42 s, so three of a twice as long experiment take 252."""
     experiment = EXPERIMENTS["baseline"]
-    made = {"identity": identity(experiment, 0), "seconds": 2.0 * experiment.epochs}
-    write_result(tmp_path / "baseline-seed0.json", made)
-    arguments = ["--results", str(tmp_path), "--seeds", "0", "5", "6", "--jobs", "3"]
-    assert cmg_experiments.main([*arguments, "--only", "baseline", "long-uni-code"]) == 0
-    minutes = 2 * (2 * 21 + 3 * 42) / 60 / 3
+    runs = {"0": fake(Run("baseline", 3.0, 0), tmp_path)}
+    content = {"identity": identity(experiment), "choices": {"1.0": 0.5}, "runs": runs}
+    write_result(tmp_path, experiment, content)
+    arguments = ["--results", str(tmp_path), "--jobs", "3"]
+    assert cmg_experiments.main([*arguments, "--only", "baseline", "uni-code"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{'baseline':<28}seeds 5 6",
-        f"{'long-uni-code':<28}seeds 0 5 6",
-        f"1 of 6 runs are done; 5 to go, about {minutes:.0f} min with --jobs 3, by 1 results. "
+        f"{'baseline':<28}1 of 3 choices, 1 seeds",
+        f"{'uni-code':<28}0 of 3 choices, 0 seeds",
+        "14 runs to go, and 5 for each experiment of an open claim; about 5 min with --jobs 3. "
         "--run starts them.",
     ]
-    assert [path.name for path in tmp_path.iterdir()] == ["baseline-seed0.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["baseline.json"]
     assert cmg_experiments.main(arguments) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names[:-1] == list(EXPERIMENTS)
-
-
-def test_a_model_that_is_missing_is_one_line(clips_path: Path, tmp_path: Path) -> None:
-    """The line that its process ends with."""
-    with pytest.raises(SystemExit, match=r"^avt: .*avt-seed0: no such folder\. Hint: .*$"):
-        runner._one_line_of(evaluate_stored, small("avt", clips_path), [0], tmp_path, tmp_path)
-
-
-def test_a_scale_is_of_epochs(tmp_path: Path) -> None:
-    (half,) = runner.pick(["uni-code"], 0.5)
-    assert half.epochs == round(EXPERIMENTS["uni-code"].epochs / 2)
-    assert json.dumps(identity(half, 0)) != json.dumps(identity(EXPERIMENTS["uni-code"], 0))

@@ -15,12 +15,13 @@ from cmg.model import Config, UniCode
 from cmg.training import Recipe
 from experiments.matrix import ALL, AV, Experiment
 from experiments.systems import ALIGNMENTS, System, build
-from experiments.systems.base import TEMPERATURE, margin_softmax
+from experiments.systems.base import TEMPERATURE, clip_vectors, margin_softmax
 from experiments.systems.codis import MOMENTUM, transport_plan
 from experiments.systems.mst import SHARED
 from experiments.systems.smit import ALPHA, adaptive_mean_margin
+from experiments.systems.turn import Rebuild
 from experiments.train import SystemTrainer
-from mmvq.functional import info_nce
+from mmvq.functional import code_matching, info_nce
 
 SHAPES = {"audio": (1, 7), "video": (4, 6)}
 B, T, K = 8, 5, 11
@@ -78,8 +79,12 @@ def test_every_experiment_builds_and_its_terms_have_weights(
     objectives |= {"alignment"} if experiment.alignment else set()
     assert set(terms) == {"reconstruction", "commitment"} | objectives
     rows = torch.arange(B)
-    trainer = SystemTrainer(model, Batches(Clips.of(x)), rows, rows, Recipe(spread=0), tmp_path, {})
-    assert set(terms) <= set(trainer._weights())
+    data = (model, Batches(Clips.of(x)), rows, rows, Recipe(spread=0, ramp=0), tmp_path, {})
+    plain, strong = (SystemTrainer(experiment, s, *data)._weights() for s in (1.0, 3.0))
+    assert set(terms) <= set(plain)
+    raised = {name for name in terms if strong[name] != plain[name]}
+    assert raised == experiment.strengthened() & set(terms) != set()
+    assert all(strong[name] == 3 * plain[name] for name in raised)
 
 
 def test_without_a_margin_the_softmax_is_info_nce() -> None:
@@ -97,12 +102,12 @@ def test_the_adaptive_margin_is_that_of_the_equation() -> None:
         torch.testing.assert_close(found, ALPHA * (s[i, i] - sum(others) / 3))
 
 
-def test_mst_shares_all_but_input_and_normalisation() -> None:
+def test_mst_shares_all_but_input_normalisation_and_output() -> None:
     model = system("mst")
     audio, video = model.semantic.values()
     for name in SHARED:
         assert audio.get_submodule(name) is video.get_submodule(name)
-    for name in ("describe", "skip", "context.norm1", "segment.1", "clip.1"):
+    for name in ("describe", "skip", "context.norm1", "segment.1", "clip.0", "clip.1"):
         assert audio.get_submodule(name) is not video.get_submodule(name)
     apart = build(model.config, None)
     apart.load_state_dict({k: v for k, v in model.state_dict().items() if "alignment" not in k})
@@ -113,6 +118,44 @@ def test_mst_shares_all_but_input_and_normalisation() -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_the_margin_has_a_gradient() -> None:
+    """If the margin is the cosine itself, nothing pulls a positive pair together."""
+    cosines = torch.rand(B, B, requires_grad=True)  # of unit vectors a with an orthonormal b
+    margin_softmax(cosines, torch.eye(B), lambda rows: rows.diagonal()).backward()
+    assert cosines.grad is not None
+    torch.testing.assert_close(cosines.grad.diagonal(), torch.zeros(B))
+    assert (cosines.grad + torch.eye(B) > 0).all()
+
+
+def test_cmcm_matches_the_codes_of_clips_as_soon_as_there_are_codes() -> None:
+    model, x = system("cmcm").eval(), batch()
+    features = model.encode(Batch(x))
+    z, codebook = features.semantic, torch.randn(K, 16)
+    model.quantizer.set_codes(codebook)
+    found = model.alignment(model, x, features, quantize=True)
+    codes = model.quantizer(z, freeze=True).quantized
+    a, b = clip_vectors({name: v + codes[name] for name, v in z.items()}).values()
+    contrast = margin_softmax(a, b, lambda cosines: cosines.new_tensor(0.001))
+    torch.testing.assert_close(found, contrast + 0.1 * code_matching(z, codebook))
+    assert model.alignment(model, x, features, quantize=False) != found
+
+
+def test_turn_rebuilds_hidden_segments_from_the_code_of_another_modality() -> None:
+    """It sees no hidden segment, and its error is that of the hidden ones."""
+    torch.manual_seed(0)
+    rebuild = Rebuild(6, 16, 2).eval()
+    x, code = torch.randn(B, T, 2, 3, requires_grad=True), torch.randn(B, 16, requires_grad=True)
+    given = []
+    rebuild.enter.register_forward_hook(lambda _, inputs, out: given.append(inputs[0]))
+    rebuild(x, code).backward()
+    (entered,) = given
+    masked = (entered == rebuild.mask).all(-1)
+    assert masked.any(1).all()
+    assert masked.float().mean() > 0.4
+    torch.testing.assert_close(entered[~masked], x.flatten(2)[~masked])
+    assert code.grad.abs().sum() > 0
 
 
 def test_codis_teachers_follow_slowly_and_only_in_training() -> None:
@@ -140,7 +183,5 @@ def test_a_transport_plan_gives_every_clip_a_whole_and_uses_all_prototypes() -> 
 
 
 def test_the_audio_video_experiments_differ() -> None:
-    seen = [
-        repr((e.alignment, dict(e.config), e.clips, e.epochs)) for e in ALL if e.modalities == AV
-    ]
+    seen = [repr((e.alignment, dict(e.config), e.clips)) for e in ALL if e.modalities == AV]
     assert len(seen) == len(set(seen))
