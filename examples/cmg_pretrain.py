@@ -4,6 +4,7 @@ Pre-trains Uni-Code on unlabelled clips that show the same events in several mod
 a classifier on labels of ONE modality and tests it on ANOTHER, in every direction.
 
     python examples/cmg_pretrain.py                            the built-in digits, 2 minutes
+    python examples/cmg_pretrain.py --data numbers             a harder built-in set
     python examples/cmg_pretrain.py --data clips.npz           your own file or folder, see below
     python examples/cmg_pretrain.py --data datasets:clips      the same in Hugging Face datasets
     python examples/cmg_pretrain.py --modalities audio video   two of the modalities
@@ -173,9 +174,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         default="digits",
-        help="digits (default), digits:SEED for another rendering, an npz file, a folder of .npy "
-        "files, datasets:FOLDER or datasets:NAME for Hugging Face datasets on disk or on the Hub, "
-        f"or the authors' features as {', '.join(f'{kind}:ROOT' for kind in SETS)}",
+        help="digits (default) or numbers, digits:SEED for another rendering, an npz file, a "
+        "folder of .npy files, datasets:FOLDER or datasets:NAME for Hugging Face datasets on disk "
+        f"or on the Hub, or the authors' features as {', '.join(f'{kind}:ROOT' for kind in SETS)}",
     )
     parser.add_argument(
         "--modalities", nargs="+", metavar="NAME", help="modalities to use; all by default"

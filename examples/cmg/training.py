@@ -131,7 +131,8 @@ class Trainer:
         rows: int64, indices of the clips to train on.
         held_out: int64, indices of other clips, to choose the size of the codebook on.
         recipe: Settings of training.
-        folder: Folder of the checkpoint, and of the TensorBoard log if TensorBoard is installed.
+        folder: Folder of the checkpoint, and of the TensorBoard log if TensorBoard is installed;
+            None: neither is written.
         identity: Numbers and strings that must be the same if the run is resumed.
         execution: Precision, compilation and reading.
 
@@ -149,7 +150,7 @@ class Trainer:
         rows: Tensor,
         held_out: Tensor,
         recipe: Recipe,
-        folder: Path,
+        folder: Path | None,
         identity: Mapping[str, Any],
         execution: Execution = Execution(),
     ) -> None:
@@ -198,12 +199,13 @@ class Trainer:
         Raises:
             DataError: There is no checkpoint to resume from, or it belongs to another run.
         """
-        if resume:
+        if resume and self.folder is not None:
             path = self.folder / CHECKPOINT
             hint = "Hint: --output must be a folder that all machines share."
             rule = f"{path}: other ranks do not find this checkpoint. {hint}"
             on_all_ranks(lambda: self._load(path), self.device, rule)
-        log = None if rank() else _tensorboard(self.folder, self.epoch)
+        kept = None if rank() else self.folder
+        log = None if kept is None else _tensorboard(kept, self.epoch)
         clips = len(self.order) * self.batch_size
         silent = {"disable": True} if self.quiet or rank() else {}  # otherwise by TQDM_DISABLE
         with tqdm(
@@ -219,8 +221,8 @@ class Trainer:
                     if log is not None:
                         log.add_scalar(name, value, self.epoch)
                 self.epoch += 1
-                if rank() == 0:
-                    self._save(self.folder / CHECKPOINT)
+                if kept is not None:
+                    self._save(kept / CHECKPOINT)
         if log is not None:
             log.close()
         self.loader.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .matrix import CLIPS
+from .matrix import CLIPS, SEEDS
 from .results import Results, Score, clips, contrast, segments
 from .systems import ALIGNMENTS
 
@@ -52,7 +52,7 @@ def _part(prefix: str, full: str, part: str) -> Claim:
 
 def _smaller_loss(part: str) -> Claim:
     two, three = _better("uni-code", f"without-{part}"), _better(f"avt-without-{part}", "avt")
-    return Claim(f"less missed than with two: {PARTS[part]}", two | three)
+    return Claim(f"{PARTS[part]} matters less with three modalities", two | three)
 
 
 _HALF = f"clips-{CLIPS // 2}"
@@ -124,12 +124,18 @@ def have(results: Results, claim: Claim) -> bool:
 
 
 def undecided(results: Results) -> set[str]:
-    """The experiments of the claims and questions that are open, for clips or segments."""
+    """The experiments of claims and questions that are open after the first seeds.
+
+    Open for clips or for segments. Further seeds have no influence, so that all of these are run.
+    """
     every = [*(claim for group in CLAIMS.values() for claim in group), *QUESTIONS]
     return {
         name
         for claim in every
         if have(results, claim)
-        and any(contrast(results, claim.weights, x).verdict == "open" for x in SCORES.values())
+        and any(
+            contrast(results, claim.weights, score, SEEDS).verdict == "open"
+            for score in SCORES.values()
+        )
         for name in claim.weights
     }

@@ -16,7 +16,10 @@ CLIPS = 1200  # clips of split 0 of the numbers
 EPOCHS = 24  # over all of them
 PARTS = tuple(part for part in model.PARTS if part != "contrast")  # of the paper
 DCID = ("club", "cpc")
-STRENGTHS = (1.0, 3.0, 10.0)  # the choices of every experiment, see `Experiment.strengthened`
+STRENGTHS = (1.0, 3.0, 10.0, 30.0)  # the choices of each, see `Experiment.strengthened`
+CHOICE = 100  # seed of the rendering that strengths are chosen on
+SEEDS = tuple(range(5))
+MORE_SEEDS = tuple(range(5, 10))  # where a claim is open after the others
 
 CLUB = 0.02  # weight of CLUB's bound; at 1, as in Sec. 4.4, other losses suffer
 PAPER = {  # of codebook and CLUB, as in Sec. 4.2 and 4.3 where the demo departs
@@ -45,15 +48,6 @@ class Experiment:
     modalities: tuple[str, ...] = AV
     config: Mapping[str, Any] = field(default_factory=dict)
     clips: int = CLIPS
-
-    def json(self) -> dict[str, Any]:
-        """The settings as stored with its results; results of other settings are not used."""
-        return {
-            "alignment": self.alignment,
-            "modalities": [*self.modalities],
-            "config": dict(self.config),
-            "clips": self.clips,
-        }
 
     def settings(self) -> dict[str, Any]:
         """The fields of `cmg.model.Config` that differ from its defaults."""

@@ -9,7 +9,7 @@ from . import figures
 from .claims import CLAIMS, REASONS, SCORES, SHARING, Claim, have
 from .paper import paper_contrast
 from .results import VERDICTS, Estimate, Results, contrast, shared
-from .tables import table
+from .tables import paragraph, table
 
 
 def claim_sections(results: Results, docs: Path) -> list[str]:
@@ -72,7 +72,8 @@ def _not_repeated(found: Found) -> str:
     for group, claims in found.items():
         others = [f"{c.text} ({x[0].verdict})" for c, x in claims.items() if x[0].verdict != "yes"]
         if others:
-            parts.append(f"**{group}.** {REASONS[group]} For clips: {'; '.join(others)}.")
+            text = f"**{group}.** For clips: {'; '.join(others)}. {REASONS[group]}"
+            parts.append(paragraph(text))
     if not parts:
         return ""
     return "\n\n".join(("## What does not repeat, and why it might not", *parts))
@@ -86,21 +87,19 @@ def _differences(results: Results, found: Found) -> str:
             theirs = [f"{x:+.1f}" for x in paper_contrast(claim.in_paper) or ()] or ["", ""]
             cells = [[f"{x:+.2f}", marked(x.verdict), y] for x, y in zip(ours, theirs, strict=True)]
             rows.append([claim.text, *cells[0], *cells[1]])
-    sharing = "\n".join(
-        f"- {claim.text}: {difference:+.2f}, {difference.verdict}"
+    sharing = [
+        f"- {claim.text}: {difference:+.2f}, {marked(difference.verdict)}"
         for claim in SHARING
         if have(results, claim)
         for difference in [contrast(results, claim.weights, shared)]
-    )
+    ]
+    codes = ["Differences in the share of shared codes (Fig. 4):", "\n".join(sharing)]
     head = ("claim", "clips", "", "the paper", "segments (F1)", "", "the paper")
-    return f"""## Every difference
+    text = f"""## Every difference
 
 "A over B" is the score of A minus that of B with the same seed, averaged over the directions. The
 score is accuracy for clips and F1 for event segments. The paper's differences are of single runs,
 in percentage points (mean of both directions, 40K clips unless the claim is about their number).
 
-{table(head, rows)}
-
-Differences in the share of shared codes (Fig. 4):
-
-{sharing}"""
+{table(head, rows)}"""
+    return "\n\n".join([text, *(codes if sharing else [])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ from cmg.digits import VERSION
 from cmg.errors import DataError
 from cmg.files import write_atomic
 
-from .matrix import EPOCHS, EXPERIMENTS, Experiment
+from .matrix import CHOICE, EXPERIMENTS, MORE_SEEDS, SEEDS, STRENGTHS, Experiment
+from .train import recipe
 
-RECIPE = 3  # version of encoders, losses and heads; results of another are measured again
+CODE = 3  # version of encoders, losses and heads; results of another are measured again
 NARROW = 0.02  # width of an interval that shows that there is no difference of note
 
 Result = dict[str, Any]  # of an experiment: "identity", "choices" and "runs"
@@ -26,13 +28,20 @@ Score = Callable[[Mapping[str, Any], Sequence[str]], float]  # of a run over som
 
 def identity(experiment: Experiment) -> dict[str, Any]:
     """The settings of an experiment, stored with its results; with others it is run again."""
-    return {
-        "name": experiment.name,
-        **experiment.json(),
-        "epochs": EPOCHS,
+    settings = {
+        "code": CODE,
         "rendering": VERSION,
-        "recipe": RECIPE,
+        "choice": CHOICE,
+        "strengths": STRENGTHS,
+        "name": experiment.name,
+        "alignment": experiment.alignment,
+        "modalities": experiment.modalities,
+        "clips": experiment.clips,
+        "config": experiment.settings(),
+        "recipe": asdict(recipe(experiment)),
     }
+    found: dict[str, Any] = json.loads(json.dumps(settings))  # as it is read again
+    return found
 
 
 def read_result(folder: Path, experiment: Experiment) -> Result:
@@ -81,7 +90,7 @@ def read_results(folder: Path) -> Results:
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and half of its 95 % interval (Student's t; NaN for one seed)."""
+    """A mean over seeds and half of its 95% interval (Student's t; NaN for one seed)."""
 
     mean: float
     half: float
@@ -150,16 +159,22 @@ def estimate(result: Result, score: Score, ways: Sequence[str]) -> Estimate:
     return Estimate.of([score(run, ways) for run in result["runs"].values()])
 
 
-def contrast(results: Results, weights: Mapping[str, float], score: Score) -> Estimate:
+def contrast(
+    results: Results,
+    weights: Mapping[str, float],
+    score: Score,
+    seeds: Sequence[int] = (*SEEDS, *MORE_SEEDS),
+) -> Estimate:
     """Estimate a weighted sum of experiments from common seeds and directions.
 
     Args:
         results: Results that include every experiment in `weights`.
         weights: Experiment -> weight; {"a": 1, "b": -1} is the difference of a and b.
         score: Score to compare.
+        seeds: The seeds to use, of those that all have.
     """
     chosen = {name: results[name] for name in weights}
-    seeds = sorted(set.intersection(*(set(x["runs"]) for x in chosen.values())), key=int)
+    common = set.intersection(*(set(x["runs"]) for x in chosen.values()))
     every = [directions(x) for x in chosen.values()]
     ways = [way for way in every[0] if all(way in others for others in every)]
     return Estimate.of(
@@ -167,7 +182,8 @@ def contrast(results: Results, weights: Mapping[str, float], score: Score) -> Es
             sum(
                 weight * score(chosen[name]["runs"][seed], ways) for name, weight in weights.items()
             )
-            for seed in seeds
+            for seed in map(str, seeds)
+            if seed in common
         ]
     )
 

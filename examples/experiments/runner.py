@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,13 +18,9 @@ from cmg.files import make_writable
 from cmg.workers import start_worker
 
 from .claims import undecided
-from .matrix import EXPERIMENTS, STRENGTHS, Experiment
+from .matrix import CHOICE, EXPERIMENTS, MORE_SEEDS, SEEDS, STRENGTHS, Experiment
 from .results import Results, read_result, read_results, write_result
 from .train import measure
-
-CHOICE = 100  # seed of the rendering that strengths are chosen on
-SEEDS = tuple(range(5))
-MORE_SEEDS = tuple(range(5, 10))  # where a claim is open after the others
 
 
 class Run(NamedTuple):
@@ -65,13 +60,16 @@ def to_choose(experiments: Sequence[Experiment], folder: Path) -> list[Run]:
 
 
 def to_test(experiments: Sequence[Experiment], seeds: Sequence[int], folder: Path) -> list[Run]:
-    """The missing tests of these experiments, with the strengths that were chosen."""
+    """The missing tests of these experiments, with the strengths that were chosen.
+
+    Experiments whose choice is not complete have none.
+    """
     results = {e.name: read_result(folder, e) for e in experiments}
     return [
         Run(name, chosen(result), seed)
         for seed in seeds
         for name, result in results.items()
-        if str(seed) not in result["runs"]
+        if len(result["choices"]) == len(STRENGTHS) and str(seed) not in result["runs"]
     ]
 
 
@@ -83,17 +81,28 @@ def chosen(result: dict[str, Any]) -> float:
 def run_missing(experiments: Sequence[Experiment], folder: Path, jobs: int) -> None:
     """Choose, test on the first seeds, then on more seeds where a claim is open.
 
-    Every result is written when it comes, so that the same call continues after an interruption.
+    Every result is written as soon as it is there, so that the same call continues after an
+    interruption.
 
     Raises:
         DataError: Some runs failed. All others are done.
     """
     make_writable(folder)
-    _in_processes("choosing on split 3", to_choose(experiments, folder), folder, jobs)
-    _in_processes("testing", to_test(experiments, SEEDS, folder), folder, jobs)
+    failed = _in_processes("choosing on split 3", to_choose(experiments, folder), folder, jobs)
+    failed += _in_processes("testing", to_test(experiments, SEEDS, folder), folder, jobs)
+    still = to_extend(experiments, folder)
+    failed += _in_processes("open claims", to_test(still, MORE_SEEDS, folder), folder, jobs)
+    if failed:
+        raise DataError(f"failed, for the reasons above: {', '.join(failed)}")
+
+
+def to_extend(experiments: Sequence[Experiment], folder: Path) -> list[Experiment]:
+    """Those of the experiments that claims are open on after the first seeds."""
+    results = {e.name: read_result(folder, e) for e in experiments}
+    if not any(result["runs"] for result in results.values()):
+        return []
     names = undecided(read_results(folder))
-    still = [e for e in experiments if e.name in names]
-    _in_processes("open claims", to_test(still, MORE_SEEDS, folder), folder, jobs)
+    return [e for e in experiments if e.name in names]
 
 
 def outlook(experiments: Sequence[Experiment], folder: Path, jobs: int) -> str:
@@ -103,23 +112,25 @@ def outlook(experiments: Sequence[Experiment], folder: Path, jobs: int) -> str:
         f"{name:<28}{len(x['choices'])} of {len(STRENGTHS)} choices, {len(x['runs'])} seeds"
         for name, x in results.items()
     ]
-    left = len(STRENGTHS) * len(experiments) - sum(len(x["choices"]) for x in results.values())
+    left = len(to_choose(experiments, folder))
     left += sum(str(seed) not in x["runs"] for x in results.values() for seed in SEEDS)
+    said, tested = f"{left} runs to go", any(x["runs"] for x in results.values())
+    if not left and tested:
+        left = len(to_test(to_extend(experiments, folder), MORE_SEEDS, folder))
+        said = f"{left} runs to go, on open claims"
     seconds = [run["seconds"] for x in results.values() for run in x["runs"].values()]
-    said = f"{left} runs to go, and {len(MORE_SEEDS)} for each experiment of an open claim"
     if left and seconds:
-        said += f"; about {left * mean(seconds) / 60 / jobs:.0f} min with --jobs {jobs}"
+        said += f", about {left * mean(seconds) / 60 / jobs:.0f} min with --jobs {jobs}"
     return "\n".join([*lines, said + (". --run starts them." if left else ".")])
 
 
-def _in_processes(title: str, runs: Sequence[Run], folder: Path, jobs: int) -> None:
-    """Run all in processes of one thread each."""
+def _in_processes(title: str, runs: Sequence[Run], folder: Path, jobs: int) -> list[str]:
+    """Run all in processes of one thread each; the names of those that failed."""
     if not runs:
-        return
+        return []
     print(f"{title}: {len(runs)} runs", flush=True)
-    os.environ["OMP_NUM_THREADS"] = "1"
     began, failed = time.monotonic(), []
-    with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _start) as pool:
         futures = {pool.submit(_measure, run, folder): run for run in runs}
         try:
             for n, future in enumerate(as_completed(futures), 1):
@@ -137,12 +148,15 @@ def _in_processes(title: str, runs: Sequence[Run], folder: Path, jobs: int) -> N
                 )
         finally:
             pool.shutdown(cancel_futures=True)
-    if failed:
-        raise DataError(f"failed, for the reasons above: {', '.join(failed)}")
+    return failed
+
+
+def _start() -> None:
+    start_worker()
+    torch.set_num_threads(1)
 
 
 def _measure(run: Run, folder: Path) -> dict[str, Any]:
-    torch.set_num_threads(1)
     return measure(*run, VALIDATION if run.choosing else TEST, folder)
 
 

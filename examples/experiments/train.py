@@ -34,7 +34,7 @@ UNUSED = 4  # a split that is not used
 
 
 class SystemTrainer(Trainer):
-    """A trainer with the term "alignment" and a strength, without progress bar and checkpoints.
+    """A trainer with the term "alignment" and a strength, without a progress bar.
 
     Args:
         experiment: What is trained.
@@ -51,9 +51,6 @@ class SystemTrainer(Trainer):
     def _weights(self) -> dict[str, float]:
         weights = super()._weights() | {"alignment": 1.0}
         return {name: weight * self.factors.get(name, 1.0) for name, weight in weights.items()}
-
-    def _save(self, path: Path) -> None:
-        pass
 
 
 def measure(
@@ -77,18 +74,17 @@ def measure(
     clips = _select(_numbers(seed), experiment, split)
     standardizer = Standardizer.fit(clips)
     batches = Batches(clips, standardizer)
-    recipe = Recipe(epochs=epochs(experiment), cpc=1.0, club=CLUB)
     torch.manual_seed(seed)
     model = build(Config.of(batches, **experiment.settings()), experiment.alignment)
     rows = clips.rows(PRETRAIN), clips.rows(TRAIN)
-    SystemTrainer(experiment, strength, model, batches, *rows, recipe, Path(), {}).fit()
+    SystemTrainer(experiment, strength, model, batches, *rows, recipe(experiment), None, {}).fit()
 
     indices, codebook = model.quantize(batches, clips.rows(TRAIN, TEST)), model.quantizer.codebook
     codes = {m: Codes(i, codebook) for m, i in indices.items()}
     scores = evaluate(codes, indices, clips, len(codebook))
     counts = code_counts({m: i[clips.rows(TEST)] for m, i in indices.items()}, len(codebook))
     result = {
-        "clips": _only(scores["classification"], "accuracy", "upper_bound"),
+        "clips": _only(scores["classification"], "accuracy", "chance", "upper_bound"),
         "segments": _only(scores["localization"], "segment_f1", "precision", "upper_bound"),
         "agreement": {way: x["share"] for way, x in scores["agreement"].items()},
         "shared": shared_codes(counts),
@@ -106,9 +102,10 @@ def measure(
     return result | {"seconds": time.monotonic() - began}
 
 
-def epochs(experiment: Experiment, batch: int = Recipe.batch_size) -> int:
-    """With fewer clips there are more epochs, so that there are as many steps."""
-    return EPOCHS * (CLIPS // batch) // (experiment.clips // batch)
+def recipe(experiment: Experiment) -> Recipe:
+    """Settings of training: with fewer clips there are more epochs, so that steps are as many."""
+    steps, batch = EPOCHS * (CLIPS // Recipe.batch_size), Recipe.batch_size
+    return Recipe(epochs=steps // (experiment.clips // batch), cpc=1.0, club=CLUB)
 
 
 @lru_cache(maxsize=1)
@@ -131,7 +128,7 @@ def _only(scores: Scores, *names: str) -> Scores:
 
 
 def shared_codes(counts: Mapping[str, Tensor], most: float = 0.8) -> float:
-    """Share of the used codes of which no modality has more than 80 % (green in Fig. 4)."""
+    """Share of the used codes of which no modality has more than 80% (green in Fig. 4)."""
     n = torch.stack([*counts.values()]).double()  # [M, L]
     total = n.sum(0)
     used = total > 0

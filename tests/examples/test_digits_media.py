@@ -150,7 +150,8 @@ def test_sound_is_in_its_place(folder: Path, place: tuple[int, int]) -> None:
 def test_words_are_in_their_seconds(tmp_path: Path) -> None:
     """Without the noise of a room, all but a trace of the energy is where words are."""
     spoken = np.array([-1, 3, -1, -1, 7, -1, 8, 1, -1, -1])
-    words = speech._speak(spoken[spoken >= 0], speech.voices(0, 0)[0], np.random.default_rng(0))
+    voice, rng = speech.voices(0, 0)[0], np.random.default_rng(0)
+    words = speech._speak(spoken[spoken >= 0], voice, rng, DIGITS)
     sound = np.zeros((10, speech.RATE), np.float32)
     sound[spoken >= 0, : words.shape[1]] = words
     media._encode(tmp_path / "x.mp4", np.zeros((80, 224, 224), np.uint8), media.LOUDNESS * sound)

@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 VERSION = 1
+NUMBERS_CLIPS = (1200, 420, 800, 400)  # of the splits 0 to 3
 T = plots.SEGMENTS
 
 
@@ -170,8 +171,7 @@ def load(seed: int = 0, cache_dir: str | Path | None = None) -> Path:
 def load_numbers(seed: int = 0, cache_dir: str | Path | None = None) -> Path:
     """Like `load`, for the numbers: 1,200, 420, 800 and 400 clips of the splits 0 to 3."""
     name = f"numbers-v{VERSION}-seed{seed}"
-    clips = (1200, 420, 800, 400)
-    return _cached(name, lambda: render(seed, clips=clips, style=NUMBERS), cache_dir)
+    return _cached(name, lambda: render(seed, clips=NUMBERS_CLIPS, style=NUMBERS), cache_dir)
 
 
 def load_away(seed: int = 0, cache_dir: str | Path | None = None) -> Path:

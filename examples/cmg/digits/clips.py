@@ -1,8 +1,9 @@
 """The plot of a clip: which class each modality shows in each of its ten segments.
 
-All modalities show the clip's digit during the same 3 to 7 segments. Outside this event, each
-modality independently shows another digit with probability 0.3, which no other modality shows. All
-other segments are background. For example, with "." for background:
+All modalities show the clip's class during the same segments, the event. Outside of it, a modality
+may show another class, which no other modality shows. All other segments are background. In the
+style NUMBERS the event of each modality is moved, and some of its segments are missing. For
+example, of the digits, with "." for background:
 
     video  . . 4 4 4 4 . 9 9 .
     audio  . . 4 4 4 4 . . . .
@@ -19,15 +20,14 @@ from ..clips import BACKGROUND
 from .style import HOME, Style
 
 SEGMENTS = 10
-CLASSES = 10
 MODALITIES = ("audio", "video", "text")
 
 
 class Clip(NamedTuple):
-    """One clip: its class, and the digit of every segment of each modality."""
+    """One clip: its class, and the class of every segment of each modality."""
 
     label: int
-    shown: dict[str, np.ndarray]  # modality -> int64 [T], BACKGROUND where no digit is shown
+    shown: dict[str, np.ndarray]  # modality -> int64 [T], BACKGROUND where none is shown
 
 
 def compose(rng: np.random.Generator, style: Style = HOME) -> Clip:

@@ -135,9 +135,7 @@ def _write(
     return np.maximum(*ink)
 
 
-def _pick(
-    digits: np.ndarray, split: int, rng: np.random.Generator, style: Style = HOME
-) -> np.ndarray:
+def _pick(digits: np.ndarray, split: int, rng: np.random.Generator, style: Style) -> np.ndarray:
     """Pick a handwritten sample of each digit: ink [S, 32, 32]."""
     ink, classes = _handwriting()
     pool = np.asarray(style.writers[split])

@@ -1,6 +1,6 @@
 """Text: sentences that name the digit, and their features, hashed character n-grams.
 
-A sentence is a template filled with a name, a thing and a place. The thing is a digit, or a noun in
+A sentence is a template filled with a name, a thing and a place. The thing is a class, or a noun in
 background segments; some nouns resemble a digit (wine, stone). Every split has its own templates,
 names, nouns and places, so that the splits share few words except the digits.
 

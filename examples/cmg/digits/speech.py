@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange, repeat
 
 from .style import HOME, Style
-from .things import DIGITS, Things
+from .things import Things
 
 RATE, HOP = 16_000, 160
 TURN = 2 * math.pi
@@ -115,7 +115,7 @@ def _gain(decibels: np.ndarray) -> np.ndarray:
 
 
 def _speak(
-    digits: np.ndarray, voice: Voice, rng: np.random.Generator, things: Things = DIGITS
+    digits: np.ndarray, voice: Voice, rng: np.random.Generator, things: Things
 ) -> np.ndarray:
     """Speak digits [S], or other things: sound [S, samples] of power 1 during the word."""
     S, frames = len(digits), things.frames
@@ -135,9 +135,7 @@ def _speak(
     return sound * np.sqrt(lasting / (sound**2).sum(1, keepdims=True)).astype(np.float32)
 
 
-def _articulate(
-    phonemes: str, voice: Voice, rng: np.random.Generator, frames: int = DIGITS.frames
-) -> np.ndarray:
+def _articulate(phonemes: str, voice: Voice, rng: np.random.Generator, frames: int) -> np.ndarray:
     """Interpolate the phonemes of one word: [frames, 7], by the last columns of PHONEMES."""
     table = np.array([PHONEMES[phoneme] for phoneme in phonemes.split()], dtype=np.float32)
     milliseconds, targets = table[:, 0], table[:, 1:]
@@ -160,9 +158,7 @@ def _resonances(f: np.ndarray, formants: np.ndarray) -> np.ndarray:
     return np.sqrt(gain)
 
 
-def _pulses(
-    S: int, voice: Voice, rng: np.random.Generator, frames: int = DIGITS.frames
-) -> np.ndarray:
+def _pulses(S: int, voice: Voice, rng: np.random.Generator, frames: int) -> np.ndarray:
     """Glottal pulses at a falling pitch: [S, samples] of power about 1."""
     time = np.arange(frames * HOP) / RATE
     pitch, fall = voice.f0 * rng.uniform(0.9, 1.2, (S, 1)), voice.f0 * rng.uniform(0, 0.2, (S, 1))

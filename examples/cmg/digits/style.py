@@ -5,8 +5,8 @@ HOME is the style of the built-in digits.
 NUMBERS is the style of a harder set, the numbers. Its 21 classes are two-digit numbers. The
 modalities do not show an event at quite the same time, and each misses some of its segments; other
 numbers appear as often as not; and some segments are cluttered: by a stray digit in the picture, a
-hum or siren under the speech, or misspelt words. Clutter and sizes were chosen such that a linear
-classifier trained and tested on one modality is far from both chance and 1.
+hum or siren under the speech, or misspelt words. It has a validation split, which may share a
+writer with split 1, but no voice, sentence or noun.
 
 AWAY renders the numbers differently, to test generalisation to another data set: narrow handwriting
 that leans to the right, in front of stripes; high, breathy and slow voices with an echo; longer
@@ -17,12 +17,14 @@ SCENES is for segmentation: each frame has two numbers, of which speech and text
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from . import things
 
 Range = tuple[float, float]
+# Of splits 0, 1 and 2. Consecutive samples are from one writer, about 138 each. The gap of this
+# size before split 2 separates its writers from those of all other splits.
+WRITERS = (range(0, 900), range(900, 1280), range(1418, 1797))
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Style:
         distracted: Probability that a modality shows another class outside the event.
         clutter: Probability that a segment shows, sounds or reads worse, see above.
         pooled: Whether video features are those of the whole frame, not of its cells.
-        writers: Split -> the samples of handwriting that it uses.
+        writers: The samples of handwriting that each split uses.
         slant: Columns that a stroke moves to the right for each row down.
         narrow: Width of the handwriting relative to its height.
         size: Side of a digit's square, in pixels.
@@ -61,7 +63,7 @@ class Style:
     distracted: float = 0.3
     clutter: float = 0.0
     pooled: bool = False
-    writers: Mapping[int, range] = field(default_factory=lambda: WRITERS)
+    writers: tuple[range, ...] = WRITERS
     slant: float = 0.0
     narrow: float = 1.0
     size: Range = (22, 34)
@@ -76,9 +78,6 @@ class Style:
     sentence: str = "{}"
 
 
-# Consecutive samples are from one writer, about 138 each. The gap of this size before split 2
-# separates its writers from those of all other splits.
-WRITERS = {0: range(0, 900), 1: range(900, 1280), 2: range(1418, 1797)}
 HOME = Style()
 NUMBERS = Style(
     name="numbers",
@@ -88,7 +87,7 @@ NUMBERS = Style(
     distracted=0.5,
     clutter=0.3,
     pooled=True,
-    writers=WRITERS | {1: range(900, 1100), 3: range(1100, 1280)},
+    writers=(WRITERS[0], range(900, 1100), WRITERS[2], range(1100, 1280)),
     size=(22, 30),
     pace=(1.2, 1.7),
 )

@@ -13,7 +13,8 @@ Simplified: the code of a clip is the mean of its segments' codes, where the pap
 mean with a product codebook of two parts. All modalities are rebuilt with an L1 error, relative to
 the mean absolute value. The share of masked segments is drawn between 0.5 and 1 in every step,
 where it grows from 0.5 to 1. InfoNCE is symmetric. Data of one modality alone, the localisation
-stream and the adaptive sampling between domains have no counterpart here.
+stream and the adaptive sampling between domains have no counterpart here. The place of a segment
+is that among the segments of the step, which are a part of the clip.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class TURN(Alignment):
         super().__init__(model)
         c = model.config
         self.rebuild = nn.ModuleDict(
-            {name: Rebuild(P * C, c.dim, c.heads) for name, (P, C) in c.shapes.items()}
+            {name: Rebuild(P * C, c.segments, c.dim, c.heads) for name, (P, C) in c.shapes.items()}
         )
 
     def forward(
@@ -58,14 +59,16 @@ class Rebuild(nn.Module):
 
     Args:
         width: Number of features of a segment.
+        segments: Number of segments at most.
         dim: Dimension of the code, also the hidden width.
         heads: Number of attention heads.
     """
 
-    def __init__(self, width: int, dim: int, heads: int) -> None:
+    def __init__(self, width: int, segments: int, dim: int, heads: int) -> None:
         super().__init__()
         self.enter, self.leave = nn.Linear(width, dim), nn.Linear(dim, width)
         self.mask = nn.Parameter(torch.zeros(width))
+        self.place = nn.Parameter(0.02 * torch.randn(segments, dim))
         self.layer = nn.TransformerDecoderLayer(dim, heads, 2 * dim, 0.0, batch_first=True)
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
@@ -74,6 +77,6 @@ class Rebuild(nn.Module):
         share = 0.5 + 0.5 * torch.rand((), device=x.device)
         hidden = torch.rand(x.shape[:2], device=x.device) < share
         hidden[torch.arange(len(x)), torch.randint(x.shape[1], (len(x),))] = True  # one or more
-        seen = self.enter(torch.where(hidden[..., None], self.mask, x))
+        seen = self.enter(torch.where(hidden[..., None], self.mask, x)) + self.place[: x.shape[1]]
         error = self.leave(self.layer(seen, code[:, None])) - x
         return error[hidden].abs().mean() / x.abs().mean()

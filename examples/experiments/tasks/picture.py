@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cmg.digits.style import SCENES
 from cmg.figures import require_matplotlib, write_figure
 from cmg.run import TrainedRun
 
@@ -28,7 +29,7 @@ def draw_segmentation(run: TrainedRun, path: Path, columns: int = 10) -> None:
         head = fit_mask_head(train, learned, run.seed)
         for b, query in test.queries.items():
             rows[f"{a}->{b}"] = masks(head, test.cells[shown], query[shown])
-    plot_rows(path, rows, [f"{digit}?" for digit in test.classes[shown].tolist()])
+    plot_rows(path, rows, [f"{SCENES.things.names[n]}?" for n in test.classes[shown].tolist()])
 
 
 def plot_rows(path: Path, rows: dict[str, Tensor], titles: list[str]) -> None:

@@ -1,9 +1,9 @@
-"""Query-based segmentation: the pixels of the digit that audio or text names (Table 4, Fig. 5).
+"""Query-based segmentation: the pixels of the number that audio or text names (Table 4, Fig. 5).
 
-Frames have two digits, of which the query names one. The query is the frozen code of the segment in
-one modality. The head is trained with the codes of one modality and tested with those of another.
-Its other input are the standardised cells of the frame, without the video encoder of the run. Only
-segments with a named digit are used.
+Frames have two numbers, of which the query names one. The query is the frozen code of the segment
+in one modality. The head is trained with the codes of one modality and tested with those of
+another. Its other input are the standardised cells of the frame, without the video encoder of the
+run. Only segments with a named number are used.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .masks import mask_scores
 
 
 class Frames(NamedTuple):
-    """Frames in which a digit is named.
+    """Frames in which a number is named.
 
     Attributes:
         cells: Standardised cells [n, 7, 7, C].
         queries: Name -> codes [n, D].
-        masks: bool [n, 56, 56], the pixels of the digit.
-        classes: int64 [n], the digit.
+        masks: bool [n, 56, 56], the pixels of the number.
+        classes: int64 [n], the class of the number.
         pictures: uint8 [n, 56, 56], to draw.
     """
 
@@ -74,7 +74,7 @@ class MaskHead(nn.Module):
 
 
 def segment(run: TrainedRun) -> Scores:
-    """The fields of `query_scores` on scenes of two digits, with queries of audio and text.
+    """The fields of `query_scores` on scenes of two numbers, with queries of audio and text.
 
     Raises:
         DataError: The run does not have both audio and text.

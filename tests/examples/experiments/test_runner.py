@@ -44,7 +44,7 @@ def test_a_run_is_the_same_again_and_has_all_scores(monkeypatch: pytest.MonkeyPa
     assert {**one, "seconds": 0} == {**again, "seconds": 0}
     assert one["segments"] != other["segments"]
     assert set(one["clips"]) == set(one["segments"]) == set(one["agreement"]) == set(WAYS)
-    assert set(one["clips"]["audio->video"]) == {"accuracy", "upper_bound"}
+    assert set(one["clips"]["audio->video"]) == {"accuracy", "chance", "upper_bound"}
     assert not {"tasks", "codes"} & set(one)
     monkeypatch.setattr(train, "all_tasks", {"across_sets": lambda run: {"seed": run.seed}})
     monkeypatch.setattr(train, "all_followups", {"unpaired": lambda run: {"n": len(run.codes[0])}})
@@ -70,12 +70,20 @@ def test_fewer_clips_are_the_first_and_take_as_many_steps(numbers: Clips) -> Non
     assert found.rows(PRETRAIN).tolist() == numbers.rows(PRETRAIN)[:15].tolist()
     for experiment in EXPERIMENTS.values():
         steps = experiment.clips // 64  # of an epoch
-        assert train.epochs(experiment) * steps == train.EPOCHS * (CLIPS // 64)
+        assert train.recipe(experiment).epochs * steps == train.EPOCHS * (CLIPS // 64)
+
+
+def test_only_choices_are_made_on_split_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "measure", lambda *arguments: arguments)
+    assert runner._measure(Run("cmcm", 3.0, CHOICE), tmp_path)[3] == VALIDATION
+    for seed in (*SEEDS, *MORE_SEEDS):
+        assert runner._measure(Run("cmcm", 3.0, seed), tmp_path)[3] == TEST
+    assert CHOICE not in (*SEEDS, *MORE_SEEDS)
 
 
 def fake(run: Run, folder: Path) -> dict[str, Any]:
     """In place of a training, in its process."""
-    if run.name == "uni-code" and run.seed == 1:
+    if run in (("uni-code", STRENGTHS[-1], 1), ("cmcm", STRENGTHS[0], CHOICE)):
         raise DataError("the disk is full.")
     score = run.strength if run.choosing else run.seed / 10 + len(run.name)
     return {
@@ -89,14 +97,19 @@ def fake(run: Run, folder: Path) -> dict[str, Any]:
 def test_choices_come_first_and_a_failure_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In real processes; a second call does what is missing, and nothing again."""
+    """In real processes; a second call does what is missing, and nothing again.
+
+    CMCM lacks a choice and is not tested.
+    """
     monkeypatch.setattr(runner, "_measure", fake)
-    chosen = runner.pick(["baseline", "uni-code"])
-    with pytest.raises(DataError, match=r"failed, .*: uni-code \(seed 1\)"):
+    chosen = runner.pick(["baseline", "uni-code", "cmcm"])
+    with pytest.raises(DataError, match=rf"above: cmcm \(seed {CHOICE}\), uni-code \(seed 1\)"):
         runner.run_missing(chosen, tmp_path, jobs=2)
-    assert "uni-code, strength 10, seed 1: failed: the disk is full." in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["baseline.json", "uni-code.json"]
-    one, two = (read_result(tmp_path, experiment) for experiment in chosen)
+    assert "uni-code, strength 30, seed 1: failed: the disk is full." in capsys.readouterr().out
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["baseline.json", "cmcm.json", "uni-code.json"]
+    one, two, three = (read_result(tmp_path, experiment) for experiment in chosen)
+    assert (len(three["choices"]), three["runs"]) == (len(STRENGTHS) - 1, {})
     expected = {str(x): pytest.approx(x / 4) for x in STRENGTHS}  # means of x, x, -x/2 and -x/2
     assert one["choices"] == two["choices"] == expected
     assert list(one["runs"]) == [str(seed) for seed in SEEDS]
@@ -104,14 +117,14 @@ def test_choices_come_first_and_a_failure_stops_no_other(
     assert {run["strength"] for run in two["runs"].values()} == {max(STRENGTHS)}
     capsys.readouterr()
     with pytest.raises(DataError, match="seed 1"):
-        runner.run_missing(chosen, tmp_path, jobs=1)
+        runner.run_missing(chosen[:2], tmp_path, jobs=1)
     assert "testing: 1 runs" in capsys.readouterr().out
     assert json.loads((tmp_path / "baseline.json").read_text())["runs"] == one["runs"]
 
 
 def test_open_claims_get_more_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[Run]] = []
-    monkeypatch.setattr(runner, "_in_processes", lambda title, runs, *_: asked.append([*runs]))
+    monkeypatch.setattr(runner, "_in_processes", lambda _, runs, *__: asked.append([*runs]) or [])
     names = ["uni-code", "without-club", "baseline"]
     for n, name in enumerate(names):
         experiment = EXPERIMENTS[name]
@@ -130,6 +143,12 @@ def test_open_claims_get_more_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert first == second == []
     more = [Run(name, STRENGTHS[0], seed) for seed in MORE_SEEDS for name in names[:2]]
     assert third == more  # of equal choices the lowest strength
+    for name in names[:2]:  # whatever one more seed says
+        result = read_result(tmp_path, EXPERIMENTS[name])
+        result["runs"]["5"] = result["runs"]["4"]
+        write_result(tmp_path, EXPERIMENTS[name], result)
+    runner.run_missing(runner.pick(names), tmp_path, jobs=1)
+    assert asked[-1] == [run for run in more if run.seed != 5]
 
 
 def test_results_of_other_settings_do_not_count(tmp_path: Path) -> None:
@@ -138,7 +157,7 @@ def test_results_of_other_settings_do_not_count(tmp_path: Path) -> None:
     write_result(tmp_path, experiment, content)
     assert read_result(tmp_path, experiment) == content
     assert len(runner.to_choose([experiment], tmp_path)) == len(STRENGTHS) - 1
-    content["identity"] = {**identity(experiment), "epochs": 1}
+    content["identity"] = {**identity(experiment), "code": 1}
     write_result(tmp_path, experiment, content)
     assert read_result(tmp_path, experiment)["choices"] == {}
     runs = runner.to_choose([experiment], tmp_path)
@@ -169,10 +188,9 @@ def test_without_an_action_it_says_what_is_left_and_runs_nothing(
     arguments = ["--results", str(tmp_path), "--jobs", "3"]
     assert cmg_experiments.main([*arguments, "--only", "baseline", "uni-code"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{'baseline':<28}1 of 3 choices, 1 seeds",
-        f"{'uni-code':<28}0 of 3 choices, 0 seeds",
-        "14 runs to go, and 5 for each experiment of an open claim; about 5 min with --jobs 3. "
-        "--run starts them.",
+        f"{'baseline':<28}1 of 4 choices, 1 seeds",
+        f"{'uni-code':<28}0 of 4 choices, 0 seeds",
+        "16 runs to go, about 5 min with --jobs 3. --run starts them.",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["baseline.json"]
     assert cmg_experiments.main(arguments) == 0

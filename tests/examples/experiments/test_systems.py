@@ -142,20 +142,36 @@ def test_cmcm_matches_the_codes_of_clips_as_soon_as_there_are_codes() -> None:
     assert model.alignment(model, x, features, quantize=False) != found
 
 
-def test_turn_rebuilds_hidden_segments_from_the_code_of_another_modality() -> None:
-    """It sees no hidden segment, and its error is that of the hidden ones."""
-    torch.manual_seed(0)
-    rebuild = Rebuild(6, 16, 2).eval()
-    x, code = torch.randn(B, T, 2, 3, requires_grad=True), torch.randn(B, 16, requires_grad=True)
-    given = []
-    rebuild.enter.register_forward_hook(lambda _, inputs, out: given.append(inputs[0]))
-    rebuild(x, code).backward()
-    (entered,) = given
-    masked = (entered == rebuild.mask).all(-1)
-    assert masked.any(1).all()
-    assert masked.float().mean() > 0.4
-    torch.testing.assert_close(entered[~masked], x.flatten(2)[~masked])
-    assert code.grad.abs().sum() > 0
+def test_turn_rebuilds_hidden_segments_and_sees_the_others() -> None:
+    rebuild = Rebuild(6, T, 16, 2).eval()
+    x, code, seen, made = torch.randn(B, T, 2, 3), torch.randn(B, 16), [], []
+    rebuild.enter.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0]))
+    rebuild.leave.register_forward_hook(lambda _, inputs, out: made.append(out))
+    error = rebuild(x, code)
+    flat = x.flatten(2)
+    hidden = (seen[0] == rebuild.mask).all(-1)
+    assert hidden.any(1).all()
+    assert hidden.float().mean() > 0.4
+    torch.testing.assert_close(seen[0][~hidden], flat[~hidden])
+    expected = (made[0] - flat)[hidden].abs().mean() / flat.abs().mean()
+    torch.testing.assert_close(error, expected)
+    two = (hidden.sum(1) > 1).nonzero()[0, 0]  # two hidden segments of a clip differ by their place
+    assert made[0][two][hidden[two]].std(0).min() > 0
+
+
+def test_turn_rebuilds_a_modality_from_the_code_of_another() -> None:
+    model, x = system("turn"), batch()
+    given = {}
+    for name, rebuild in model.alignment.rebuild.items():
+        rebuild.register_forward_hook(
+            lambda _, inputs, out, name=name: given.update({name: inputs})
+        )
+    features = model.encode(Batch(x))
+    model.alignment(model, x, features, quantize=False)
+    for name, other in (("audio", "video"), ("video", "audio")):
+        segments, code = given[name]
+        assert segments is x[name]
+        torch.testing.assert_close(code, features.semantic[other].mean(1))
 
 
 def test_codis_teachers_follow_slowly_and_only_in_training() -> None:
