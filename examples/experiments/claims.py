@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .matrix import CLIPS, SEEDS
@@ -117,10 +117,11 @@ REASONS = dict.fromkeys(CLAIMS, "")  # group -> why some of it may not repeat he
 SCORES: dict[str, Score] = {"clips": clips, "segments": segments}
 
 
-def have(results: Results, claim: Claim) -> bool:
-    """Whether all experiments of a claim were run with a common seed."""
-    seeds = [set(results[name]["runs"]) if name in results else set() for name in claim.weights]
-    return bool(set.intersection(*seeds))
+def have(results: Results, claim: Claim, seeds: Sequence[int] = ()) -> bool:
+    """Whether all experiments of a claim were run with these seeds, or with any common one."""
+    runs = [set(results[name]["runs"]) if name in results else set() for name in claim.weights]
+    common = set.intersection(*runs)
+    return set(map(str, seeds)) <= common if seeds else bool(common)
 
 
 def undecided(results: Results) -> set[str]:
@@ -132,7 +133,7 @@ def undecided(results: Results) -> set[str]:
     return {
         name
         for claim in every
-        if have(results, claim)
+        if have(results, claim, SEEDS)
         and any(
             contrast(results, claim.weights, score, SEEDS).verdict == "open"
             for score in SCORES.values()

@@ -88,8 +88,9 @@ def _setting(docs: Path) -> str:
     shown = f"""The {len(names)} classes are numbers from {names[0]} to {names[-1]}. A clip has ten
         segments of one second. All modalities show its number for {style.length[0]} to
         {style.length[1]} segments, but not at quite the same time (moved by up to {style.shifted}
-        segment), and each misses {style.missed:.0%} of them. With a probability of
-        {style.distracted:.0%} a modality also shows another number outside the event. Handwriting,
+        segment), and each misses a segment of it with a probability of {style.missed:.0%}. With a
+        probability of {style.distracted:.0%} a modality also shows another number outside the
+        event. Handwriting,
         voices, sentences, names and nouns of the test are those of no other split. In
         {style.clutter:.0%} of the segments there is a stray digit in the picture, a hum or siren
         under the speech, or a quarter of the letters is wrong."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +48,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
 def read_result(folder: Path, experiment: Experiment) -> Result:
     """Read what there is of an experiment: strength -> score, and seed -> scores.
 
-    Results of other settings do not count.
+    Results of other settings do not count, and neither do runs of another strength than the best.
 
     Raises:
         DataError: The file is not a result.
@@ -56,13 +57,24 @@ def read_result(folder: Path, experiment: Experiment) -> Result:
     if not path.is_file():
         return {"identity": identity(experiment), **nothing}
     try:
-        result = json.loads(path.read_text())
-        same = result["identity"] == identity(experiment)
-        if not all(isinstance(result[key], dict) for key in nothing):
-            raise ValueError("its runs are no object")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        result: Result = json.loads(path.read_text())
+        if result["identity"] != identity(experiment):
+            return {"identity": identity(experiment), **nothing}
+        if not all(math.isfinite(score) for score in result["choices"].values()):
+            raise ValueError("a choice is not finite")
+        if not all({"clips", "segments", "seconds"} <= x.keys() for x in result["runs"].values()):
+            raise ValueError("a run is not whole")
+        if len(result["choices"]) == len(STRENGTHS):
+            found, strength = result["runs"].items(), chosen(result)
+            result["runs"] = {seed: x for seed, x in found if x["strength"] == strength}
+        return result
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a result, or cut short ({error!r:.80}).") from error
-    return result if same else {"identity": identity(experiment), **nothing}
+
+
+def chosen(result: Result) -> float:
+    """The strength with the best score on split 3; the lowest of equal ones."""
+    return max(STRENGTHS, key=lambda strength: result["choices"][str(strength)])
 
 
 def write_result(folder: Path, experiment: Experiment, result: Result) -> None:

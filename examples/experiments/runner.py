@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -14,12 +18,12 @@ import torch
 
 from cmg.clips import TEST, VALIDATION
 from cmg.errors import DataError
-from cmg.files import make_writable
+from cmg.files import in_use, make_writable
 from cmg.workers import start_worker
 
 from .claims import undecided
 from .matrix import CHOICE, EXPERIMENTS, MORE_SEEDS, SEEDS, STRENGTHS, Experiment
-from .results import Results, read_result, read_results, write_result
+from .results import Results, chosen, read_result, read_results, write_result
 from .train import measure
 
 
@@ -46,7 +50,7 @@ def pick(names: Sequence[str] | None) -> list[Experiment]:
         if name not in EXPERIMENTS:
             known = " ".join(EXPERIMENTS)
             raise DataError(f"--only {name}: no such experiment. Experiments: {known}.")
-    return [EXPERIMENTS[name] for name in names or EXPERIMENTS]
+    return [EXPERIMENTS[name] for name in dict.fromkeys(names or EXPERIMENTS)]
 
 
 def to_choose(experiments: Sequence[Experiment], folder: Path) -> list[Run]:
@@ -73,11 +77,6 @@ def to_test(experiments: Sequence[Experiment], seeds: Sequence[int], folder: Pat
     ]
 
 
-def chosen(result: dict[str, Any]) -> float:
-    """The strength with the best score on split 3; the lowest of equal ones."""
-    return max(STRENGTHS, key=lambda strength: result["choices"][str(strength)])
-
-
 def run_missing(experiments: Sequence[Experiment], folder: Path, jobs: int) -> None:
     """Choose, test on the first seeds, then on more seeds where a claim is open.
 
@@ -88,10 +87,11 @@ def run_missing(experiments: Sequence[Experiment], folder: Path, jobs: int) -> N
         DataError: Some runs failed. All others are done.
     """
     make_writable(folder)
-    failed = _in_processes("choosing on split 3", to_choose(experiments, folder), folder, jobs)
-    failed += _in_processes("testing", to_test(experiments, SEEDS, folder), folder, jobs)
-    still = to_extend(experiments, folder)
-    failed += _in_processes("open claims", to_test(still, MORE_SEEDS, folder), folder, jobs)
+    with in_use(folder):
+        failed = _in_processes("choosing", to_choose(experiments, folder), folder, jobs)
+        failed += _in_processes("testing", to_test(experiments, SEEDS, folder), folder, jobs)
+        still = to_extend(experiments, folder)
+        failed += _in_processes("open claims", to_test(still, MORE_SEEDS, folder), folder, jobs)
     if failed:
         raise DataError(f"failed, for the reasons above: {', '.join(failed)}")
 
@@ -129,30 +129,38 @@ def _in_processes(title: str, runs: Sequence[Run], folder: Path, jobs: int) -> l
     if not runs:
         return []
     print(f"{title}: {len(runs)} runs", flush=True)
-    began, failed = time.monotonic(), []
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _start) as pool:
-        futures = {pool.submit(_measure, run, folder): run for run in runs}
-        try:
-            for n, future in enumerate(as_completed(futures), 1):
-                run, state = futures[future], "done"
+    began, failed, done = time.monotonic(), [], 0
+    left, flying = deque(runs), dict[Future[dict[str, Any]], Run]()
+    with ExitStack() as pools:
+        pool = None
+        while left or flying:
+            pool = pool or pools.enter_context(
+                ProcessPoolExecutor(jobs, get_context("spawn"), _start)
+            )
+            while left and len(flying) < jobs:
+                run = left.popleft()
+                flying[pool.submit(_measure, run, folder)] = run
+            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                run, state = flying.pop(future), "done"
+                done += 1
                 try:
                     _keep(run, future.result(), folder)
                 except Exception as error:  # whatever stops one run stops no other
                     state = f"failed: {error or type(error).__name__}"
                     failed.append(f"{run.name} (seed {run.seed})")
-                minutes = (time.monotonic() - began) / 60
+                    if isinstance(error, BrokenProcessPool):  # a process was killed
+                        pool = None
                 print(
-                    f"[{n}/{len(runs)}, {minutes:.0f} min] {run.name}, strength {run.strength:g}, "
-                    f"seed {run.seed}: {state}",
+                    f"[{done}/{len(runs)}, {(time.monotonic() - began) / 60:.0f} min] {run.name}, "
+                    f"strength {run.strength:g}, seed {run.seed}: {state}",
                     flush=True,
                 )
-        finally:
-            pool.shutdown(cancel_futures=True)
     return failed
 
 
 def _start() -> None:
     start_worker()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted training is of no use
     torch.set_num_threads(1)
 
 

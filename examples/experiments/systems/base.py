@@ -55,7 +55,13 @@ class System(UniCode):
         self.alignment = align(self)
 
     def losses(self, batch: Batch, features: Features, *, quantize: bool) -> dict[str, Tensor]:
-        """Compute the terms of Uni-Code, and "alignment"."""
+        """Compute the terms of Uni-Code, and "alignment".
+
+        Raises:
+            ValueError: The batch has masks, which alignments do not know.
+        """
+        if batch.masks is not None:
+            raise ValueError("System: the earlier systems take no masks; got a batch with masks.")
         terms = super().losses(batch, features, quantize=quantize)
         aligned = self.alignment(self, batch.features, features, quantize=quantize)
         return terms | {"alignment": aligned}

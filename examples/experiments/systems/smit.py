@@ -40,5 +40,5 @@ class SMiT(Alignment):
 def adaptive_mean_margin(cosines: Tensor) -> Tensor:
     """M of every row of [B, B]: alpha times the difference of positive and mean negative."""
     positive = cosines.diagonal()
-    negative = (cosines.sum(1) - positive) / (len(cosines) - 1)
+    negative = (cosines.sum(1) - positive) / max(len(cosines) - 1, 1)
     return ALPHA * (positive - negative)

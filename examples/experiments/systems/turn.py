@@ -79,4 +79,4 @@ class Rebuild(nn.Module):
         hidden[torch.arange(len(x)), torch.randint(x.shape[1], (len(x),))] = True  # one or more
         seen = self.enter(torch.where(hidden[..., None], self.mask, x)) + self.place[: x.shape[1]]
         error = self.leave(self.layer(seen, code[:, None])) - x
-        return error[hidden].abs().mean() / x.abs().mean()
+        return error[hidden].abs().mean() / x.abs().mean().clamp(min=1e-6)

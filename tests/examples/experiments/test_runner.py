@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,8 @@ def fake(run: Run, folder: Path) -> dict[str, Any]:
     """In place of a training, in its process."""
     if run in (("uni-code", STRENGTHS[-1], 1), ("cmcm", STRENGTHS[0], CHOICE)):
         raise DataError("the disk is full.")
+    if run == ("mst", STRENGTHS[0], CHOICE):
+        os.kill(os.getpid(), signal.SIGKILL)
     score = run.strength if run.choosing else run.seed / 10 + len(run.name)
     return {
         "clips": {way: {"accuracy": score, "upper_bound": 1.0} for way in WAYS},
@@ -122,6 +126,17 @@ def test_choices_come_first_and_a_failure_stops_no_other(
     assert json.loads((tmp_path / "baseline.json").read_text())["runs"] == one["runs"]
 
 
+def test_a_killed_process_costs_its_own_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_measure", fake)
+    chosen = runner.pick(["mst", "baseline", "baseline"])
+    assert [experiment.name for experiment in chosen] == ["mst", "baseline"]
+    with pytest.raises(DataError, match=rf"above: mst \(seed {CHOICE}\)$"):
+        runner.run_missing(chosen, tmp_path, jobs=1)
+    assert len(read_result(tmp_path, chosen[1])["runs"]) == len(SEEDS)
+
+
 def test_open_claims_get_more_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[Run]] = []
     monkeypatch.setattr(runner, "_in_processes", lambda _, runs, *__: asked.append([*runs]) or [])
@@ -131,7 +146,7 @@ def test_open_claims_get_more_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         runs = {}
         for seed in SEEDS:
             noise = 0.1 * (seed - 2) * (name == "without-club")
-            runs[str(seed)] = fake(Run(name, 3.0, 2), tmp_path)
+            runs[str(seed)] = fake(Run(name, STRENGTHS[0], 2), tmp_path)
             for way in WAYS:
                 runs[str(seed)]["clips"][way]["accuracy"] = noise
                 runs[str(seed)]["segments"][way]["segment_f1"] = n
@@ -162,6 +177,12 @@ def test_results_of_other_settings_do_not_count(tmp_path: Path) -> None:
     assert read_result(tmp_path, experiment)["choices"] == {}
     runs = runner.to_choose([experiment], tmp_path)
     assert [*runs] == [Run("baseline", x, CHOICE) for x in STRENGTHS]
+    content["identity"] = identity(experiment)
+    content["choices"] = dict(zip(map(str, STRENGTHS), (1.0, 3.0, 2.0, 2.0), strict=True))
+    runs = {seed: fake(Run("baseline", 3.0 + seed, seed), tmp_path) for seed in (0, 1)}
+    content["runs"] = {str(seed): run for seed, run in runs.items()}
+    write_result(tmp_path, experiment, content)
+    assert list(read_result(tmp_path, experiment)["runs"]) == ["0"]  # 1 is of another strength
 
 
 def test_the_command_line_names_what_it_does_not_know(
@@ -171,7 +192,9 @@ def test_the_command_line_names_what_it_does_not_know(
     assert "--only uni-cod: no such experiment" in capsys.readouterr().err
     assert cmg_experiments.main(["--report", "--results", str(tmp_path)]) == 2
     assert "has no results" in capsys.readouterr().err
-    for content in ('{"identity', "[" * 10**5, "[]", '{"identity": {}, "choices": 1, "runs": {}}'):
+    whole = {"identity": identity(EXPERIMENTS["uni-code"]), "choices": {}, "runs": {}}
+    odd = ({"choices": 1}, {"choices": {"1.0": None}}, {"runs": {"0": {}}}, {"runs": {"0": 1}})
+    for content in ('{"identity', "[" * 10**5, "[]", *(json.dumps(whole | x) for x in odd)):
         (tmp_path / "uni-code.json").write_text(content)
         for action in (["--report"], ["--only", "uni-code"], ["--run", "--only", "uni-code"]):
             assert cmg_experiments.main([*action, "--results", str(tmp_path)]) == 2
