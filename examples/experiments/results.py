@@ -185,19 +185,15 @@ def contrast(
         score: Score to compare.
         seeds: The seeds to use, of those that all have.
     """
-    chosen = {name: results[name] for name in weights}
-    common = set.intersection(*(set(x["runs"]) for x in chosen.values()))
-    every = [directions(x) for x in chosen.values()]
+    common = set.intersection(*(set(results[name]["runs"]) for name in weights))
+    every = [directions(results[name]) for name in weights]
     ways = [way for way in every[0] if all(way in others for others in every)]
-    return Estimate.of(
-        [
-            sum(
-                weight * score(chosen[name]["runs"][seed], ways) for name, weight in weights.items()
-            )
-            for seed in map(str, seeds)
-            if seed in common
-        ]
-    )
+
+    def difference(seed: str) -> float:
+        runs = {name: results[name]["runs"][seed] for name in weights}
+        return sum(weight * score(runs[name], ways) for name, weight in weights.items())
+
+    return Estimate.of([difference(str(seed)) for seed in seeds if str(seed) in common])
 
 
 def _rounded(value: Any) -> Any:

@@ -67,8 +67,8 @@ def measure(
 
     Returns:
         "clips" and "segments": direction -> score -> value; "agreement": direction -> share of
-        equal codes; "shared", see `shared_codes`; "seconds"; and in the test, if the experiment has
-        them, the scores of "tasks" and the map of its "codes".
+        equal codes; "shared", see `shared_codes`; "strength" and "seconds"; and in the test, if the
+        experiment has them, the scores of "tasks" and the map of its "codes".
     """
     began, experiment = time.monotonic(), EXPERIMENTS[name]
     clips = _select(_numbers(seed), experiment, split)
