@@ -61,6 +61,8 @@ class Config:
         reset_rule: Rule of the reset: "all" or "any".
         club: What is minimised: "penalty" (`CLUBEstimator.penalty`) or "bound" (Eq. 5).
         club_negatives: Negatives of the bound: "all" or "shuffled".
+        matching: What code matching identifies: "segments", among all of the batch, or "clips", as
+            in the paper.
         without: Names in PARTS to leave out. Without "mm-ema" the codebook is an ordinary moving
             average, and the commitment loss has no cross-modal term.
     """
@@ -85,6 +87,7 @@ class Config:
     reset_rule: Literal["all", "any"] = "all"
     club: Literal["penalty", "bound"] = "penalty"
     club_negatives: Literal["all", "shuffled"] = "all"
+    matching: Literal["segments", "clips"] = "segments"
     without: tuple[str, ...] = ()
 
     @classmethod
@@ -262,9 +265,7 @@ class UniCode(nn.Module):
         if quantize:
             decoded, _, terms["commitment"] = self.quantizer(z, masks)  # Eq. 2, 7, 8
             if "matching" not in self.config.without:
-                terms["matching"] = self.matching(
-                    _as_clips(z), self.quantizer.codebook, masks and _as_clips(masks)
-                )
+                terms["matching"] = self._matching(z, masks)
         terms["reconstruction"] = self._reconstruction(x, decoded, specific, masks)  # Eq. 3
         if self.cpc is not None:
             start = "all" if self.config.cpc is None else None
@@ -355,6 +356,12 @@ class UniCode(nn.Module):
             error = self.decoder[name](semantic[name], specific[name]) - v
             errors.append(mean(name, error.square()) / scale[name])
         return torch.stack(errors).mean()
+
+    def _matching(self, z: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> Tensor:
+        if self.config.matching == "segments":
+            z, masks = _as_clips(z), masks and _as_clips(masks)
+        loss: Tensor = self.matching(z, self.quantizer.codebook, masks)
+        return loss
 
     def _club(
         self, club: CLUBEstimator, z: Tensor, specific: Tensor, mask: Tensor | None

@@ -30,6 +30,7 @@ _CONFIG = {
     "partner": "attention",
     "partner_weight": 0.5,
     "club": "bound",
+    "matching": "clips",
     "without": ("contrast",),
 }
 _RECIPE = {

@@ -24,7 +24,10 @@ from .ranks import on_all_ranks
 
 CHECKPOINT = "checkpoint.safetensors"
 _WARMUP = 20  # steps
-_ADDED = {"recipe.accumulate": 1}  # settings that older checkpoints lack, and their value
+_ADDED = {
+    "recipe.accumulate": 1,
+    "matching": "segments",
+}  # settings that older checkpoints lack, and their value
 History = dict[str, list[float]]  # quantity -> value of each epoch, NaN before it is measured
 
 

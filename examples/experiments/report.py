@@ -174,8 +174,7 @@ def _systems(results: Results) -> str:
     return f"""## Table 1: systems
 
 Pre-trained on audio and video. The paper's DCID+CMCM is its Uni-Code without MM-EMA (Tables 1 and 2
-have the same numbers). Here CMCM follows its own paper: it matches codes of clips, not of segments,
-has a contrastive term, and no reset.
+have the same numbers). Here CMCM follows its own paper: it has a contrastive term, and no reset.
 
 {_comparison(results, names)}"""
 

@@ -23,6 +23,7 @@ from cmg.encoders import BatchNorm
 from cmg.errors import DataError
 from cmg.model import PARTS, Config, Features, UniCode
 from cmg.training import CHECKPOINT, Execution, Recipe, Trainer
+from mmvq.functional import code_matching
 
 CONFIG = Config(
     {"audio": (1, 7), "video": (4, 5)}, 6, dim=16, specific_dim=8, width=8, codebook_size=24
@@ -36,7 +37,7 @@ FEATURES = {
 BATCHES = Batches(Clips.of(FEATURES))
 
 
-def trainer(folder: Path, seed: int = 0, config: Config = CONFIG, **recipe: Any) -> Trainer:
+def trainer(folder: Path | None, seed: int = 0, config: Config = CONFIG, **recipe: Any) -> Trainer:
     torch.manual_seed(seed)
     identity = {"seed": seed, **config.json()}
     rows, held_out = torch.arange(N).split([N - 3, 3])
@@ -127,7 +128,8 @@ def test_a_checkpoint_from_before_a_setting_was_added_is_resumed(
 ) -> None:
     trainer(tmp_path).fit()
     state_of_run = load_checkpoint(tmp_path / CHECKPOINT)
-    del state_of_run["identity"]["recipe.accumulate"]
+    for added in ("recipe.accumulate", "matching"):
+        del state_of_run["identity"][added]
     save_checkpoint(tmp_path / CHECKPOINT, state_of_run)
     again = trainer(tmp_path)
     again.fit(resume=True)
@@ -240,6 +242,28 @@ def test_parts_can_be_left_out(tmp_path: Path, without: tuple[str, ...]) -> None
     assert quantizer.assignment == ("mixed" if joint else "own")
     assert (quantizer.commitment.cross_ratio > 0) == joint
     assert (quantizer.ema_codebook.reset_after is None) == ("reset" in without)
+
+
+def test_code_matching_is_of_segments_or_of_clips() -> None:
+    batch, found = Batch(FEATURES), {}
+    for kind in ("segments", "clips"):
+        torch.manual_seed(0)
+        model = UniCode(replace(CONFIG, matching=kind)).eval()
+        model.quantizer.set_codes(torch.randn(24, 16))
+        features = model.encode(batch)
+        found[kind] = model.losses(batch, features, quantize=True)["matching"]
+    z, codebook = features.semantic, model.quantizer.codebook
+    torch.testing.assert_close(found["clips"], code_matching(z, codebook))
+    apart = {name: x.flatten(0, 1)[:, None] for name, x in z.items()}
+    torch.testing.assert_close(found["segments"], code_matching(apart, codebook))
+
+
+def test_without_a_folder_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert trainer(None, epochs=2).fit()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_clubs_own_step_reaches_only_club() -> None:

@@ -5,9 +5,9 @@ arXiv:2106.05438, 2021.
 
     L = L_MMS + 0.1 L_CMCM
 
-L_CMCM makes two modalities of a clip use the same codes, equally often. It is `code_matching` of
-clips. ("matching" in `cmg.model.Config`, which is a part of Uni-Code, is the same loss with every
-segment as a clip.) L_MMS, masked margin softmax, is InfoNCE of clips with a small constant margin.
+L_CMCM, `code_matching`, makes two modalities of a clip use the same codes, equally often. It is
+also a part of Uni-Code ("matching" in `cmg.model.Config.without`). L_MMS, masked margin softmax, is
+InfoNCE of clips with a small constant margin.
 
 Simplified: a clip is the mean over time of features plus codes, where the paper projects both. The
 margin does not grow. False negatives are not masked, because labels are not used.
