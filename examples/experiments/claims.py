@@ -52,7 +52,7 @@ def _part(prefix: str, full: str, part: str) -> Claim:
 
 def _smaller_loss(part: str) -> Claim:
     two, three = _better("uni-code", f"without-{part}"), _better(f"avt-without-{part}", "avt")
-    return Claim(f"{PARTS[part]} matters less with three modalities", two | three)
+    return Claim(f"leaving out {PARTS[part]} costs less than with two", two | three)
 
 
 _HALF = f"clips-{CLIPS // 2}"

@@ -23,27 +23,27 @@ COLOURS = {"yes": figures.SHARED, "no": figures.OWN[0], "equal": figures.OWN[1],
 
 
 def plot_claims(path: Path, found: Mapping[str, Mapping[Claim, Sequence[Estimate]]]) -> None:
-    """Draw every difference of claims with its interval, by group, for clips and segments."""
+    """Draw every difference with its interval, by group, for clips and segments."""
     require_matplotlib()
     rows = sum(1 + len(claims) for claims in found.values())
     figure = figures.new_figure(10, 0.2 * rows + 0.8)
     panels = figure.subplots(1, 2, sharey=True)
-    ticks: dict[int, str] = {}
-    row = 0
-    for claims in found.values():
-        row += 1  # a gap between groups
+    labels: list[str] = []
+    for group, claims in found.items():
+        labels.append(group)
         for claim, differences in claims.items():
-            ticks[row] = claim.text
             for panel, x in zip(panels, differences, strict=True):
                 style = {"color": COLOURS[x.verdict], "marker": "o", "markersize": 4}
-                panel.errorbar(x.mean, row, xerr=x.half, **style)
-            row += 1
+                panel.errorbar(x.mean, len(labels), xerr=x.half, **style)
+            labels.append(claim.text)
     for panel, title in zip(panels, ("clips (accuracy)", "segments (F1)"), strict=True):
         panel.axvline(0, color=figures.INK, linewidth=0.8)
-        panel.set(title=title, ylim=(row, 0))
-        panel.set_yticks(list(ticks), list(ticks.values()), fontsize=7.5)
+        panel.set(title=title, ylim=(len(labels), -1))
+        panel.set_yticks(range(len(labels)), labels, fontsize=7.5)
         panel.grid(axis="x", color="#e6e6e6", linewidth=0.8)
         figures.tidy(panel)
+    for tick in panels[0].get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text() in found else "normal")
     handles = [panels[0].plot([], [], "o", color=c, label=name)[0] for name, c in COLOURS.items()]
     panels[0].legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
     write_figure(figure, path)
@@ -56,7 +56,7 @@ def plot_clip(path: Path, seed: int = 0) -> None:
     sound = rearrange(
         speech.hear(clip.sound), "t (steps bands) -> t bands steps", bands=speech.BANDS
     )
-    figure = figures.new_figure(11, 3.4)
+    figure = figures.new_figure(11, 3.0)
     grid = figure.subplots(3, len(sound), height_ratios=(1, 0.7, 0.9))
     names = NUMBERS.things.names
     for t, (frame, heard, text) in enumerate(zip(clip.frames, sound, clip.sentences, strict=True)):
