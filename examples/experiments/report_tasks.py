@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .matrix import EVALUATED
+from .matrix import EVALUATED, TASK_SEEDS
 from .paper import OTHER_SETS, RETRIEVAL, SEGMENTATION, Row
 from .results import Estimate, Results
-from .tables import comparison, title
+from .tables import comparison, paragraph, title
 
 Read = Callable[[Mapping[str, Any]], float]  # a number from "tasks" of a result
 
@@ -155,4 +155,5 @@ def _section(results: Results, table: TaskTable) -> str:
         return ""
     columns = tuple(table.columns)
     body = comparison(rows, columns, table.paper, columns[:4] if table.paper else ())
-    return f"## {table.title}\n\n{table.text}\n\n{body}"
+    text = paragraph(f"{table.text} The models are those of the first {TASK_SEEDS} seeds.")
+    return f"## {table.title}\n\n{text}\n\n{body}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections import deque
@@ -129,6 +130,7 @@ def _in_processes(title: str, runs: Sequence[Run], folder: Path, jobs: int) -> l
     if not runs:
         return []
     print(f"{title}: {len(runs)} runs", flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the libraries that the processes load
     began, failed, done = time.monotonic(), [], 0
     left, flying = deque(runs), dict[Future[dict[str, Any]], Run]()
     with ExitStack() as pools:

@@ -25,7 +25,7 @@ from cmg.trained import About, TrainedModel
 from cmg.training import Recipe, Trainer
 
 from .followups import all_followups
-from .matrix import CLIPS, CLUB, EPOCHS, EXPERIMENTS, MAPPED, Experiment, tasks_of
+from .matrix import CLIPS, CLUB, EPOCHS, EXPERIMENTS, MAPPED, TASK_SEEDS, Experiment, tasks_of
 from .systems import build
 from .tasks import all_tasks
 from .tasks.picture import draw_segmentation
@@ -91,7 +91,8 @@ def measure(
         "strength": strength,
     }
     if split == TEST:
-        if names := tasks_of(experiment):
+        names = tasks_of(experiment) if seed < TASK_SEEDS else []
+        if names:
             trained = TrainedModel(name, model, standardizer, Heads({}, {}), About.of(clips))
             run, tasks = TrainedRun(clips, seed, trained), all_tasks | all_followups
             result["tasks"] = {task: tasks[task](run) for task in names}
