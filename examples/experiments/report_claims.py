@@ -72,7 +72,7 @@ def _not_repeated(found: Found) -> str:
     for group, claims in found.items():
         others = [f"{c.text} ({x[0].verdict})" for c, x in claims.items() if x[0].verdict != "yes"]
         if others:
-            text = f"**{group}.** For clips: {'; '.join(others)}. {REASONS[group]}"
+            text = f"**{group}.** For clips: {'; '.join(others)}. {REASONS.get(group, '')}"
             parts.append(paragraph(text))
     if not parts:
         return ""
