@@ -52,4 +52,4 @@ def plot_rows(path: Path, rows: dict[str, Tensor], titles: list[str]) -> None:
         line[0].set_ylabel(label, fontsize=8.5)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=8.5)
-    write_figure(figure, path, dpi=120)
+    write_figure(figure, path, dpi=64)
