@@ -118,13 +118,12 @@ REASONS: dict[str, str] = {  # group -> why some of it may not repeat here
     "whole clips here, with the same encoders, temperature and batches. What sets CMCM apart, the "
     "matching of codes, has a tenth of the weight in its loss. The paper does not say how it "
     "trained the others.",
-    "DCID improves every system (Table 1)": "The differences are positive, but smaller than the "
-    "paper's and than their uncertainty. The earlier systems already bring the modalities of a "
-    "clip together, which is most of what Cross-CPC does on its own.",
-    "Every part helps, with two modalities (Table 2)": "CLUB has a small weight here, since at 1, "
-    "as in the paper, the other losses suffer: what it removes from the codes hardly matters. The "
-    "reset has little to do, since k-means starts the codebook after the features have spread, and "
-    "few codes die.",
+    "DCID improves every system (Table 1)": "The differences are positive, but several times "
+    "smaller than the paper's. The earlier systems already bring the modalities of a clip "
+    "together, which is most of what Cross-CPC does on its own.",
+    "Every part helps, with two modalities (Table 2)": "The reset has little to do, since k-means "
+    "starts the codebook after the features have spread, and few codes die. CLUB helps little: its "
+    "weight is small, since at 1, as in the paper, the other losses suffer.",
     "Every part helps, with three modalities (Table 3)": "The parts that are open with two "
     "modalities make still less of a difference with three.",
     "A third modality helps the first two (Table 3)": "That text helps audio and video is clear. "
