@@ -124,8 +124,8 @@ REASONS: dict[str, str] = {  # group -> why some of it may not repeat here
     "Every part helps, with two modalities (Table 2)": "The reset has little to do, since k-means "
     "starts the codebook after the features have spread, and few codes die. CLUB helps little: its "
     "weight is small, since at 1, as in the paper, the other losses suffer.",
-    "Every part helps, with three modalities (Table 3)": "The parts that are open with two "
-    "modalities make still less of a difference with three.",
+    "Every part helps, with three modalities (Table 3)": "CLUB and the reset help little with two "
+    "modalities, and less with three.",
     "A third modality helps the first two (Table 3)": "That text helps audio and video is clear. "
     "That each part is then less needed is not: these are differences of differences, whose noise "
     "is larger than most of them. The paper's are of single runs. Cross-CPC is needed more with "
