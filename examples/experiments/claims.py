@@ -133,7 +133,7 @@ REASONS: dict[str, str] = {  # group -> why some of it may not repeat here
     "A middling codebook is the best (Fig. 3)": "The head sees the vectors of the codes, and with "
     "more codes these say more. That two modalities then seldom have the same code (Fig. 3) does "
     "not harm it, as near codes have similar vectors. For a task that sees the indices alone, a "
-    "smaller codebook is better.",
+    "smaller codebook may be better.",
     "More clips help, but not the most (Table 1)": "Nothing suggests that more clips should harm. "
     "The paper's drop from 40 to 81 thousand clips is of single runs.",
 }

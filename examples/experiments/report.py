@@ -90,10 +90,9 @@ def _setting(docs: Path) -> str:
         {style.length[1]} segments, but not at quite the same time (moved by up to {style.shifted}
         segment), and each misses a segment of it with a probability of {style.missed:.0%}. With a
         probability of {style.distracted:.0%} a modality also shows another number outside the
-        event. Handwriting,
-        voices, sentences, names and nouns of the test are those of no other split. In
-        {style.clutter:.0%} of the segments there is a stray digit in the picture, a hum or siren
-        under the speech, or a quarter of the letters is wrong."""
+        event. Handwriting, voices, sentences, names and nouns of the test are those of no other
+        split. In {style.clutter:.0%} of the segments there is a stray digit in the picture, a
+        hum or siren under the speech, or a quarter of the letters is wrong."""
     split = f"""There are {train} clips with labels, about {train / len(names):.0f} of each class,
         {test} to test on, and {validation} for choices. `--data numbers` opens the set, and
         `examples/cmg/digits/style.py` has its settings."""

@@ -76,7 +76,8 @@ def _not_repeated(found: Found) -> str:
             parts.append(paragraph(text))
     if not parts:
         return ""
-    return "\n\n".join(("## What does not repeat, and why it might not", *parts))
+    note = "The reasons are guesses from the tables below; none was tested by itself."
+    return "\n\n".join(("## What does not repeat, and why it might not", note, *parts))
 
 
 def _differences(results: Results, found: Found) -> str:

@@ -148,7 +148,7 @@ def _in_processes(title: str, runs: Sequence[Run], folder: Path, jobs: int) -> l
                 try:
                     _keep(run, future.result(), folder)
                 except Exception as error:  # whatever stops one run stops no other
-                    state = f"failed: {error or type(error).__name__}"
+                    state = f"failed: {error if isinstance(error, DataError) else repr(error)}"
                     failed.append(f"{run.name} (seed {run.seed})")
                     if isinstance(error, BrokenProcessPool):  # a process was killed
                         pool = None
